@@ -1,0 +1,48 @@
+"""Train as a config says: `uv run scripts/train.py [CONFIG] [key=value …]`."""
+
+from __future__ import annotations
+
+import sys
+
+from src.utils.environment import PROJECT_ROOT, load_environment
+from src.utils.errors import UserError, run_script
+
+USAGE = """\
+usage: uv run scripts/train.py [CONFIG] [key=value ...]
+
+CONFIG is a YAML file, configs/train.yaml if none is given. Overrides are its keys with dots:
+  uv run scripts/train.py configs/smoke.yaml                         a minute on any CPU
+  uv run scripts/train.py training.learning_rate=1e-4 lora.r=32      the real run, changed
+  uv run scripts/train.py lora=null model.quantization=none          full fine-tuning
+  uv run scripts/train.py training.resume=auto                       go on where it stopped
+  torchrun --nproc-per-node=8 scripts/train.py                       on eight GPUs
+All keys, their defaults and why: src/config.py"""
+
+
+def main(arguments: list[str]) -> None:
+    """Everything cheap first: torch is imported when nothing is left to complain about."""
+    if "-h" in arguments or "--help" in arguments:
+        print(USAGE)
+        return
+    load_environment()
+    from src.config import load_config
+    from src.preflight import check_run
+
+    named = bool(arguments) and "=" not in arguments[0] and not arguments[0].startswith("-")
+    path = arguments[0] if named else str(PROJECT_ROOT / "configs" / "train.yaml")
+    config, plain = load_config(path, arguments[named:])
+    check_run(config)
+    if sys.stderr.isatty():
+        print("loading torch …", end="\r", file=sys.stderr, flush=True)
+
+    from src.training.fit import Diverged
+    from src.training.run import run
+
+    try:
+        run(config, plain, arguments)
+    except Diverged as error:
+        raise UserError(str(error)) from None
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,1 @@
+"""The project's own package: data → models → training, with utils below all three."""

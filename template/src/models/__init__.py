@@ -1,0 +1,1 @@
+"""Load, save and talk to a causal language model."""

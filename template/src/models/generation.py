@@ -1,0 +1,108 @@
+"""Answers from a model, under inference_mode: one prompt, a batch of them, or a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, overload
+
+import torch
+
+from src.data.dataset import stop_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
+Prompt = str | list[dict[str, str]]
+
+
+@overload
+def generate(model, tokenizer, prompt: str, max_length: int = 256, **options) -> str: ...  # noqa: ANN001, ANN003
+@overload
+def generate(model, tokenizer, prompt: list[Prompt], max_length: int = 256, **options) -> list[str]: ...  # noqa: ANN001, ANN003
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt | list[Prompt],
+    max_length: int = 256,
+    *,
+    raw: bool = False,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    streamer: BaseStreamer | None = None,
+) -> str | list[str]:
+    """Complete one prompt, or a batch of prompts at once.
+
+    Args:
+        model: a causal language model, with or without adapters, in any mode; its mode and its
+            attention are put back afterwards.
+        tokenizer: the one it was trained with.
+        prompt: a user's question, or a list of questions; each may be a list of messages.
+        max_length: how many *new* tokens at most. transformers' own `max_length` counts the
+            prompt too, and a long prompt then leaves nothing for the answer.
+        raw: continue the text as it is, without the chat template.
+        temperature: 0 takes the likeliest token each time; above, samples.
+        top_p: sample from the likeliest tokens that add up to this probability.
+        streamer: receives tokens as they come (one prompt only), e.g. a `TextStreamer`.
+
+    Returns:
+        The completion without the prompt and special tokens; a list of them for a list.
+    """
+    single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], dict))
+    prompts = [prompt] if single else list(prompt)
+    if not prompts:
+        return []
+    texts = [_as_text(p, tokenizer, raw) for p in prompts]
+    # Raw text wants the tokenizer's BOS; a rendered template has written its own already.
+    as_text = raw or tokenizer.chat_template is None
+    # On the left: the answer continues the prompt, not its padding. Right padding gives other
+    # completions, silently.
+    inputs = tokenizer(
+        texts,
+        return_tensors="pt",
+        padding=len(texts) > 1,
+        padding_side="left",
+        add_special_tokens=as_text,
+        return_token_type_ids=False,
+    ).to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    with _inference_state(model):
+        output = model.generate(
+            **inputs,  # (prompts, prompt length) and its mask
+            max_new_tokens=max_length,
+            eos_token_id=stop_token_ids(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+            streamer=streamer,
+            **(sampling if temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None}),
+        )
+    new = output[:, inputs["input_ids"].shape[1] :]  # (prompts, new tokens)
+    answers = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return answers[0] if single else answers
+
+
+def _as_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, raw: bool) -> str:
+    if isinstance(prompt, str):
+        if raw or tokenizer.chat_template is None:
+            return prompt
+        prompt = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+
+@contextmanager
+def _inference_state(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and an attention that understands padding and a cache; both put back."""
+    training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    if attention == "varlen":  # reads packed rows only
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if attention == "varlen":
+            model.set_attn_implementation(attention)
+        model.train(training)

@@ -1,0 +1,1 @@
+"""The loop, its loss, its checkpoints and what it records."""

@@ -1,0 +1,31 @@
+"""The project's root, its `.env`, and the environment that libraries read when imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_environment() -> None:
+    """Read `.env` from the project's root into the environment; variables already set win.
+
+    Call it before any library is imported: `HF_HOME` set after `import huggingface_hub` is
+    ignored without a word, and so is `CUDA_VISIBLE_DEVICES` after CUDA has started.
+    """
+    from dotenv import load_dotenv
+
+    # Not find_dotenv(): it searches from the calling file, or the current folder, upwards.
+    load_dotenv(PROJECT_ROOT / ".env")
+    # One Rust thread pool per process; its fork warning would land in the middle of a progress bar.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Fragmentation costs gigabytes when lengths vary; torch's own advice in its OOM message.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # An unset tracker sends usage statistics; an offline first run must not try.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def from_root(path: str) -> Path:
+    """A path from the config: relative to the project's root wherever the command was typed."""
+    return PROJECT_ROOT / Path(path).expanduser()

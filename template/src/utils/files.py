@@ -1,0 +1,60 @@
+"""Write files and folders whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's text in one step: a reader, or a crash, sees the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a temporary folder, then rename it to `path`: it appears whole, or not at all.
+
+    Everything reaches the disk before the rename does, so that this holds for a power cut too.
+    What an exception leaves behind is removed; what a crash leaves is a `.tmp` folder, which
+    the next writer of the same path replaces.
+
+    Raises:
+        FileExistsError: `path` exists; nothing is overwritten.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists already")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                # safetensors writes for the owner alone, whatever the umask allows to others.
+                file.chmod(0o666 & ~umask)
+            sync(file)
+        sync(temporary)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

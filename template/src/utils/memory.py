@@ -1,0 +1,57 @@
+"""What the GPU's memory holds, in GiB, and how to give back what nothing uses."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+GIB = 2**30
+
+
+def gpu_memory(device: torch.device | int | None = None) -> dict[str, float]:
+    """Memory of one CUDA device in GiB; empty on a machine without CUDA.
+
+    Returns:
+        allocated: held by tensors now.
+        reserved: held by torch's caching allocator, which is what `nvidia-smi` shows plus
+            the CUDA context.
+        peak: the most that was ever allocated since the start or the last reset.
+        free, total: of the device, all processes counted.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "allocated": torch.cuda.memory_allocated(device) / GIB,
+        "reserved": torch.cuda.memory_reserved(device) / GIB,
+        "peak": torch.cuda.max_memory_allocated(device) / GIB,
+        "free": free / GIB,
+        "total": total / GIB,
+    }
+
+
+def print_gpu_memory(label: str = "GPU memory") -> None:
+    """Print one line per CUDA device, or one line saying that there is none."""
+    if not torch.cuda.is_available():
+        print(f"{label}: no CUDA device")
+        return
+    for index in range(torch.cuda.device_count()):
+        m = gpu_memory(index)
+        print(
+            f"{label}: cuda:{index} allocated {m['allocated']:.2f} GiB · "
+            f"reserved {m['reserved']:.2f} · peak {m['peak']:.2f} · "
+            f"free {m['free']:.2f} of {m['total']:.2f}"
+        )
+
+
+def clear_memory() -> None:
+    """Collect garbage, then return cached blocks to the driver and reset the peak counter.
+
+    Tensors that a variable still names stay: `del model` first. Inside a training loop this
+    only slows: torch reuses its cached blocks by itself.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

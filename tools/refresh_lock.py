@@ -1,9 +1,9 @@
-"""Resolve template/uv.lock.jinja again from template/pyproject.toml.jinja, then uv.lock from it.
+"""Resolve template/uv.lock.jinja from template/pyproject.toml.jinja, then uv.lock to the same.
 
     uv run tools/refresh_lock.py            # after a change of the dependencies
     uv run tools/refresh_lock.py --upgrade  # to the newest versions that the dependencies allow
 
-Prints every package whose version changed. The versions that nothing asks to change stay.
+Versions that nothing asks to change stay. Prints every package that changed.
 """
 
 import argparse
@@ -20,33 +20,38 @@ ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE_LOCK = ROOT / "template/uv.lock.jinja"
 ROOT_LOCK = ROOT / "uv.lock"
 RESERVED = ROOT / "includes/reserved_names.txt"
+VARIABLE = "{{ project_name }}"
 PLACEHOLDER = "name-of-the-rendered-project"
-NAME_LINE = 'name = "{{ project_name }}"\n'
-# The folders of a rendered project: a package of the same name would shadow them or be shadowed.
-FOLDERS = {"src", "tests", "scripts", "configs", "data", "outputs", "template"}
+# A project of one of these names could be mistaken for a folder of its own.
+FOLDERS = {"configs", "data", "outputs", "scripts", "src", "template", "tests"}
 
 
 def uv_lock(folder: Path, *options: str) -> None:
-    """Run `uv lock`, deaf to the settings of whoever runs it: they would be written into the lock."""
-    settings = {"UV_INDEX", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS"}
-    settings |= {"UV_EXCLUDE_NEWER", "UV_RESOLUTION", "UV_PRERELEASE", "UV_CONSTRAINT", "UV_OVERRIDE"}
-    environment = {key: value for key, value in os.environ.items() if key not in settings}
+    """Run `uv lock` without its user's settings: an index or a cut-off date would be recorded."""
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("UV_") or key == "UV_CACHE_DIR"
+    }
     command = ["uv", "lock", "--no-config", *options]
     subprocess.run(command, cwd=folder, env=environment, check=True)
 
 
-def versions(lock: str) -> dict[str, str]:
-    packages = tomllib.loads(lock)["package"]
-    return {p["name"]: p["version"] for p in packages if "version" in p and p["name"] != PLACEHOLDER}
+def packages(lock: str) -> dict[str, str]:
+    """Map each package that a lock pins to its version."""
+    return {
+        package["name"]: package["version"]
+        for package in tomllib.loads(lock).get("package", [])
+        if "registry" in package["source"]
+    }
 
 
-def blocks(lock: str) -> dict[str, str]:
-    """The `[[package]]` blocks of a lock by package name."""
-    _, *found = lock.split("[[package]]\n")
-    return {block.split('"', 2)[1]: "[[package]]\n" + block for block in found}
+def name_of(block: str) -> str:
+    """Return the package that a block of a lock is about."""
+    return block.split('"', 2)[1]
 
 
-def resolve_template(options: list[str]) -> str:
+def lock_template(*options: str) -> str:
     """Lock a render of the working tree; return the lock under the placeholder's name."""
     with tempfile.TemporaryDirectory() as folder:
         data = {"project_name": PLACEHOLDER}
@@ -55,45 +60,52 @@ def resolve_template(options: list[str]) -> str:
         return (Path(folder) / "uv.lock").read_text()
 
 
-def resolve_root(template_lock: str, options: list[str]) -> str:
-    """Lock this repository to the template's versions, and what only it needs to its own."""
-    old = ROOT_LOCK.read_text() if ROOT_LOCK.exists() else ""
-    shared = blocks(template_lock)
-    own = [block for name, block in blocks(old).items() if name not in shared]
-    upgrades = [f"--upgrade-package={name}" for name in blocks(old) if options and name not in shared]
-    ROOT_LOCK.write_text(template_lock.rstrip("\n") + "\n\n" + "\n".join(own))
-    uv_lock(ROOT, *upgrades)
+def lock_root(template_lock: str, upgrade: bool) -> str:
+    """Lock this repository to the template's versions; return the lock as it was."""
+    old = ROOT_LOCK.read_text()
+    header, *shared = template_lock.rstrip("\n").split("\n\n[[package]]\n")
+    names = {name_of(block) for block in shared}
+    _, *mine = old.rstrip("\n").split("\n\n[[package]]\n")
+    own = [block for block in mine if name_of(block) not in names]
+    # uv keeps the versions that it finds in a lock, and its order: the template's packages and
+    # what only this repository needs, as uv itself would write them.
+    kept = [block for block in shared if name_of(block) != PLACEHOLDER] + own
+    seed = [header, *sorted(kept, key=name_of)]
+    ROOT_LOCK.write_text("\n\n[[package]]\n".join(seed) + "\n")
+    uv_lock(ROOT, *(f"--upgrade-package={name_of(block)}" for block in own if upgrade))
     return old
 
 
-def report(title: str, old: dict[str, str], new: dict[str, str]) -> None:
-    changed = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-    print(f"{title}: {len(new)} packages, {len(changed)} changed")
+def report(path: Path, old: str) -> None:
+    """Print what changed in a lock."""
+    before, now = packages(old), packages(path.read_text())
+    changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    print(f"{path.relative_to(ROOT)}: {len(now)} packages, {len(changed)} changed")
     for name in changed:
-        print(f"  {name} {old.get(name, '-')} -> {new.get(name, '-')}")
+        print(f"  {name} {before.get(name, '-')} -> {now.get(name, '-')}")
 
 
 def main() -> None:
+    """Refresh both locks and the names that a project may not have."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--upgrade", action="store_true", help="take the newest allowed versions")
-    options = ["--upgrade"] if parser.parse_args().upgrade else []
+    upgrade = parser.parse_args().upgrade
 
-    old_template = TEMPLATE_LOCK.read_text().replace("{{ project_name }}", PLACEHOLDER)
-    new_template = resolve_template(options)
-    name_line = f'name = "{PLACEHOLDER}"\n'
-    if new_template.count(name_line) != 1:
-        sys.exit(f"the lock should name the project once, not {new_template.count(name_line)} times")
+    old_template = TEMPLATE_LOCK.read_text()
+    new_template = lock_template(*["--upgrade"] * upgrade)
+    if new_template.count(f'"{PLACEHOLDER}"') != 1:
+        sys.exit("the lock should name the project exactly once")
     if any(mark in new_template for mark in ("{{", "{%", "{#")):
         sys.exit("the lock contains what Jinja would read as its own")
-    TEMPLATE_LOCK.write_text(new_template.replace(name_line, NAME_LINE))
+    TEMPLATE_LOCK.write_text(new_template.replace(f'"{PLACEHOLDER}"', f'"{VARIABLE}"'))
+    old_root = lock_root(new_template, upgrade)
 
-    old_root = resolve_root(new_template, options)
     modules = {name.replace("_", "-") for name in sys.stdlib_module_names if name[0] != "_"}
-    reserved = sorted(set(versions(new_template)) | modules | FOLDERS)
-    RESERVED.write_text("\n".join(reserved) + "\n")
+    reserved = set(packages(new_template)) | modules | FOLDERS
+    RESERVED.write_text("\n".join(sorted(reserved)) + "\n")
 
-    report("template/uv.lock.jinja", versions(old_template), versions(new_template))
-    report("uv.lock", versions(old_root) if old_root else {}, versions(ROOT_LOCK.read_text()))
+    report(TEMPLATE_LOCK, old_template)
+    report(ROOT_LOCK, old_root)
 
 
 if __name__ == "__main__":

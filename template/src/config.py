@@ -346,10 +346,10 @@ def _unknown(key: str) -> str:
         section, _, name = candidate.rpartition(".")
         # The right word in the wrong section is likely (learning_rate), and so is a poor
         # word in the right one (lora.rank): both must get over the bar below.
-        return difflib.SequenceMatcher(None, leaf, name).ratio() + 0.2 * (section == parent)
+        return difflib.SequenceMatcher(None, leaf, name).ratio() + 0.3 * (section == parent)
 
     best = max(_all_keys(), key=likeness)
-    hint = f"; did you mean {best}?" if likeness(best) >= 0.6 else ""
+    hint = f"; did you mean {best}?" if likeness(best) > 0.65 else ""
     return f"{key}: unknown key{hint}"
 
 

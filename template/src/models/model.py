@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -16,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -284,19 +284,12 @@ def save_model(
         model.save_pretrained(folder, save_embedding_layers=False)
     else:
         state = {k: v.to(dtype) for k, v in model.state_dict().items()}
-        with _with_dtype(model.config, dtype):
-            model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=state)
+        # It has written the dtype of the fp32 masters, and use_cache=False, which is ours.
+        config = copy.deepcopy(model.config)
+        config.dtype, config.use_cache = dtype, True
+        config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _with_dtype(config: PretrainedConfig, dtype: torch.dtype) -> Iterator[None]:
-    old = config.dtype, config.use_cache
-    config.dtype, config.use_cache = dtype, True
-    try:
-        yield
-    finally:
-        config.dtype, config.use_cache = old
 
 
 @contextmanager

@@ -95,7 +95,8 @@ def find_plain_head(model: nn.Module) -> PlainHead | None:
     training = base.training
     base.eval()
     hidden = backbone(**inputs).last_hidden_state
-    same = torch.allclose(base(**inputs).logits, head(hidden).to(hidden.dtype), rtol=1e-2, atol=1e-2)
+    logits = base(**inputs).logits.float()
+    same = torch.allclose(logits, head(hidden).float(), rtol=1e-2, atol=1e-2)
     base.train(training)
     return PlainHead(backbone, head) if same else None
 

@@ -1,0 +1,125 @@
+"""Small models, tokenizers and files, made here: no test downloads anything or needs a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before any library reads them. Offline, so that a test that would download fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
+    # Tokens are cached under HF_HOME: the user's own cache stays as it is.
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tiny tokenizer with the project's chat template."""
+    from src.config import ModelConfig
+    from src.models.model import load_tokenizer
+
+    return load_tokenizer(ModelConfig(name="configs/tiny"))
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A folder with a tiny pretrained model, as a hub model would look once downloaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "configs/tiny"))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_model(saved_model: Path, tokenizer) -> Callable:
+    """Build the tiny model as the config would: `make_model(lora=True, packing=True, …)`."""
+    import torch
+
+    from src.config import LoraConfig, ModelConfig
+    from src.models.model import load_model
+
+    def make(lora: bool = False, packing: bool = True, dtype=torch.float32, **model):  # noqa: ANN001, ANN202
+        torch.manual_seed(0)
+        config = ModelConfig(name=str(saved_model), **model)
+        adapters = LoraConfig(r=4, alpha=8) if lora else None
+        return load_model(config, adapters, tokenizer, torch.device("cpu"), dtype, packing)
+
+    return make
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., str]:
+    """Write rows as JSONL and return the path: `write_rows(row, row, …)`; text goes in as it is."""
+
+    def write(*rows: dict | str, name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., Path]:
+    """Run scripts/train.py on the smoke config in this process; returns the output folder."""
+
+    def call(*overrides: str, output: str = "run") -> Path:
+        import scripts.train
+
+        folder = tmp_path / output
+        quick = ["tracking.enabled=false", f"output_dir={folder}", "device=cpu"]
+        scripts.train.main([str(ROOT / "configs/smoke.yaml"), *quick, *overrides])
+        return folder
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """Run a script's main that must fail as bad input does; returns the lines it printed."""
+
+    def call(main: Callable[[list[str]], None], *arguments: str) -> list[str]:
+        import sys
+        from unittest import mock
+
+        from src.utils.errors import run_script
+
+        capsys.readouterr()
+        with mock.patch.object(sys, "argv", ["script", *arguments]), pytest.raises(SystemExit) as e:
+            run_script(main)
+        assert e.value.code == 2
+        printed = capsys.readouterr().err.strip().splitlines()
+        problems = [line for line in printed if not line.startswith("loading torch")]
+        assert problems
+        assert all(line.startswith("error: ") for line in problems), problems
+        return [line.removeprefix("error: ") for line in problems]
+
+    return call
+
+
+def chat(question: str, answer: str) -> dict:
+    """A row of one question and one answer."""
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }

@@ -1,0 +1,143 @@
+"""A mistake in a config is found at once, all of them together, each with its place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import scripts.train
+from src.config import load_config
+from src.utils.errors import UserError
+
+SMOKE = str(ROOT / "configs/smoke.yaml")
+
+
+def problems(*overrides: str, path: str = SMOKE) -> list[str]:
+    with pytest.raises(UserError) as error:
+        load_config(path, list(overrides))
+    return list(error.value.problems)
+
+
+@pytest.mark.parametrize("name", ["smoke.yaml", "train.yaml"])
+def test_every_shipped_config_loads(name: str) -> None:
+    config, plain = load_config(ROOT / "configs" / name)
+    assert config.model.name == plain["model"]["name"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.learning_rat=1", "training.learning_rat: unknown key; did you mean training.learning_rate?"),
+        ("learning_rate=1", "learning_rate: unknown key; did you mean training.learning_rate?"),
+        ("modle.name=x", "modle: unknown key; did you mean model?"),
+        ("lora={rank: 3}", "lora.rank: unknown key; did you mean lora.r?"),
+        ("training.epochs=1.5", "training.epochs: 1.5 is not allowed: a whole number is expected"),
+        ("training.batch_size=0", "training.batch_size: 0 is not allowed: expected greater than or equal to 1"),
+        ("training.learning_rate=fast", "training.learning_rate: 'fast' is not allowed: a number is expected"),
+        ("training.learning_rate=-1", "training.learning_rate: -1 is not allowed: expected greater than 0"),
+        ("training.learning_rate=.nan", "training.learning_rate: nan is not allowed"),
+        ("data.packing=2", "data.packing: 2 is not allowed: true or false is expected"),
+        ("model.quantization=int8", "model.quantization: 'int8' is not allowed: expected '4bit', '8bit' or 'none'"),
+        ("training=3", "training: 3 is not allowed: a section of keys is expected"),
+        ("data.train=", "data.train: None is not allowed: text is expected"),
+        ("tracking.experiment=no", "tracking.experiment: False is not allowed: text is expected (quote it"),
+        ("model.name=7e12345", "model.name: inf is not allowed: text is expected (quote it"),
+        ("lora={target_modules: []}", "lora.target_modules: [] is not allowed: it must not be empty"),
+        ("lora={dropout: 1}", "lora.dropout: 1 is not allowed: expected less than 1"),
+        ("training.patience=3 data.eval=null", "training.patience: needs data.eval"),
+        ("model.quantization=4bit", "model.quantization: 4bit weights cannot be trained themselves"),
+    ],
+)  # fmt: skip
+def test_a_wrong_override_is_named_with_what_is_allowed(override: str, expected: str) -> None:
+    overrides = override.split(" ") if "={" not in override else [override]
+    found = problems(*overrides)
+    assert any(line.startswith(f"command line: {expected}") for line in found), found
+
+
+def test_a_wrong_line_of_the_file_is_named_by_its_number(tmp_path: Path) -> None:
+    text = Path(SMOKE).read_text().replace("epochs: 40", "epochs: forty\n  epoch: 1")
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    line = text.splitlines().index("  epochs: forty") + 1
+    assert problems(path=str(file)) == [
+        f"{file}:{line}: training.epochs: 'forty' is not allowed: a whole number is expected",
+        f"{file}:{line + 1}: training.epoch: unknown key; did you mean training.epochs?",
+    ]
+
+
+def test_all_problems_are_reported_in_one_go() -> None:
+    found = problems("sed=1", "training.epochs=x", "model.dtype=int", "data.max_length=-1")
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "output_dir: missing, and has no default"),
+        ("[1, 2]", "a config is a mapping of keys to values"),
+        ("word", "word: unknown key"),
+        ("a: b: c", ":1: not valid YAML"),
+        ("seed: 1\nseed: 2", ":2: not valid YAML: found duplicate key"),
+        ("output_dir: ${oc.env:NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
+        ("a: !!python/object/apply:os.system [ls]", ":1: not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_config_says_why(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    found = problems(path=str(file))
+    assert any(expected in line for line in found), found
+    assert all(line.startswith(str(file)) for line in found)
+
+
+@pytest.mark.parametrize("argument", ["--lr=1", "lr", "=3", "seed"])
+def test_an_override_that_is_no_assignment_is_refused(argument: str) -> None:
+    assert "is not key=value" in problems(argument)[0]
+
+
+def test_a_missing_config_names_those_that_exist(refused) -> None:  # noqa: ANN001
+    lines = refused(scripts.train.main, str(ROOT / "configs/smok.yaml"))
+    assert "no such config file" in lines[0]
+    assert "smoke.yaml" in lines[0]
+
+
+def test_numbers_are_read_as_people_write_them() -> None:
+    config, _ = load_config(SMOKE, ["training.learning_rate=2e-4", "training.max_steps=1e3"])
+    assert (config.training.learning_rate, config.training.max_steps) == (2e-4, 1000)
+
+
+def test_lora_can_be_switched_on_and_off_from_the_command_line() -> None:
+    assert load_config(SMOKE, ["lora.r=8"])[0].lora.r == 8
+    assert load_config(ROOT / "configs/train.yaml", ["lora=null", "model.quantization=none"])[0].lora is None
+
+
+def test_a_secret_from_the_environment_is_never_written_down(monkeypatch, tmp_path: Path) -> None:  # noqa: ANN001
+    monkeypatch.setenv("SECRET_NAME", "hf_canary")
+    file = tmp_path / "c.yaml"
+    text = Path(SMOKE).read_text().replace("experiment: smoke", "experiment: ${oc.env:SECRET_NAME}")
+    file.write_text(text + "  run_name: ${tracking.experiment}\n")
+    config, plain = load_config(file)
+    assert config.tracking.run_name == "hf_canary"
+    assert "hf_canary" not in yaml.safe_dump(plain)
+    file.write_text(yaml.safe_dump(plain))
+    assert load_config(file)[0] == config, "what was written reads back as the same config"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["configs/smoke.yaml", "sed=1"], ["nothing.yaml"]])
+def test_help_and_config_errors_come_before_anything_heavy(arguments: list[str]) -> None:
+    # -X importtime lists every module that is imported, on stderr.
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "scripts/train.py"), *arguments],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == (0 if arguments == ["--help"] else 2)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "src.utils.errors" in imported
+    heavy = {"torch", "transformers", "peft", "bitsandbytes", "mlflow", "datasets", "pyarrow"}
+    assert not imported & heavy
+    assert "Traceback" not in done.stderr

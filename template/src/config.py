@@ -23,6 +23,8 @@ NotEmpty = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
+    """A group of keys; wrong types and unknown keys are errors."""
+
     # strict: `learning_rate: "fast"`, `batch_size: true` and an unquoted YAML `no` for a name
     # are errors, not silent conversions. forbid: a typo never becomes a default.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)

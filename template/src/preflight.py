@@ -48,9 +48,13 @@ def _model_problems(config: Config) -> list[str]:
     if not folder.is_dir():
         looks_local = model.name.startswith((".", "/", "~")) or model.name.count("/") > 1
         if looks_local or model.name.split("/")[0] in {"configs", "outputs"}:
-            problems.append(f"model.name: {model.name}: no such folder, and not a hub id (org/name)")
+            problems.append(
+                f"model.name: {model.name}: no such folder, and not a hub id (org/name)"
+            )
         elif model.init == "random":
-            problems.append(f"model.init: random needs a local folder with a config.json, not {model.name}")
+            problems.append(
+                f"model.init: random needs a local folder with a config.json, not {model.name}"
+            )
         return problems
     if (folder / "adapter_config.json").is_file():
         return [*problems, f"model.name: {model.name}: an adapter; name the base model instead"]
@@ -62,7 +66,11 @@ def _model_problems(config: Config) -> list[str]:
             "there with tokenizer.save_pretrained"
         )
     if model.init == "pretrained" and not any(folder.glob("*.safetensors")):
-        pickled = ", only pickled ones, which can run code: convert them" if any(folder.glob("*.bin")) else ""
+        pickled = (
+            ", only pickled ones, which can run code: convert them"
+            if any(folder.glob("*.bin"))
+            else ""
+        )
         problems.append(
             f"model.name: {model.name}: no safetensors weights in this folder{pickled}; "
             "model.init=random builds fresh ones"
@@ -91,5 +99,7 @@ def _output_problems(config: Config) -> list[str]:
             "training.resume=auto continues it, another output_dir=… starts anew"
         ]
     if resume not in {"never", "auto"} and not Path(from_root(resume), "manifest.json").is_file():
-        return [f"training.resume: {resume}: not a checkpoint (never, auto, or a checkpoint's folder)"]
+        return [
+            f"training.resume: {resume}: not a checkpoint (never, auto, or a checkpoint's folder)"
+        ]
     return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +13,14 @@ import pytest
 # Before any library reads them. Offline, so that a test that would download fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# Tokens are cached under HF_HOME: the user's own cache stays as it is.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
+os.environ["HF_HOME"] = _HF_HOME.name
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
-    # Tokens are cached under HF_HOME: the user's own cache stays as it is.
-    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+def _two_threads() -> None:
     import torch
 
     torch.set_num_threads(2)
@@ -55,7 +57,7 @@ def make_model(saved_model: Path, tokenizer) -> Callable:
     from src.config import LoraConfig, ModelConfig
     from src.models.model import load_model
 
-    def make(lora: bool = False, packing: bool = True, dtype=torch.float32, **model):  # noqa: ANN001, ANN202
+    def make(lora: bool = False, packing: bool = True, dtype=torch.float32, **model):
         torch.manual_seed(0)
         config = ModelConfig(name=str(saved_model), **model)
         adapters = LoraConfig(r=4, alpha=8) if lora else None

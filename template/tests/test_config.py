@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 
 import scripts.train
+from conftest import ROOT
 from src.config import load_config
 from src.utils.errors import UserError
 
@@ -100,7 +100,7 @@ def test_an_override_that_is_no_assignment_is_refused(argument: str) -> None:
     assert "is not key=value" in problems(argument)[0]
 
 
-def test_a_missing_config_names_those_that_exist(refused) -> None:  # noqa: ANN001
+def test_a_missing_config_names_those_that_exist(refused) -> None:
     lines = refused(scripts.train.main, str(ROOT / "configs/smok.yaml"))
     assert "no such config file" in lines[0]
     assert "smoke.yaml" in lines[0]
@@ -113,10 +113,13 @@ def test_numbers_are_read_as_people_write_them() -> None:
 
 def test_lora_can_be_switched_on_and_off_from_the_command_line() -> None:
     assert load_config(SMOKE, ["lora.r=8"])[0].lora.r == 8
-    assert load_config(ROOT / "configs/train.yaml", ["lora=null", "model.quantization=none"])[0].lora is None
+    assert (
+        load_config(ROOT / "configs/train.yaml", ["lora=null", "model.quantization=none"])[0].lora
+        is None
+    )
 
 
-def test_a_secret_from_the_environment_is_never_written_down(monkeypatch, tmp_path: Path) -> None:  # noqa: ANN001
+def test_a_secret_from_the_environment_is_never_written_down(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SECRET_NAME", "hf_canary")
     file = tmp_path / "c.yaml"
     text = Path(SMOKE).read_text().replace("experiment: smoke", "experiment: ${oc.env:SECRET_NAME}")
@@ -128,7 +131,9 @@ def test_a_secret_from_the_environment_is_never_written_down(monkeypatch, tmp_pa
     assert load_config(file)[0] == config, "what was written reads back as the same config"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["configs/smoke.yaml", "sed=1"], ["nothing.yaml"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["configs/smoke.yaml", "sed=1"], ["nothing.yaml"]]
+)
 def test_help_and_config_errors_come_before_anything_heavy(arguments: list[str]) -> None:
     # -X importtime lists every module that is imported, on stderr.
     done = subprocess.run(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import ROOT, chat
 from transformers import AutoTokenizer
 
+from conftest import ROOT, chat
 from src.data import IGNORE
 from src.data.batching import TokenBudgetSampler, collate_packed, collate_padded, pack
 from src.data.dataset import encode, load_tokens, stop_token_ids
@@ -19,7 +19,7 @@ CHATML = (
 
 
 @pytest.fixture
-def chatml():  # noqa: ANN201
+def chatml():
     """A tokenizer whose template closes turns with a token that is not its EOS, as Qwen's."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "configs/tiny")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
@@ -27,7 +27,7 @@ def chatml():  # noqa: ANN201
     return tokenizer
 
 
-def labelled_text(tokenizer, row: dict) -> str:  # noqa: ANN001
+def labelled_text(tokenizer, row: dict) -> str:
     ((ids, labels),) = encode([row], tokenizer)
     assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
     return tokenizer.decode([label for label in labels if label != IGNORE])
@@ -44,34 +44,34 @@ TWO_TURNS = {
 }
 
 
-def test_only_the_assistant_and_its_stop_token_carry_loss(tokenizer) -> None:  # noqa: ANN001
+def test_only_the_assistant_and_its_stop_token_carry_loss(tokenizer) -> None:
     assert labelled_text(tokenizer, TWO_TURNS) == "First answer.<|end|>Second answer.<|end|>"
 
 
-def test_a_template_without_generation_marks_is_masked_by_its_turns(chatml) -> None:  # noqa: ANN001
+def test_a_template_without_generation_marks_is_masked_by_its_turns(chatml) -> None:
     assert labelled_text(chatml, TWO_TURNS) == "First answer.<|im_end|>\nSecond answer.<|im_end|>\n"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(chatml) -> None:  # noqa: ANN001
+def test_a_template_that_rewrites_earlier_turns_is_refused(chatml) -> None:
     chatml.chat_template = "{% for m in messages %}{% if loop.last or m.role != 'assistant' %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     with pytest.raises(UserError, match=r"row 1: the chat template rewrites message 3"):
         encode([TWO_TURNS], chatml)
 
 
-def test_text_rows_carry_loss_everywhere_and_end_with_the_stop_token(tokenizer) -> None:  # noqa: ANN001
+def test_text_rows_carry_loss_everywhere_and_end_with_the_stop_token(tokenizer) -> None:
     ((ids, labels),) = encode([{"text": "Once upon"}], tokenizer)
     assert tokenizer.decode(ids) == "Once upon<|end|>"
     assert labels == [IGNORE, *ids[1:]], "nothing predicts the first token"
 
 
-def test_there_is_exactly_one_bos(tokenizer) -> None:  # noqa: ANN001
+def test_there_is_exactly_one_bos(tokenizer) -> None:
     for row in (TWO_TURNS, {"text": "Once"}):
         ((ids, _),) = encode([row], tokenizer)
         # This tokenizer adds none by itself; its template writes one.
         assert ids.count(tokenizer.bos_token_id) == ("messages" in row)
 
 
-def test_what_generation_is_given_is_a_prefix_of_what_was_trained(tokenizer) -> None:  # noqa: ANN001
+def test_what_generation_is_given_is_a_prefix_of_what_was_trained(tokenizer) -> None:
     messages = TWO_TURNS["messages"]
     ((ids, labels),) = encode([{"messages": messages[:3]}], tokenizer)
     prompt = tokenizer.apply_chat_template(
@@ -81,13 +81,13 @@ def test_what_generation_is_given_is_a_prefix_of_what_was_trained(tokenizer) -> 
     assert labels[len(prompt)] != IGNORE == labels[len(prompt) - 1]
 
 
-def test_generation_stops_where_the_template_ends_a_turn(chatml, tokenizer) -> None:  # noqa: ANN001
+def test_generation_stops_where_the_template_ends_a_turn(chatml, tokenizer) -> None:
     ids = stop_token_ids(chatml)
     assert ids == [chatml.eos_token_id, chatml.convert_tokens_to_ids("<|im_end|>")]
     assert stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
 
 
-def test_truncation_is_counted_and_rows_without_labels_are_left_out(tokenizer, write_rows) -> None:  # noqa: ANN001
+def test_truncation_is_counted_and_rows_without_labels_are_left_out(tokenizer, write_rows) -> None:
     rows = [chat("q", "a"), chat("q", "word " * 60), chat("long " * 60, "a")]
     data = load_tokens(write_rows(*rows), tokenizer, max_length=64)
     assert (len(data), data.truncated, data.dropped) == (2, 2, 1)
@@ -96,7 +96,9 @@ def test_truncation_is_counted_and_rows_without_labels_are_left_out(tokenizer, w
         load_tokens(write_rows(rows[2], name="long.jsonl"), tokenizer, max_length=64)
 
 
-def test_tokens_are_reused_until_rows_template_or_length_change(tokenizer, write_rows, monkeypatch) -> None:  # noqa: ANN001, E501
+def test_tokens_are_reused_until_rows_template_or_length_change(
+    tokenizer, write_rows, monkeypatch
+) -> None:
     import src.data.dataset as module
 
     calls = []

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import scripts.inference
 import scripts.train
+from conftest import ROOT
 from src.config import LoraConfig, ModelConfig
 from src.data import IGNORE
 from src.data.batching import collate_packed
@@ -30,7 +30,7 @@ def one_batch() -> dict:
     return collate_packed([(ids, ids)], 64, 64, pad_id=2)
 
 
-def adapter_gradients(model) -> dict[str, torch.Tensor]:  # noqa: ANN001
+def adapter_gradients(model) -> dict[str, torch.Tensor]:
     model.zero_grad()
     batch = one_batch()
     positions, targets = label_positions(batch["labels"])
@@ -40,14 +40,14 @@ def adapter_gradients(model) -> dict[str, torch.Tensor]:  # noqa: ANN001
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def randomise_adapters(model) -> None:  # noqa: ANN001
+def randomise_adapters(model) -> None:
     torch.manual_seed(1)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
 
 
-def test_4bit_layers_are_nf4_compute_in_bf16_and_train_adapters_only(make_model) -> None:  # noqa: ANN001
+def test_4bit_layers_are_nf4_compute_in_bf16_and_train_adapters_only(make_model) -> None:
     from bitsandbytes.nn import Linear4bit
 
     model = make_model(lora=True, quantization="4bit", dtype=torch.bfloat16)
@@ -62,7 +62,7 @@ def test_4bit_layers_are_nf4_compute_in_bf16_and_train_adapters_only(make_model)
     assert {p.dtype for p in norms} == {torch.bfloat16}, "not blown up to fp32"
 
 
-def test_4bit_gradients_are_the_same_after_an_evaluation(make_model) -> None:  # noqa: ANN001
+def test_4bit_gradients_are_the_same_after_an_evaluation(make_model) -> None:
     # bitsandbytes 0.50 repacks weights when a CPU evaluates, for a kernel without a backward.
     model = make_model(lora=True, quantization="4bit", dtype=torch.bfloat16)
     randomise_adapters(model)
@@ -74,7 +74,7 @@ def test_4bit_gradients_are_the_same_after_an_evaluation(make_model) -> None:  #
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_4bit_gradients_equal_those_of_the_dequantized_model(make_model) -> None:  # noqa: ANN001
+def test_4bit_gradients_equal_those_of_the_dequantized_model(make_model) -> None:
     import bitsandbytes.functional as bnb
 
     small = make_model(lora=True, quantization="4bit", dtype=torch.bfloat16)
@@ -94,7 +94,7 @@ def test_4bit_gradients_equal_those_of_the_dequantized_model(make_model) -> None
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_what_is_saved_loads_with_from_pretrained_and_says_the_same(
-    make_model, tokenizer, tmp_path: Path, lora: bool, saved_model: Path  # noqa: ANN001
+    make_model, tokenizer, tmp_path: Path, lora: bool, saved_model: Path
 ) -> None:  # fmt: skip
     model = make_model(lora=lora, packing=False)
     randomise_adapters(model)
@@ -113,7 +113,7 @@ def test_what_is_saved_loads_with_from_pretrained_and_says_the_same(
 
 
 def test_a_full_model_trains_in_fp32_and_is_saved_in_the_dtype_it_computes_in(
-    make_model, tokenizer, tmp_path: Path  # noqa: ANN001
+    make_model, tokenizer, tmp_path: Path
 ) -> None:  # fmt: skip
     model = make_model(dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -122,10 +122,14 @@ def test_a_full_model_trains_in_fp32_and_is_saved_in_the_dtype_it_computes_in(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
 
 
-def test_a_batch_of_prompts_gets_the_answers_each_gets_alone(make_model, tokenizer) -> None:  # noqa: ANN001
+def test_a_batch_of_prompts_gets_the_answers_each_gets_alone(make_model, tokenizer) -> None:
     model = make_model()
     model.train()
-    prompts = ["Hi", "A much longer question than the first one was", [{"role": "user", "content": "x"}]]
+    prompts = [
+        "Hi",
+        "A much longer question than the first one was",
+        [{"role": "user", "content": "x"}],
+    ]
     together = generate(model, tokenizer, prompts, max_length=8)
     alone = [generate(model, tokenizer, prompt, max_length=8) for prompt in prompts]
     assert together == alone
@@ -133,13 +137,17 @@ def test_a_batch_of_prompts_gets_the_answers_each_gets_alone(make_model, tokeniz
     assert model.config._attn_implementation == "varlen", "put back as it was"
 
 
-def test_generation_counts_new_tokens_and_returns_no_prompt(make_model, tokenizer, monkeypatch) -> None:  # noqa: ANN001, E501
+def test_generation_counts_new_tokens_and_returns_no_prompt(
+    make_model, tokenizer, monkeypatch
+) -> None:
     model = make_model(packing=False)
     answer = tokenizer("some answer", return_tensors="pt")["input_ids"]
     asked = {}
 
     def stub(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
-        asked.update(options, length=input_ids.shape[1], inference=torch.is_inference_mode_enabled())
+        asked.update(
+            options, length=input_ids.shape[1], inference=torch.is_inference_mode_enabled()
+        )
         return torch.cat([input_ids, answer], dim=1)
 
     monkeypatch.setattr(model, "generate", stub)
@@ -149,25 +157,27 @@ def test_generation_counts_new_tokens_and_returns_no_prompt(make_model, tokenize
     assert asked["eos_token_id"] == [tokenizer.eos_token_id]
 
 
-def test_gradient_checkpointing_covers_every_nth_layer(make_model) -> None:  # noqa: ANN001
+def test_gradient_checkpointing_covers_every_nth_layer(make_model) -> None:
     model = make_model(gradient_checkpointing=True, every_n_layers=2)
     assert sum(getattr(m, "gradient_checkpointing", False) for m in model.model.layers) == 2
 
 
-def gpt2(tmp_path: Path, tokenizer) -> Path:  # noqa: ANN001
+def gpt2(tmp_path: Path, tokenizer) -> Path:
     config = GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=128)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     return tmp_path / "gpt2"
 
 
-def test_another_architecture_with_dropout_falls_back_to_masked_attention(tmp_path, tokenizer) -> None:  # noqa: ANN001
+def test_another_architecture_with_dropout_falls_back_to_masked_attention(
+    tmp_path, tokenizer
+) -> None:
     config = ModelConfig(name=str(gpt2(tmp_path, tokenizer)))
     model = load_model(config, None, tokenizer, CPU, torch.float32, packing=True)
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_layers_that_carry_state_are_not_packed(tmp_path: Path, tokenizer) -> None:  # noqa: ANN001
+def test_layers_that_carry_state_are_not_packed(tmp_path: Path, tokenizer) -> None:
     from transformers import MambaConfig
 
     folder = tmp_path / "mamba"
@@ -177,23 +187,19 @@ def test_layers_that_carry_state_are_not_packed(tmp_path: Path, tokenizer) -> No
         load_model(ModelConfig(name=str(folder)), None, tokenizer, CPU, torch.float32, packing=True)
 
 
-def test_a_model_without_linear_layers_cannot_be_quantized(tmp_path: Path, tokenizer, monkeypatch) -> None:  # noqa: ANN001
+def test_a_model_without_linear_layers_cannot_be_quantized(make_model, tokenizer, monkeypatch):
     import bitsandbytes.nn as bnb
 
-    class Never(torch.nn.Module): ...
+    from src.models.model import _check_loaded
 
-    folder = gpt2(tmp_path, tokenizer)
-    monkeypatch.setattr(bnb, "Linear4bit", Never)
-    monkeypatch.setattr(bnb, "Linear8bitLt", Never)
-    with pytest.raises(UserError, match=r"model.quantization: .* has no layer that bitsandbytes"):
-        config = ModelConfig(name=str(folder), quantization="none")
-        from src.models import model as module
-
-        loaded = load_model(config, None, tokenizer, CPU, torch.float32, packing=True)
-        module._check_loaded(loaded, config.model_copy(update={"quantization": "4bit"}), tokenizer, True)
+    monkeypatch.setattr(bnb, "Linear4bit", torch.nn.Conv3d)  # as if none had been replaced
+    monkeypatch.setattr(bnb, "Linear8bitLt", torch.nn.Conv3d)
+    config = ModelConfig(name="org/odd", quantization="4bit")
+    with pytest.raises(UserError, match=r"model.quantization: org/odd has no layer that bitsandby"):
+        _check_loaded(make_model(), config, tokenizer, packing=True)
 
 
-def test_target_modules_that_match_nothing_are_named(saved_model: Path, tokenizer) -> None:  # noqa: ANN001
+def test_target_modules_that_match_nothing_are_named(saved_model: Path, tokenizer) -> None:
     with pytest.raises(UserError, match=r"lora.target_modules: .*nothing_like_it"):
         load_model(
             ModelConfig(name=str(saved_model)), LoraConfig(target_modules=["nothing_like_it"]),
@@ -224,8 +230,8 @@ def broken(saved_model: Path, tmp_path: Path, remove: str = "", **config: object
         ("", {"quantization_config": {"quant_method": "gptq"}}, "model.quantization=4bit", "is quantized already (gptq)"),
     ],
 )  # fmt: skip
-def test_a_model_folder_that_lacks_something_is_refused_before_loading(  # noqa: PLR0913
-    saved_model, tmp_path, refused, remove, config, override, expected  # noqa: ANN001
+def test_a_model_folder_that_lacks_something_is_refused_before_loading(
+    saved_model, tmp_path, refused, remove, config, override, expected
 ) -> None:  # fmt: skip
     folder = broken(saved_model, tmp_path, remove, **config)
     output = tmp_path / "run"
@@ -249,7 +255,7 @@ def test_a_model_folder_that_lacks_something_is_refused_before_loading(  # noqa:
         (["training.resume=outputs/none"], "training.resume: outputs/none: not a checkpoint"),
     ],
 )  # fmt: skip
-def test_what_cannot_run_is_refused_in_one_line(tmp_path, refused, overrides, expected) -> None:  # noqa: ANN001
+def test_what_cannot_run_is_refused_in_one_line(tmp_path, refused, overrides, expected) -> None:
     if "device=cuda" in overrides and torch.cuda.is_available():
         pytest.skip("this machine has a GPU, so device=cuda is right here")
     output = tmp_path / "run"
@@ -261,7 +267,7 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, refused, overrides, ex
     assert not output.exists()
 
 
-def test_a_gated_model_says_where_to_ask_and_where_the_token_goes(monkeypatch) -> None:  # noqa: ANN001
+def test_a_gated_model_says_where_to_ask_and_where_the_token_goes(monkeypatch) -> None:
     from src.models import model as module
 
     def refuse(*_: object, **__: object) -> None:
@@ -272,7 +278,7 @@ def test_a_gated_model_says_where_to_ask_and_where_the_token_goes(monkeypatch) -
         module.load_tokenizer(ModelConfig(name="org/gated"))
 
 
-def test_code_from_a_model_repository_is_not_run(saved_model, tmp_path, refused) -> None:  # noqa: ANN001
+def test_code_from_a_model_repository_is_not_run(saved_model, tmp_path, refused) -> None:
     marker = tmp_path / "executed"
     folder = broken(
         saved_model, tmp_path, model_type="custom",
@@ -294,7 +300,7 @@ def test_code_from_a_model_repository_is_not_run(saved_model, tmp_path, refused)
         (lambda folder: folder, "not a saved model; did you mean"),
     ],
 )
-def test_inference_refuses_what_is_no_model(tmp_path, refused, make, expected) -> None:  # noqa: ANN001
+def test_inference_refuses_what_is_no_model(tmp_path, refused, make, expected) -> None:
     (tmp_path / "final").mkdir()
     assert expected in refused(scripts.inference.main, str(make(tmp_path)), "hi")[0]
 

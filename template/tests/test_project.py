@@ -24,7 +24,9 @@ def test_no_conflict_of_an_update_is_left() -> None:
     marker = re.compile(rb"^(<{7} |={7}\r?$|>{7} )", re.MULTILINE)
     files = tracked_files()
     assert not [name for name in files if name.endswith(".rej")]
-    conflicted = [name for name in files if len(set(marker.findall((ROOT / name).read_bytes()))) > 1]
+    conflicted = [
+        name for name in files if len(set(marker.findall((ROOT / name).read_bytes()))) > 1
+    ]
     assert not conflicted, "settle these, then `uv lock` if uv.lock is among them"
 
 

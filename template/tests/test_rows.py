@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, chat
 
 import scripts.train
+from conftest import ROOT, chat
 from src.data.rows import check_source, read_rows
 from src.utils.errors import UserError
 
@@ -37,7 +37,7 @@ GOOD = chat("question", "answer")
         ({"text": ""}, "`text` is empty"),
     ],
 )  # fmt: skip
-def test_a_bad_row_is_named_by_file_line_and_reason(write_rows, bad, reason: str) -> None:  # noqa: ANN001
+def test_a_bad_row_is_named_by_file_line_and_reason(write_rows, bad, reason: str) -> None:
     file = write_rows(GOOD, "", bad, GOOD)
     with pytest.raises(UserError) as error:
         check_source("data.train", file)
@@ -45,7 +45,7 @@ def test_a_bad_row_is_named_by_file_line_and_reason(write_rows, bad, reason: str
     assert error.value.problems[0].startswith(f"{file}:3: {reason}"), error.value.problems
 
 
-def test_all_bad_rows_are_reported_up_to_a_limit(write_rows) -> None:  # noqa: ANN001
+def test_all_bad_rows_are_reported_up_to_a_limit(write_rows) -> None:
     with pytest.raises(UserError) as error:
         list(read_rows(write_rows(*[{"x": 1}] * 50)))
     assert len(error.value.problems) == 21
@@ -70,7 +70,7 @@ def test_an_empty_or_missing_file_is_refused(tmp_path: Path, name: str) -> None:
         check_source("data.train", str(tmp_path / name))
 
 
-def test_the_same_rows_come_from_every_format(tmp_path: Path, write_rows) -> None:  # noqa: ANN001
+def test_the_same_rows_come_from_every_format(tmp_path: Path, write_rows) -> None:
     rows = [{"prompt": f"q, {n}", "completion": f'a "{n}"\nb'} for n in range(3)]
     expected = list(read_rows(write_rows(*rows)))
     (tmp_path / "r.json").write_text(json.dumps(rows))
@@ -99,7 +99,7 @@ def test_a_broken_parquet_file_says_so(tmp_path: Path) -> None:
 
 
 def test_a_run_with_bad_input_reports_everything_and_writes_nothing(
-    tmp_path: Path, write_rows, refused  # noqa: ANN001
+    tmp_path: Path, write_rows, refused
 ) -> None:  # fmt: skip
     output = tmp_path / "run"
     lines = refused(

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, chat
 
 import scripts.inference
 import scripts.train
+from conftest import ROOT, chat
 from src.config import load_config
 
-QUESTION, ANSWER = "What does LoRA train?", "Two small matrices per layer, whose product is added to the frozen weight."
+QUESTION, ANSWER = (
+    "What does LoRA train?",
+    "Two small matrices per layer, whose product is added to the frozen weight.",
+)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -26,18 +29,20 @@ def metrics(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory) -> Path:  # noqa: ANN001
+def smoke(tmp_path_factory) -> Path:
     """The smoke run as README tells it, tracked in a database of its own."""
     folder = tmp_path_factory.mktemp("smoke")
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
     try:
-        scripts.train.main([str(ROOT / "configs/smoke.yaml"), f"output_dir={folder / 'run'}", "device=cpu"])
+        scripts.train.main(
+            [str(ROOT / "configs/smoke.yaml"), f"output_dir={folder / 'run'}", "device=cpu"]
+        )
     finally:
         del os.environ["MLFLOW_TRACKING_URI"]
     return folder / "run"
 
 
-def test_the_smoke_run_memorises_its_sample_and_answers(smoke: Path, capsys) -> None:  # noqa: ANN001
+def test_the_smoke_run_memorises_its_sample_and_answers(smoke: Path, capsys) -> None:
     scripts.inference.main([str(smoke / "final"), QUESTION, "Say hello."])
     assert capsys.readouterr().out.splitlines() == [ANSWER, "Hello! I am a very small model."]
 
@@ -70,14 +75,16 @@ def test_mlflow_has_the_parameters_and_metrics_of_the_run(smoke: Path) -> None:
     assert [(p.step, p.value) for p in history] == [(m["step"], m["loss"]) for m in metrics(smoke)]
 
 
-def test_a_second_run_in_the_same_folder_is_refused(smoke: Path, refused) -> None:  # noqa: ANN001
+def test_a_second_run_in_the_same_folder_is_refused(smoke: Path, refused) -> None:
     before = {p: p.stat().st_mtime_ns for p in smoke.rglob("*")}
     (line,) = refused(scripts.train.main, str(ROOT / "configs/smoke.yaml"), f"output_dir={smoke}")
     assert "holds a run already" in line
     assert {p: p.stat().st_mtime_ns for p in smoke.rglob("*")} == before
 
 
-def test_qlora_on_a_saved_model_trains_and_its_adapter_answers(smoke, train, capsys, write_rows) -> None:  # noqa: ANN001
+def test_qlora_on_a_saved_model_trains_and_its_adapter_answers(
+    smoke, train, capsys, write_rows
+) -> None:
     rows = write_rows(*[chat(f"What is the code of {n}?", "It is seven.") for n in "abcd"])
     folder = train(
         f"model.name={smoke / 'final'}", "model.init=pretrained", "model.quantization=4bit",
@@ -91,7 +98,7 @@ def test_qlora_on_a_saved_model_trains_and_its_adapter_answers(smoke, train, cap
     assert capsys.readouterr().out.strip() == "It is seven."
 
 
-def test_a_stopped_run_ends_in_the_same_weights_as_one_that_was_not(train) -> None:  # noqa: ANN001
+def test_a_stopped_run_ends_in_the_same_weights_as_one_that_was_not(train) -> None:
     options = ["training.max_steps=10", "training.save_every=5", "training.log_every=5"]
     straight = train(*options, output="straight")
     twice = train(*options, output="twice")
@@ -109,12 +116,19 @@ def test_a_stopped_run_ends_in_the_same_weights_as_one_that_was_not(train) -> No
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_step_and_says_how_to_resume(tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_saves_the_step_and_says_how_to_resume(
+    tmp_path: Path, number: int, code: int
+) -> None:
     output = tmp_path / "run"
     config = yaml.safe_load((ROOT / "configs/smoke.yaml").read_text())
     config["output_dir"] = str(output)
     config["tracking"] = {"enabled": False}
-    config["training"] |= {"epochs": 10000, "save_every": 100000, "log_every": 1, "scheduler": "constant"}
+    config["training"] |= {
+        "epochs": 10000,
+        "save_every": 100000,
+        "log_every": 1,
+        "scheduler": "constant",
+    }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "scripts/train.py"), str(tmp_path / "c.yaml"), "device=cpu"],

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import chat
 from torch.utils.data import DataLoader
 
+from conftest import chat
 from src.data import IGNORE
 from src.data.batching import TokenBudgetSampler, collate_packed, collate_padded, make_loader
 from src.data.dataset import load_tokens
@@ -21,26 +21,28 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def data(tokenizer, write_rows):  # noqa: ANN001, ANN201
+def data(tokenizer, write_rows):
     """Twelve documents of very different lengths and label counts."""
     rows = [chat("why? " * (n % 5), "because " * (1 + n * n % 11)) for n in range(12)]
     return load_tokens(write_rows(*rows), tokenizer, max_length=64)
 
 
-def packed(data, indices: list[int], budget: int = 256) -> dict:  # noqa: ANN001
+def packed(data, indices: list[int], budget: int = 256) -> dict:
     return collate_packed(data.documents(indices), budget, 64, pad_id=2)
 
 
-def padded(data, indices: list[int]) -> dict:  # noqa: ANN001
+def padded(data, indices: list[int]) -> dict:
     return collate_padded(data.documents(indices), 64, pad_id=2)
 
 
-def gradients(model, window: list[dict]) -> torch.Tensor:  # noqa: ANN001
+def gradients(model, window: list[dict]) -> torch.Tensor:
     """The gradient that train_step hands to the optimizer, as one vector."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
-    train_step(model, tuple(window), optimizer, None, CPU, None, torch.float32, find_plain_head(model))
+    train_step(
+        model, tuple(window), optimizer, None, CPU, None, torch.float32, find_plain_head(model)
+    )
     after = [p for p in model.parameters() if p.requires_grad]
     return torch.cat([(b - a).flatten() for b, a in zip(before, after, strict=True)]).detach()
 
@@ -50,7 +52,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_accumulating_microbatches_equals_one_big_batch(make_model, data, lora: bool) -> None:  # noqa: ANN001
+def test_accumulating_microbatches_equals_one_big_batch(make_model, data, lora: bool) -> None:
     # In double precision: 1e-6 then is far above rounding and far below any wrong weighting.
     model = make_model(lora=lora, packing=False).double()
     if lora:  # B starts at zero, and with it A's gradient
@@ -66,12 +68,21 @@ def test_accumulating_microbatches_equals_one_big_batch(make_model, data, lora: 
 @pytest.mark.parametrize("attention", ["varlen", "sdpa", "eager"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_documents_equal_separate_ones(make_model, data, attention, mode, checkpointing) -> None:  # noqa: ANN001, E501
+def test_packed_documents_equal_separate_ones(
+    make_model, data, attention, mode, checkpointing
+) -> None:
     model = make_model(attention=attention, gradient_checkpointing=checkpointing)
     alone = make_model(attention="sdpa", packing=False)
     getattr(model, mode)()
     row = packed(data, [3, 1, 4, 0])
-    keys = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    keys = (
+        "input_ids",
+        "position_ids",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+    )
     logits = model(**{k: row[k] for k in keys}, use_cache=False).logits[0]
     at = 0
     for ids, _ in data.documents([3, 1, 4, 0]):
@@ -80,14 +91,14 @@ def test_packed_documents_equal_separate_ones(make_model, data, attention, mode,
         at += len(ids)
 
 
-def test_packed_and_padded_training_give_the_same_gradient(make_model, data) -> None:  # noqa: ANN001
+def test_packed_and_padded_training_give_the_same_gradient(make_model, data) -> None:
     everything = list(range(8))
     in_rows = gradients(make_model(packing=False), [padded(data, everything)])
     in_one = gradients(make_model(), [packed(data, everything, budget=512)])
     assert relative(in_one, in_rows) < 1e-5
 
 
-def test_evaluation_of_packed_rows_equals_documents_one_by_one(make_model, data) -> None:  # noqa: ANN001
+def test_evaluation_of_packed_rows_equals_documents_one_by_one(make_model, data) -> None:
     batches = [packed(data, [0, 1, 2]), packed(data, [3, 4, 5, 6])]
     found = evaluate(make_model(), batches, CPU, torch.float32)
     model, total, count = make_model(packing=False), 0.0, 0
@@ -103,7 +114,7 @@ def test_evaluation_of_packed_rows_equals_documents_one_by_one(make_model, data)
 
 @pytest.mark.parametrize("labels", [0, 1, 127, 128, 300])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_chunked_loss_equals_the_full_one(monkeypatch, labels: int, bias: bool) -> None:  # noqa: ANN001
+def test_the_chunked_loss_equals_the_full_one(monkeypatch, labels: int, bias: bool) -> None:
     import src.training.loss as module
 
     monkeypatch.setattr(module, "CHUNK", 64)
@@ -122,7 +133,9 @@ def test_the_chunked_loss_equals_the_full_one(monkeypatch, labels: int, bias: bo
             positions, targets = label_positions(label)
             loss = module._ChunkedCrossEntropy.apply(h[positions.clamp(max=399)], w, b, targets)
         else:
-            loss = F.cross_entropy(F.linear(h, w, b), label[0, 1:], reduction="sum", ignore_index=IGNORE)
+            loss = F.cross_entropy(
+                F.linear(h, w, b), label[0, 1:], reduction="sum", ignore_index=IGNORE
+            )
         (3 * loss).backward()
         return [loss.detach().double(), *(x.grad for x in leaves)]
 
@@ -131,12 +144,12 @@ def test_the_chunked_loss_equals_the_full_one(monkeypatch, labels: int, bias: bo
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_that_is_more_than_a_linear_layer_is_noticed(make_model, data) -> None:  # noqa: ANN001
+def test_a_head_that_is_more_than_a_linear_layer_is_noticed(make_model, data) -> None:
     model = make_model()
     assert find_plain_head(model) is not None
     plain, scaled = model.forward, 0.5
 
-    def forward(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+    def forward(*args, **kwargs):
         output = plain(*args, **kwargs)
         output.logits = output.logits * scaled
         return output
@@ -152,17 +165,19 @@ def test_a_head_that_is_more_than_a_linear_layer_is_noticed(make_model, data) ->
     assert find_plain_head(model) is None
 
 
-def test_a_window_without_labels_changes_nothing_and_is_no_nan(make_model, data) -> None:  # noqa: ANN001
+def test_a_window_without_labels_changes_nothing_and_is_no_nan(make_model, data) -> None:
     model = make_model()
     before = [p.clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
-    result = train_step(model, (packed(data, []),), optimizer, None, CPU, 1.0, torch.float32, find_plain_head(model))
+    result = train_step(
+        model, (packed(data, []),), optimizer, None, CPU, 1.0, torch.float32, find_plain_head(model)
+    )
     assert (result.labelled, result.loss.item()) == (0, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_step_that_is_not_finite_is_not_taken(make_model, data, fused: bool) -> None:  # noqa: ANN001
+def test_a_step_that_is_not_finite_is_not_taken(make_model, data, fused: bool) -> None:
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     good = [packed(data, [n]) for n in range(3)]
@@ -176,7 +191,7 @@ def test_a_step_that_is_not_finite_is_not_taken(make_model, data, fused: bool) -
     assert all(torch.isfinite(v).all() for v in states)
 
 
-def test_twenty_losses_equal_those_of_the_transformers_trainer(make_model, data, tmp_path) -> None:  # noqa: ANN001
+def test_twenty_losses_equal_those_of_the_transformers_trainer(make_model, data, tmp_path) -> None:
     from transformers import Trainer, TrainingArguments
 
     batches = [padded(data, [n % 12, (5 * n + 1) % 12]) for n in range(40)]
@@ -198,7 +213,10 @@ def test_twenty_losses_equal_those_of_the_transformers_trainer(make_model, data,
         disable_tqdm=True, train_sampling_strategy="sequential",
     )  # fmt: skip
     trainer = Trainer(
-        make_model(packing=False), arguments, train_dataset=rows, data_collator=lambda items: items[0]
+        make_model(packing=False),
+        arguments,
+        train_dataset=rows,
+        data_collator=lambda items: items[0],
     )
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -206,7 +224,7 @@ def test_twenty_losses_equal_those_of_the_transformers_trainer(make_model, data,
     assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_train_epoch_takes_plain_batches_and_learns(make_model, data) -> None:  # noqa: ANN001
+def test_train_epoch_takes_plain_batches_and_learns(make_model, data) -> None:
     model = make_model(packing=False)
     rows = [{k: padded(data, [n])[k][0] for k in ("input_ids", "labels")} for n in range(12)]
     loader = DataLoader(rows, batch_size=4)
@@ -215,7 +233,7 @@ def test_train_epoch_takes_plain_batches_and_learns(make_model, data) -> None:  
     assert losses[-1] < 0.8 * losses[0], losses
 
 
-def test_fp16_uses_the_scaler_and_bf16_does_not(make_model, data) -> None:  # noqa: ANN001
+def test_fp16_uses_the_scaler_and_bf16_does_not(make_model, data) -> None:
     for dtype, enabled in [(torch.float16, True), (torch.bfloat16, False)]:
         model = make_model(packing=False)
         scaler = torch.amp.GradScaler("cpu", enabled=enabled, init_scale=2.0**10, growth_interval=1)
@@ -226,7 +244,7 @@ def test_fp16_uses_the_scaler_and_bf16_does_not(make_model, data) -> None:  # no
         assert not torch.equal(before, model.lm_head.weight)
 
 
-def test_batches_of_the_loader_carry_the_rows_they_hold(data) -> None:  # noqa: ANN001
+def test_batches_of_the_loader_carry_the_rows_they_hold(data) -> None:
     sampler = TokenBudgetSampler(data.lengths, 64, 4, packing=True, seed=0)
     loader = make_loader(data, sampler, 2, 64, 4, packing=True, num_workers=1)
     batches = list(loader)

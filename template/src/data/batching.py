@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,14 +96,14 @@ def pack(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[list[int]]
     return rows
 
 
-class _Batches(Dataset):
+class _Batches(Dataset[tuple[list[int], list]]):
     """Hands a whole batch of documents to the collator in one read of the Arrow file."""
 
     def __init__(self, dataset: TokenDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, indices: list[int]) -> tuple[list[int], list]:
-        return indices, self.dataset.documents(indices)
+    def __getitem__(self, index: list[int]) -> tuple[list[int], list]:
+        return index, self.dataset.documents(index)
 
 
 def make_loader(
@@ -117,7 +118,7 @@ def make_loader(
 ) -> DataLoader:
     """A loader of ready batches; see `collate_packed` and `collate_padded` for their shapes."""
 
-    def collate(item: tuple[list[int], list]) -> dict:
+    def collate(item: Any) -> dict:
         indices, documents = item
         if packing:
             batch = collate_packed(documents, batch_size * max_length, max_length, pad_id)
@@ -142,9 +143,9 @@ def collate_packed(documents: list, budget: int, max_length: int, pad_id: int) -
     Returns:
         input_ids, labels, position_ids of shape (1, budget); positions restart at every
         document. cu_seq_lens_q and _k, int32: where documents begin, then the budget, repeated
-        up to a power of two. max_length_q and _k: the longest document there can be. `tokens` and `labelled`: real
-        tokens and labels that carry loss, as plain numbers, so that counting them needs no
-        synchronisation with the GPU.
+        up to a power of two. max_length_q and _k: the longest document there can be. `tokens`
+        and `labelled`: real tokens and labels that carry loss, as plain numbers, so that
+        counting them needs no synchronisation with the GPU.
     """
     ids = np.full(budget, pad_id, dtype=np.int64)
     labels = np.full(budget, IGNORE, dtype=np.int64)

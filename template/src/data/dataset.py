@@ -203,17 +203,16 @@ def _render(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tup
         text = (prefix or "") + row["text"] + tokenizer.eos_token
         return text, [(0, len(text))]
     messages = row["messages"]
-    template = tokenizer.chat_template
+    template = str(tokenizer.chat_template)
     if re.search(r"\{%-?\s*generation\s*-?%\}", template):
         from transformers.utils.chat_template_utils import render_jinja_template
 
         # The template's author marks what the assistant says; only this function tells where.
-        texts, spans = render_jinja_template(
-            [messages],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
+        options: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        rendered: Any = render_jinja_template(
+            [messages], chat_template=template, return_assistant_tokens_mask=True, **options
         )
+        texts, spans = rendered
         return texts[0], spans[0]
     return _render_by_prefix(messages, tokenizer)
 
@@ -224,9 +223,7 @@ def _render_by_prefix(
     """Find each assistant's turn as what it adds to the rendering of the turns before it."""
 
     def text_of(count: int, prompt: bool) -> str:
-        return tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=prompt
-        )
+        return chat_text(tokenizer, messages[:count], prompt)
 
     whole, spans = text_of(len(messages), prompt=False), []
     for number, message in enumerate(messages):
@@ -244,6 +241,17 @@ def _render_by_prefix(
     return whole, spans
 
 
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool
+) -> str:
+    """The conversation as the chat template writes it."""
+    return str(
+        tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    )
+
+
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: the tokenizer's EOS and the template's end of turn.
 
@@ -254,7 +262,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.chat_template:
         word = "answer"
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = chat_text(tokenizer, messages, add_generation_prompt=False)
         after = tokenizer(text.rpartition(word)[2], add_special_tokens=False)["input_ids"]
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         if after and after[0] in special and after[0] not in ids:

@@ -89,7 +89,9 @@ def _raw_rows(source: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
         ".parquet": _parquet_rows,
     }
     if path.suffix not in readers:
-        raise UserError(f"{source}: {path.suffix or 'a folder'} is not one of {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"{source}: {path.suffix or 'a folder'} is not one of {', '.join(SUFFIXES)}"
+        )
     try:
         yield from readers[path.suffix](path, source, problems)
     except UnicodeDecodeError as error:

@@ -8,6 +8,8 @@ variable-length flash attention (no flash-attn package), on a CPU document by do
 from __future__ import annotations
 
 import inspect
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ def varlen_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
+    max_length_q: int = 0,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document of a packed row.
@@ -59,11 +61,19 @@ def varlen_attention(
     return out, None
 
 
-def _attend_on_gpu(query, key, value, cu_seq_lens, max_length, scaling, sliding_window):  # noqa: ANN001, ANN202
+def _attend_on_gpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    max_length: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
-    options = {}
+    options: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options["enable_gqa"] = True
@@ -71,7 +81,7 @@ def _attend_on_gpu(query, key, value, cu_seq_lens, max_length, scaling, sliding_
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     # (left, right): torch counts the tokens before this one, transformers counts this one too.
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    out = varlen_attn(
+    out: Any = varlen_attn(
         *(q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length),
         scale=scaling,
         window_size=window,
@@ -80,10 +90,18 @@ def _attend_on_gpu(query, key, value, cu_seq_lens, max_length, scaling, sliding_
     return out[None]
 
 
-def _attend_on_cpu(query, key, value, cu_seq_lens, max_length, scaling, sliding_window):  # noqa: ANN001, ANN202
+def _attend_on_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    max_length: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
     bounds = cu_seq_lens.tolist()
     pieces = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         if start == end:
             continue
         q, k, v = (x[:, :, start:end] for x in (query, key, value))

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from src.data.dataset import stop_token_ids
+from src.data.dataset import chat_text, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
 Prompt = str | list[dict[str, str]]
-
-
-@overload
-def generate(model, tokenizer, prompt: str, max_length: int = 256, **options) -> str: ...  # noqa: ANN001, ANN003
-@overload
-def generate(model, tokenizer, prompt: list[Prompt], max_length: int = 256, **options) -> list[str]: ...  # noqa: ANN001, ANN003
 
 
 @torch.inference_mode()
@@ -53,7 +47,7 @@ def generate(
         The completion without the prompt and special tokens; a list of them for a list.
     """
     single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], dict))
-    prompts = [prompt] if single else list(prompt)
+    prompts: list[Any] = [prompt] if single else list(prompt)
     if not prompts:
         return []
     texts = [_as_text(p, tokenizer, raw) for p in prompts]
@@ -69,16 +63,19 @@ def generate(
         add_special_tokens=as_text,
         return_token_type_ids=False,
     ).to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     with _inference_state(model):
-        output = model.generate(
+        complete: Any = model.generate
+        output = complete(
             **inputs,  # (prompts, prompt length) and its mask
             max_new_tokens=max_length,
             eos_token_id=stop_token_ids(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
             streamer=streamer,
-            **(sampling if temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None}),
+            **sampling,
         )
     new = output[:, inputs["input_ids"].shape[1] :]  # (prompts, new tokens)
     answers = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -90,11 +87,11 @@ def _as_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, raw: bool) -> s
         if raw or tokenizer.chat_template is None:
             return prompt
         prompt = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return chat_text(tokenizer, prompt, add_generation_prompt=True)
 
 
 @contextmanager
-def _inference_state(model: PreTrainedModel) -> Iterator[None]:
+def _inference_state(model: PreTrainedModel) -> Generator[None]:
     """Evaluation mode and an attention that understands padding and a cache; both put back."""
     training, attention = model.training, model.config._attn_implementation
     model.eval()

@@ -6,10 +6,10 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -70,7 +70,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             resolve_name(config.name), trust_remote_code=config.trust_remote_code
         )
-    if not tokenizer.is_fast:
+    if tokenizer is None or not tokenizer.is_fast:
         raise UserError(f"model.name: {config.name}: needs a fast tokenizer (a tokenizer.json)")
     if tokenizer.eos_token is None:
         raise UserError(f"model.name: {config.name}: its tokenizer has no EOS token to stop at")
@@ -157,7 +157,8 @@ def _quantization(kind: str) -> Any:
 def _check_loaded(
     model: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, packing: bool
 ) -> None:
-    rows = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
             f"model.name: {config.name}: its tokenizer has {len(tokenizer)} tokens but the model "
@@ -177,7 +178,7 @@ def _check_loaded(
         for layer in layers:
             # On CPUs with AVX512-BF16 the first evaluation repacks the weights for a kernel
             # that has no backward, for good: training goes on with wrong gradients.
-            layer.support_avx512bf16_for_cpu = False
+            setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010
     if packing and not isolates_documents(model):
         raise UserError(
             f"data.packing: {model.config.model_type} has layers that carry state from one packed "
@@ -211,7 +212,7 @@ def _add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     try:
         with _without_warnings():
             # The adapters are made in fp32 (autocast_adapter_dtype), the base stays as it is.
-            return peft.get_peft_model(model, adapter)
+            return cast(PreTrainedModel, peft.get_peft_model(model, adapter))
     except ValueError as error:
         raise UserError(f"lora.target_modules: {str(error).splitlines()[0]}") from None
 
@@ -237,15 +238,15 @@ def _compile_layers(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
-    """peft 0.21 asks transformers 5.23 by a name that is deprecated: nothing a user can mend."""
+def _without_warnings() -> Generator[None]:
+    """Peft 0.21 asks transformers 5.23 by a name that is deprecated: nothing a user can mend."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
 
 
 @contextmanager
-def lean_adapters(model: PreTrainedModel) -> Iterator[None]:
+def lean_adapters(model: PreTrainedModel) -> Generator[None]:
     """Keep PEFT from casting each adapter's input to fp32: autocast does what is needed.
 
     The casts are saved for the backward pass: 6.98 instead of 5.98 MiB a token on an 8B model.
@@ -293,7 +294,7 @@ def save_model(
 
 
 @contextmanager
-def _explained(config: ModelConfig) -> Iterator[None]:
+def _explained(config: ModelConfig) -> Generator[None]:
     """Turn the many ways in which loading fails into one line that says what to do."""
     name = config.name
     try:
@@ -348,13 +349,17 @@ def load_trained(
     adapter_file = folder / "adapter_config.json"
     name = str(folder.resolve())
     if adapter_file.is_file():
-        name = base or json.loads(adapter_file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        name = (
+            base or json.loads(adapter_file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        )
     if quantization is None:
         quantization = trained.get("quantization", "none") if adapter_file.is_file() else "none"
-    config = ModelConfig(
-        name=name,
-        quantization=quantization,
-        trust_remote_code=trained.get("trust_remote_code", False),
+    config = ModelConfig.model_validate(
+        {
+            "name": name,
+            "quantization": quantization,
+            "trust_remote_code": trained.get("trust_remote_code", False),
+        }
     )
     with _explained(config):
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -372,4 +377,4 @@ def load_trained(
 
             with _without_warnings():
                 model = PeftModel.from_pretrained(model, folder)
-    return model.eval(), tokenizer
+    return cast(PreTrainedModel, model.eval()), cast(PreTrainedTokenizerBase, tokenizer)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from src.utils.errors import UserError
 from src.utils.files import new_folder
@@ -40,16 +41,14 @@ class TrainState:
 class Training:
     """Everything that changes while training, which is exactly what a checkpoint holds."""
 
-    model: nn.Module
+    model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     state: TrainState
 
 
-def save_checkpoint(
-    training: Training, folder: Path, identity: dict[str, Any], keep: int
-) -> Path:
+def save_checkpoint(training: Training, folder: Path, identity: dict[str, Any], keep: int) -> Path:
     """Write `folder/step-N`, then prune: the newest `keep` stay, and the best one.
 
     Args:

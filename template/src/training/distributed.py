@@ -7,7 +7,7 @@ them every function here does nothing, at no cost.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -25,7 +25,7 @@ def is_main() -> bool:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Generator[None]:
     """Join the other processes, if there are any."""
     if WORLD_SIZE == 1:
         yield
@@ -67,7 +67,7 @@ def sum_gradients(model: nn.Module) -> None:
         if p.grad is None:  # a rank whose batch was all filler
             p.grad = torch.zeros_like(p)
     for dtype in {p.dtype for p in trained}:
-        grads = [p.grad for p in trained if p.dtype == dtype]
+        grads = [p.grad for p in trained if p.grad is not None and p.dtype == dtype]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         for grad, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):

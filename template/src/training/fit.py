@@ -208,8 +208,6 @@ class _Interval:
             "labelled_tokens_per_second": labelled / seconds,
             "filler_share": 1 - tokens / processed,
             "data_wait_share": sum(r.waited for r in results) / seconds,
-            "non_finite_rows": [
-                r.rows for v, r in zip(values, results, strict=True) if not v[2]
-            ],
+            "non_finite_rows": [r.rows for v, r in zip(values, results, strict=True) if not v[2]],
             "unlabelled_steps": sum(not r.labelled for r in results),
         }

@@ -79,7 +79,9 @@ def find_plain_head(model: nn.Module) -> PlainHead | None:
     Some models scale or cap their logits (Gemma 2, Granite, Cohere) or adapt the head. Rather
     than know them by name, compare both ways on eight tokens.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(model, "peft_config"):
+        base = base.get_base_model()
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     backbone = getattr(base, "base_model", base)
     if type(head) is not nn.Linear or backbone is base:
@@ -110,36 +112,46 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets):  # noqa: ANN001, ANN205
-        needs = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+    ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs[0] else None
+        grad_hidden = grad_weight = grad_bias = None
+        if hidden.requires_grad:
+            grad_hidden = torch.empty_like(hidden)
         # fp32: thousands of rows are added up, which bf16 would round at each step.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
+        if weight.requires_grad:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        if bias is not None and bias.requires_grad:
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
             h, target = hidden[rows], targets[rows]
             logits = F.linear(h, weight, bias).float()  # (chunk, vocabulary)
             total += F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
-            if not any(needs):
+            if grad_hidden is None and grad_weight is None and grad_bias is None:
                 continue
             delta = logits.softmax(-1)  # d loss / d logits = softmax - one_hot
             real = target != IGNORE
             delta.scatter_add_(1, target.clamp(min=0)[:, None], -real.to(delta.dtype)[:, None])
             delta *= real[:, None]
-            if needs[0]:
+            if grad_hidden is not None:
                 grad_hidden[rows] = F.linear(delta.to(h.dtype), weight.T).to(h.dtype)
-            if needs[1]:
+            if grad_weight is not None:
                 grad_weight += F.linear(delta.T.to(h.dtype), h.T).float()
-            if needs[2]:
+            if grad_bias is not None:
                 grad_bias += delta.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, *upstreams: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (upstream,) = upstreams
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (

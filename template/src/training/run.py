@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from src.models.model import (
     load_tokenizer,
     pick_device,
     pick_dtype,
-    resolve_name,
     save_model,
 )
 from src.training import distributed
@@ -70,6 +70,15 @@ def run(config: Config, plain: dict[str, Any], command: list[str]) -> Path:
         return _Run(config, plain, command, device, output).run()
 
 
+@dataclass
+class _Source:
+    """Rows to train or evaluate on, and how they are walked."""
+
+    loader: DataLoader
+    sampler: TokenBudgetSampler
+    data: TokenDataset
+
+
 class _Run:
     def __init__(
         self, config: Config, plain: dict[str, Any], command: list[str], device: torch.device,
@@ -85,25 +94,35 @@ class _Run:
         transformers_logging.disable_progress_bar()
         set_seed(config.seed, config.deterministic)
         tokenizer = load_tokenizer(config.model)
-        train_loader, train_data = self._load(config.data.train, tokenizer, shuffle=True)
-        eval_loader, eval_data = self._load_eval(tokenizer)
+        train = self._load(config.data.train, tokenizer, shuffle=True)
+        # What is overfitted is what must be learnt: evaluate on it too.
+        other = config.data.train if config.training.overfit else config.data.eval
+        evaluation = self._load(other, tokenizer, shuffle=False) if other else None
         model = load_model(
             config.model, config.lora, tokenizer, self.device, self.dtype, config.data.packing
         )
-        total_steps = self._total_steps(train_loader)
+        total_steps = self._total_steps(train.sampler)
         training = self._training(model, total_steps)
-        identity = self._identity(train_data)
+        identity = self._identity(train.data)
         self._resume(training, identity)
-        self._describe(model, tokenizer, train_data, eval_data, train_loader, total_steps)
+        self._describe(model, tokenizer, train, evaluation, total_steps)
         self._begin_output(training.state.step)
         tracker = self._tracker(training.state)
         recorder = self._recorder(tracker, total_steps, training.state.step)
         status = "FAILED"
         try:
             Fit(
-                training, train_loader, eval_loader, config.training, self.device, self.dtype,
-                total_steps, recorder, self.checkpoints, identity,
-            ).run()  # fmt: skip
+                training,
+                train.loader,
+                evaluation.loader if evaluation else None,
+                config.training,
+                self.device,
+                self.dtype,
+                total_steps,
+                recorder,
+                self.checkpoints,
+                identity,
+            ).run()
             final = self._save_final(model, tokenizer)
             status = "FINISHED"
         except Interrupted as stop:
@@ -117,9 +136,7 @@ class _Run:
         self._summary(final)
         return final
 
-    def _load(
-        self, source: str, tokenizer: PreTrainedTokenizerBase, shuffle: bool
-    ) -> tuple[DataLoader, TokenDataset]:
+    def _load(self, source: str, tokenizer: PreTrainedTokenizerBase, shuffle: bool) -> _Source:
         data, training = self.config.data, self.config.training
         dataset = load_tokens(source, tokenizer, data.max_length, training.overfit)
         sampler = TokenBudgetSampler(
@@ -142,18 +159,11 @@ class _Run:
             data.num_workers,
             pin_memory=self.device.type == "cuda",
         )
-        return loader, dataset
+        return _Source(loader, sampler, dataset)
 
-    def _load_eval(
-        self, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[DataLoader | None, TokenDataset | None]:
-        data = self.config.data
-        source = data.train if self.config.training.overfit else data.eval
-        return self._load(source, tokenizer, shuffle=False) if source else (None, None)
-
-    def _total_steps(self, loader: DataLoader) -> int:
+    def _total_steps(self, sampler: TokenBudgetSampler) -> int:
         settings = self.config.training
-        per_epoch = -(-len(loader.sampler) // settings.gradient_accumulation_steps)
+        per_epoch = -(-len(sampler) // settings.gradient_accumulation_steps)
         return min(per_epoch * settings.epochs, settings.max_steps or per_epoch * settings.epochs)
 
     def _training(self, model: PreTrainedModel, total_steps: int) -> Training:
@@ -213,26 +223,25 @@ class _Run:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        train: TokenDataset,
-        evaluation: TokenDataset | None,
-        loader: DataLoader,
+        source: _Source,
+        evaluation: _Source | None,
         total_steps: int,
     ) -> None:
         """The arithmetic of the run, before step 1."""
-        config, settings = self.config, self.config.training
+        config, settings, train = self.config, self.config.training, source.data
         trainable, total = count_parameters(model)
         how = "random weights" if config.model.init == "random" else config.model.quantization
         how = {"none": "not quantized"}.get(how, how)
         kind = "all weights" if config.lora is None else f"LoRA r={config.lora.r}"
         tokens = int(train.lengths.sum())
-        real = tokens / (len(loader.sampler.batches) * settings.batch_size * config.data.max_length)
+        real = tokens / (len(source.sampler.batches) * settings.batch_size * config.data.max_length)
         window = (
             f"{settings.batch_size} x {config.data.max_length} tokens x "
             f"{settings.gradient_accumulation_steps} accumulated x {distributed.WORLD_SIZE} "
             f"process{'es' * (distributed.WORLD_SIZE > 1)}"
         )
         fill = f", {real:.1%} of them real" if config.data.packing else ", padded"
-        per_epoch = -(-len(loader.sampler) // settings.gradient_accumulation_steps)
+        per_epoch = -(-len(source.sampler) // settings.gradient_accumulation_steps)
         say(f"model      {config.model.name}, {how}: {kind} trained, {trainable:,} of {total:,}")
         say(
             f"           {str(self.dtype).removeprefix('torch.')} on {self.device.type}, "
@@ -241,7 +250,7 @@ class _Run:
         say(
             f"data       {len(train):,} rows, {tokens:,} tokens, "
             f"{train.labelled_tokens:,} labelled ({train.labelled_tokens / tokens:.0%})"
-            + (f"; {len(evaluation):,} rows to evaluate on" if evaluation else "")
+            + (f"; {len(evaluation.data):,} rows to evaluate on" if evaluation else "")
         )
         for count, what in (
             (train.truncated, f"cut at data.max_length={config.data.max_length}"),
@@ -281,7 +290,9 @@ class _Run:
         if distributed.is_main():
             with new_folder(final) as folder:
                 save_model(model, tokenizer, folder, self.dtype)
-                write_text(folder / "training_config.yaml", (self.output / "config.yaml").read_text())
+                write_text(
+                    folder / "training_config.yaml", (self.output / "config.yaml").read_text()
+                )
             plot_loss(self.output / "metrics.jsonl", self.output / "loss.png")
         distributed.barrier()
         return final
@@ -320,14 +331,14 @@ def _show_labels(dataset: TokenDataset, tokenizer: PreTrainedTokenizerBase) -> s
     pairs = zip(ids.tolist(), (labels != IGNORE).tolist(), strict=True)
     shown = ""
     for labelled, run_of in groupby(pairs, key=lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _ in run_of])
+        text = str(tokenizer.decode([token for token, _ in run_of]))
         shown += f"[{text}]" if labelled else text
     shown = shown.replace("\n", "\\n")
     return shown if len(shown) <= 300 else f"{shown[:300]} …"
 
 
 @contextmanager
-def _only_run_in(output: Path) -> Iterator[None]:
+def _only_run_in(output: Path) -> Generator[None]:
     """Hold the output folder: a second run in it would write into the first one's files."""
     if not distributed.is_main():
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from types import FrameType
+from typing import Any
 
 from src.training import distributed
 from src.utils.errors import EXIT_SIGINT, EXIT_SIGTERM
@@ -15,7 +16,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._received: int = 0
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -60,7 +60,7 @@ class Tracker:
 
     def close(self, status: str = "FINISHED") -> None:
         """Send what is queued and end the run as FINISHED, FAILED or KILLED."""
-        self._queue.put(lambda: self._client.set_terminated(self.run_id, status))
+        self._queue.put(lambda: self._client.set_terminated(str(self.run_id), status))
         self._queue.put(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
@@ -117,7 +117,7 @@ class Tracker:
 
         if step > self._last_step:
             points = [Metric(k, v, timestamp, step) for k, v in numbers.items() if k != "step"]
-            self._client.log_batch(self.run_id, metrics=points)
+            self._client.log_batch(str(self.run_id), metrics=points)
 
 
 def tracking_uri() -> str:

@@ -149,7 +149,7 @@ def train_step(
     if scaler:
         scaler.unscale_(optimizer)
     trained = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained])
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
     finite = torch.isfinite(loss)
@@ -182,8 +182,7 @@ def _update(
     elif optimizer.defaults.get("fused"):
         # The kernel reads this flag on the device and leaves weights and moments alone: no
         # synchronisation. It is how GradScaler talks to fused optimizers too.
-        optimizer.found_inf = (~finite).float()
-        optimizer.grad_scale = None
+        vars(optimizer).update(found_inf=(~finite).float(), grad_scale=None)
         optimizer.step()
     elif bool(finite):
         optimizer.step()

@@ -36,6 +36,6 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
     torch.use_deterministic_algorithms(True)
     # use_deterministic_algorithms fills every torch.empty with NaN by default: slow, and only
     # useful to find reads of uninitialised memory.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

@@ -1,0 +1,206 @@
+"""Hostile answers: refused in one line with nothing written, or rendered as the same text."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers import copy, render, run
+
+# Text that is YAML, TOML, Jinja, OmegaConf or shell to whoever forgets to quote it.
+AS_TEXT = [
+    'says "hello"',
+    "it's ''' quoted \"\"\"",
+    r"back\slash \n \u0041 \N{DASH} \\",
+    "🦙 👩‍💻 🏴󠁧󠁢󠁥󠁮󠁧󠁿 émigré 日本語 العربية",
+    "{{ 7 * 7 }} {% raw %} {# no #} ${oc.env:HOME} $(id) `id` %(here)s",
+    '", dependencies = ["evil"] #',
+    "]]> </p> <script>alert(1)</script> | & ; ../..",
+    "- item: [a, b] #comment",
+    "&anchor *alias !!python/object:os.system",
+    *("no", "null", "~", "1e3", "007", "2026-01-01", "0x1f", "---", "...", "=", "@", "#"),
+]
+REFUSED_LINES = {
+    "empty": "",
+    "blank": " ",
+    "leading blank": " text",
+    "trailing blank": "text ",
+    "no-break space at the end": "text\u00a0",
+    "newline": "one\ntwo",
+    "newline at the end": "text\n",
+    "an index injected as TOML": 'text"\n[[tool.uv.index]]\nurl = "http://127.0.0.1"\nname = "x',
+    "carriage return": "one\rtwo",
+    "tab": "one\ttwo",
+    "escape sequence": "\x1b[31mred",
+    "null": "one\x00two",
+    "delete": "one\x7ftwo",
+    "next line": "one\x85two",
+    "line separator": "one\u2028two",
+    "paragraph separator": "one\u2029two",
+    "right-to-left override": "one\u202etwo",
+    "bidi isolate": "one\u2066two",
+    "zero-width space": "one\u200btwo",
+    "byte order mark": "\ufefftext",
+    "lone surrogate": "one\udcfftwo",
+    "not a character": "one\uffffttwo",
+    "too long": "x" * 201,
+}
+REFUSED_NAMES = [
+    *(
+        "",
+        " ",
+        "My-Finetune",
+        "my_finetune",
+        "my finetune",
+        "my.finetune",
+        "my-finetune\n",
+        "ünïcode",
+    ),
+    *(
+        "-my",
+        "my-",
+        "my--finetune",
+        "2-fast",
+        "..",
+        ".",
+        "../up",
+        "a/b",
+        "🦙",
+        "x" * 65,
+        'a"b',
+        "{{a}}",
+    ),
+    *("torch", "transformers", "huggingface-hub", "pytest", "ruff", "json", "email", "asyncio"),
+    *("src", "tests", "scripts", "configs", "data"),
+]
+REFUSED = {
+    "description": REFUSED_LINES,
+    "user_name": REFUSED_LINES,
+    "project_name": {name: name for name in REFUSED_NAMES},
+    "user_email": {
+        answer: answer
+        for answer in (
+            *(
+                "ada",
+                "ada@",
+                "@example.org",
+                "ada@example",
+                "ada@example.org\n",
+                " ada@example.org",
+            ),
+            *(
+                "ada@exa mple.org",
+                'a"@example.org',
+                "a,b@example.org",
+                "<ada@example.org>",
+                "ä@b.org",
+            ),
+        )
+    },
+    "github_user": {
+        answer: answer
+        for answer in (*("..", ".", "a/b", "a b", "ada\n", "-ada", "ada-", 'a"b', "🦙"), "x" * 101)
+    },
+    "base_model": {
+        answer: answer
+        for answer in (
+            *(
+                "",
+                " ",
+                " a/b",
+                "a/b ",
+                "a/b\n",
+                'a"b',
+                "a'b",
+                "${oc.env:HF_TOKEN}",
+                "{{ a }}",
+                "a\u202eb",
+            ),
+            *("--option", "a#b", "a,b", "a=b", "x" * 201),
+        )
+    },
+    "copyright_year": {answer: answer for answer in ("", "26", "20266", "2026\n", "MMXX", "٢٠٢٦")},
+    "license": {answer: answer for answer in ("", "WTFPL", "mit", "none")},
+    "quantization": {answer: answer for answer in ("", "int8", "4", "None")},
+    "ci": {answer: answer for answer in ("", "GitHub Actions", "jenkins", "None")},
+}
+CASES = [
+    pytest.param(question, answer, id=f"{question}-{title}".encode("unicode_escape").decode())
+    for question, answers in REFUSED.items()
+    for title, answer in answers.items()
+]
+
+
+@pytest.mark.parametrize(("question", "answer"), CASES)
+def test_a_senseless_answer_is_refused(question: str, answer: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=question):
+        render(tmp_path / "project", **{question: answer})
+    assert not (tmp_path / "project").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("project_name=torch", "question 'project_name': is taken: torch"),
+        ("project_name=..", "question 'project_name': must be lower-case"),
+        ('description=x"\n[[tool.uv.index]]', "question 'description': must be one line"),
+        ("user_name=", "question 'user_name': must not be empty"),
+        ("base_model=${oc.env:HF_TOKEN}", "question 'base_model': must be a hub id"),
+        ("license=WTFPL", "Invalid choice for 'license': 'WTFPL'"),
+    ],
+)
+def test_the_command_line_ends_with_the_reason(answer: str, reason: str, tmp_path: Path) -> None:
+    output = copy(tmp_path / "project", "--data", answer, code=1).stderr
+    assert reason in output.splitlines()[-1]
+    assert not (tmp_path / "project").exists()
+
+
+@pytest.mark.parametrize("text", AS_TEXT)
+def test_any_other_text_is_rendered_as_it_is(text: str, tmp_path: Path) -> None:
+    project = render(tmp_path, description=text, user_name=text, license="MIT")
+    metadata = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    answers = yaml.safe_load((project / ".copier-answers.yml").read_text())
+    assert metadata["description"] == metadata["authors"][0]["name"] == text
+    assert answers["description"] == answers["user_name"] == text
+    assert (
+        f"Copyright (c) {answers['copyright_year']} {text}\n" in (project / "LICENSE").read_text()
+    )
+
+
+def test_text_from_the_command_line_is_rendered_as_it_is(tmp_path: Path) -> None:
+    text = AS_TEXT[0] + AS_TEXT[3] + AS_TEXT[4]
+    copy(tmp_path / "project", "--data", f"description={text}")
+    metadata = tomllib.loads((tmp_path / "project/pyproject.toml").read_text())["project"]
+    assert metadata["description"] == text
+
+
+@pytest.mark.parametrize("text", [AS_TEXT[0], AS_TEXT[2], AS_TEXT[3], AS_TEXT[5]])
+def test_a_project_with_odd_text_builds_and_keeps_its_lock(text: str, tmp_path: Path) -> None:
+    project = render(tmp_path / "project", description=text, user_name=text, user_email="a@b.org")
+    run("uv", "lock", "--check", "--offline", cwd=project)
+    run("uv", "build", "--wheel", "--offline", "--out-dir", tmp_path, cwd=project)
+
+
+@pytest.mark.parametrize(
+    "model", ["gpt2", "Qwen/Qwen3-8B", "../models/my model", "~/m", "C:/m", "no"]
+)
+def test_a_model_reaches_the_configuration_as_text(model: str, tmp_path: Path) -> None:
+    project = render(tmp_path, base_model=model)
+    config = yaml.safe_load((project / "configs/train.yaml").read_text())
+    assert config["model"]["name"] == model
+
+
+@pytest.mark.parametrize("name", ["a", "llama-for-law", "torch-finetune", "x2", "null", "copier"])
+def test_a_sensible_name_is_accepted(name: str, tmp_path: Path) -> None:
+    project = render(tmp_path / "project", project_name=name)
+    assert tomllib.loads((project / "pyproject.toml").read_text())["project"]["name"] == name
+    run("uv", "lock", "--check", "--offline", cwd=project)
+
+
+@pytest.mark.parametrize("ci", ["github", "gitlab", "none"])
+def test_the_repository_is_linked_where_it_will_be_hosted(ci: str, tmp_path: Path) -> None:
+    project = render(tmp_path, github_user="ada", ci=ci)
+    urls = tomllib.loads((project / "pyproject.toml").read_text())["project"]["urls"]
+    host = "gitlab" if ci == "gitlab" else "github"
+    assert urls == {"Repository": f"https://{host}.com/ada/my-finetune"}

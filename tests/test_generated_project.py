@@ -1,0 +1,59 @@
+"""A rendered project, installed and used as its owner would: it passes its own checks, and answers."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from helpers import SETTINGS, offline, render, run
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A default project, committed and installed from its lock."""
+    folder = render(tmp_path_factory.mktemp("installed") / "my-finetune")
+    run("git", "init", "-q", "-b", "main", cwd=folder)
+    run("git", "add", "-A", cwd=folder)
+    run("git", "commit", "-q", "-m", "Render template", cwd=folder)
+    run("uv", "sync", "--locked", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tested(installed: Path) -> Path:
+    """The same project, after its own tests have passed."""
+    run(*offline(), "uv", "run", "--no-sync", "pytest", "-q", cwd=installed)
+    return installed
+
+
+@pytest.mark.parametrize("command", ["ruff check", "ruff format --check", "ty check"])
+def test_a_fresh_project_passes_its_own_checks(command: str, installed: Path) -> None:
+    run(*offline(), "uv", "run", "--no-sync", *command.split(), cwd=installed)
+
+
+def test_a_fresh_project_passes_its_own_tests_offline(tested: Path) -> None:
+    assert tested.exists()
+
+
+def test_running_the_tests_leaves_nothing_to_commit(tested: Path) -> None:
+    assert run("git", "status", "--porcelain", cwd=tested).stdout == ""
+
+
+def test_the_package_is_importable_from_anywhere(installed: Path, tmp_path: Path) -> None:
+    python = installed / ".venv/bin/python"
+    found = run(python, "-c", "import src.data; print(src.__file__)", cwd=tmp_path).stdout.strip()
+    assert Path(found) == installed / "src/__init__.py"
+
+
+def test_the_message_after_a_copy_ends_with_the_right_answer(tmp_path: Path) -> None:
+    project = render(tmp_path / "my-finetune")
+    blocks = re.findall(r"(?:^    .+\n)+", SETTINGS["_message_after_copy"], re.MULTILINE)
+    commands = [line.strip() for line in blocks[0].splitlines()][1:]  # all but the `cd`
+    question = shlex.split(commands[-1])[-1]
+    rows = [json.loads(line) for line in (project / "data/sample.jsonl").open()]
+    chats = [row["messages"] for row in rows if "messages" in row]
+    answers = [chat[-1]["content"] for chat in chats if chat[0]["content"] == question]
+    output = run("bash", "-euc", "\n".join(commands), cwd=project).stdout
+    assert output.splitlines()[-1] in answers

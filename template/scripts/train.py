@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from src.utils.environment import PROJECT_ROOT, load_environment
-from src.utils.errors import UserError, run_script
+from src.utils.errors import run_script
 
 USAGE = """\
 usage: uv run scripts/train.py [CONFIG] [key=value ...]
@@ -35,13 +35,9 @@ def main(arguments: list[str]) -> None:
     if sys.stderr.isatty():
         print("loading torch …", end="\r", file=sys.stderr, flush=True)
 
-    from src.training.fit import Diverged
     from src.training.run import run
 
-    try:
-        run(config, plain, arguments)
-    except Diverged as error:
-        raise UserError(str(error)) from None
+    run(config, plain, arguments)
 
 
 if __name__ == "__main__":

@@ -115,10 +115,7 @@ def test_a_stopped_run_ends_in_the_same_weights_as_one_that_was_not(train) -> No
     assert first == second
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_step_and_says_how_to_resume(
-    tmp_path: Path, number: int, code: int
-) -> None:
+def test_sigterm_saves_the_step_and_says_how_to_resume(tmp_path: Path) -> None:
     output = tmp_path / "run"
     config = yaml.safe_load((ROOT / "configs/smoke.yaml").read_text())
     config["output_dir"] = str(output)
@@ -137,9 +134,9 @@ def test_a_signal_saves_the_step_and_says_how_to_resume(
     while process.poll() is None and not (output / "metrics.jsonl").exists():
         time.sleep(0.1)
     time.sleep(0.5)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
+    assert process.returncode == 143, errors
     last = metrics(output)[-1]["step"]
     assert f"after step {last} of" in errors
     assert "training.resume=auto" in errors

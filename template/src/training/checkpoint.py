@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from src.utils.errors import UserError
+from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder
 
 MANIFEST = "manifest.json"
@@ -58,11 +59,30 @@ def save_checkpoint(training: Training, folder: Path, identity: dict[str, Any], 
         keep: how many of the newest to keep, at least 1.
 
     Raises:
-        OSError: the disk is full, for one; the checkpoints before are untouched.
+        RunError: it could not be written, e.g. to a full disk; those before are untouched.
     """
     path = folder / f"step-{training.state.step:08d}"
     if path.exists():  # saved by the loop, and now again by a signal
         return path
+    try:
+        _write_checkpoint(training, path, identity)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save on a full disk says "unexpected pos 704 vs 598": say what is the matter.
+        free = shutil.disk_usage(folder).free / 2**30
+        needed = _size(training) / 2**30
+        why = (
+            f"the disk is full: it takes about {needed:.2f} GiB and {free:.2f} are free"
+            if free < needed
+            else str(error).splitlines()[0]
+        )
+        newest, _ = newest_checkpoint(folder)
+        left = f"{newest.name} before it is whole" if newest else "there is none before it"
+        raise RunError(f"{path}: this checkpoint could not be written: {why}; {left}") from error
+    prune(folder, keep, training.state.best_step)
+    return path
+
+
+def _write_checkpoint(training: Training, path: Path, identity: dict[str, Any]) -> None:
     with new_folder(path) as temporary:
         # contiguous().clone(): safetensors refuses views and shared storage.
         weights = {k: v.detach().contiguous() for k, v in _trained(training.model).items()}
@@ -79,8 +99,6 @@ def save_checkpoint(training: Training, folder: Path, identity: dict[str, Any], 
         record = {"state": asdict(training.state), "identity": identity}
         (temporary / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         _write_manifest(temporary)
-    prune(folder, keep, training.state.best_step)
-    return path
 
 
 def load_checkpoint(training: Training, path: Path, device: torch.device) -> None:
@@ -171,6 +189,13 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _size(training: Training) -> int:
+    """Bytes of the weights that train and of the optimizer's state."""
+    state = [v for s in training.optimizer.state.values() for v in s.values()]
+    tensors = [t for t in state if isinstance(t, torch.Tensor)]
+    return sum(t.nbytes for t in [*_trained(training.model).values(), *tensors])
 
 
 def _write_manifest(folder: Path) -> None:

@@ -17,12 +17,8 @@ from src.training.loss import PlainHead, find_plain_head
 from src.training.recorder import Recorder
 from src.training.signals import StopSignal
 from src.training.trainer import StepResult, autocast, evaluate, train_steps
-from src.utils.errors import Interrupted
+from src.utils.errors import Interrupted, RunError
 from src.utils.memory import gpu_memory
-
-
-class Diverged(Exception):
-    """The loss or a gradient became NaN or infinite."""
 
 
 class Fit:
@@ -57,7 +53,8 @@ class Fit:
 
         Raises:
             Interrupted: after a signal, with the state saved.
-            Diverged: a loss or gradient was not finite and `on_non_finite` is `stop`.
+            RunError: a loss or gradient was not finite and `on_non_finite` is `stop`, or a
+                checkpoint could not be written.
         """
         model, state, sampler = self.training.model, self.training.state, self.train_loader.sampler
         with lean_adapters(model), autocast(self.device, self.dtype):
@@ -120,7 +117,7 @@ class Fit:
         for rows in metrics.pop("non_finite_rows"):
             state.skipped += 1
             if self.settings.on_non_finite == "stop":
-                raise Diverged(
+                raise RunError(
                     f"step {state.step}: the loss or a gradient is not finite; the step was not "
                     f"taken. Its batches held rows {rows} of data.train (counted from 0). "
                     "Lower training.learning_rate, mend the rows, or go on without such steps "
@@ -159,6 +156,8 @@ class Fit:
 
     def _save(self) -> None:
         if distributed.is_main():
+            if self.recorder and self.recorder.tracker:
+                self.training.state.tracking_run = self.recorder.tracker.run_id
             save_checkpoint(
                 self.training, self.checkpoints, self.identity, self.settings.keep_checkpoints
             )

@@ -31,6 +31,7 @@ from src.models.model import (
     save_model,
 )
 from src.training import distributed
+from src.training.advice import explain_out_of_memory
 from src.training.checkpoint import (
     Training,
     TrainState,
@@ -44,7 +45,7 @@ from src.training.optimizer import make_optimizer, make_scheduler
 from src.training.recorder import Recorder, plot_loss, read_metrics, rewind_metrics
 from src.training.tracking import Tracker, tracking_uri
 from src.utils.environment import from_root
-from src.utils.errors import Interrupted, UserError
+from src.utils.errors import Interrupted, RunError, UserError
 from src.utils.files import new_folder, write_text
 from src.utils.seed import set_seed
 
@@ -105,6 +106,7 @@ class _Run:
         training = self._training(model, total_steps)
         identity = self._identity(train.data)
         self._resume(training, identity)
+        resumed_at = training.state.step
         self._describe(model, tokenizer, train, evaluation, total_steps)
         self._begin_output(training.state.step)
         tracker = self._tracker(training.state)
@@ -123,8 +125,11 @@ class _Run:
                 self.checkpoints,
                 identity,
             ).run()
-            final = self._save_final(model, tokenizer)
+            final = self._save_final(model, tokenizer, resumed_at, training.state.step)
             status = "FINISHED"
+        except torch.OutOfMemoryError:
+            message = explain_out_of_memory(config, model, training.optimizer)
+            raise RunError(message) from None
         except Interrupted as stop:
             status = "KILLED"
             raise Interrupted(f"{stop}\nresume: {self._resume_command()}", stop.exit_code) from None
@@ -285,14 +290,17 @@ class _Run:
         recorder.advance(step)
         return recorder
 
-    def _save_final(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    def _save_final(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, resumed: int, step: int
+    ) -> Path:
         final = self.output / "final"
-        if distributed.is_main():
+        if distributed.is_main() and not (final.exists() and resumed == step):
+            if final.exists():  # a finished run that goes on: its first result stays too
+                final.rename(self.output / f"final-step-{resumed:08d}")
             with new_folder(final) as folder:
                 save_model(model, tokenizer, folder, self.dtype)
-                write_text(
-                    folder / "training_config.yaml", (self.output / "config.yaml").read_text()
-                )
+                config = (self.output / "config.yaml").read_text(encoding="utf-8")
+                write_text(folder / "training_config.yaml", config)
             plot_loss(self.output / "metrics.jsonl", self.output / "loss.png")
         distributed.barrier()
         return final

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_SIGINT = 130  # 128 + the signal's number, as a shell reports it
 EXIT_SIGTERM = 143
@@ -21,6 +22,13 @@ class UserError(Exception):
         super().__init__("\n".join(problems))
 
 
+class RunError(Exception):
+    """A run that cannot go on: a full disk, no memory left, a loss that is not a number.
+
+    What was saved before stays whole. Scripts print the message and exit with code 1.
+    """
+
+
 class Interrupted(Exception):
     """A run stopped by a signal after its state was saved.
 
@@ -34,13 +42,16 @@ class Interrupted(Exception):
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run a script's `main` on the command line's arguments; exit 2 on a `UserError`."""
+    """Run a script's `main` on the command line's arguments; its errors become exit codes."""
     try:
         main(sys.argv[1:])
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)

@@ -1,12 +1,14 @@
 """Hostile answers: refused in one line with nothing written, or rendered as the same text."""
 
+import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from copier import run_copy, run_update
 
-from helpers import copy, render, run
+from helpers import copy, render, run, snapshot
 
 # Text that is YAML, TOML, Jinja, OmegaConf or shell to whoever forgets to quote it.
 AS_TEXT = [
@@ -204,3 +206,19 @@ def test_the_repository_is_linked_where_it_will_be_hosted(ci: str, tmp_path: Pat
     urls = tomllib.loads((project / "pyproject.toml").read_text())["project"]["urls"]
     host = "gitlab" if ci == "gitlab" else "github"
     assert urls == {"Repository": f"https://{host}.com/ada/my-finetune"}
+
+
+def test_a_name_that_a_later_lock_takes_stays_with_its_project(tmp_path: Path) -> None:
+    template, project = tmp_path / "template", tmp_path / "project"
+    shutil.copytree(snapshot().name, template)
+    run("git", "tag", "1.0", cwd=template)
+    run_copy(str(template), project, data={"project_name": "llama"}, defaults=True, quiet=True)
+    for command in ("init -q -b main", "add -A", "commit -q -m Render"):
+        run("git", *command.split(), cwd=project)
+    with (template / "includes/reserved_names.txt").open("a") as names:
+        names.write("llama\n")
+    run("git", "commit", "-q", "-a", "-m", "Reserve a name", cwd=template)
+    run("git", "tag", "2.0", cwd=template)
+    run_update(project, defaults=True, overwrite=True, quiet=True)
+    answers = yaml.safe_load((project / ".copier-answers.yml").read_text())
+    assert (answers["project_name"], answers["_commit"]) == ("llama", "2.0")

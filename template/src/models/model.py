@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -139,8 +138,6 @@ def load_model(
 def _quantization(kind: str) -> Any:
     if kind == "none":
         return None
-    # It warns that a CPU kernel from the hub is missing, which nothing here needs.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers import BitsAndBytesConfig
 
     if kind == "8bit":

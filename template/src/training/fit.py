@@ -16,6 +16,7 @@ from src.training.checkpoint import Training, save_checkpoint
 from src.training.loss import PlainHead, find_plain_head
 from src.training.recorder import Recorder
 from src.training.signals import StopSignal
+from src.training.speed import Speed
 from src.training.trainer import StepResult, autocast, evaluate, train_steps
 from src.utils.errors import Interrupted, RunError
 from src.utils.memory import gpu_memory
@@ -36,11 +37,13 @@ class Fit:
         recorder: Recorder | None,
         checkpoints: Path,
         identity: dict[str, Any],
+        speed: Speed | None = None,
     ) -> None:
         self.training, self.settings = training, settings
         self.train_loader, self.eval_loader = train_loader, eval_loader
         self.device, self.dtype, self.total_steps = device, dtype, total_steps
         self.recorder, self.checkpoints, self.identity = recorder, checkpoints, identity
+        self.speed = speed
         self.head: PlainHead | None = None
         patience = settings.patience
         self.finished = training.state.step >= total_steps or bool(
@@ -113,7 +116,7 @@ class Fit:
     def _collect(self) -> dict[str, Any]:
         """Read the interval's numbers from the device: the only place that waits for it."""
         state = self.training.state
-        metrics = self.interval.read()
+        metrics = self.interval.read(self.speed)
         for rows in metrics.pop("non_finite_rows"):
             state.skipped += 1
             if self.settings.on_non_finite == "stop":
@@ -187,7 +190,7 @@ class _Interval:
     def add(self, result: StepResult) -> None:
         self._results.append(result)
 
-    def read(self) -> dict[str, Any]:
+    def read(self, speed: Speed | None) -> dict[str, Any]:
         """Reduce to a log line's numbers."""
         results = self._results
         values = torch.stack(
@@ -199,12 +202,14 @@ class _Interval:
         weight = sum(r.labelled for _, r in good)
         tokens = sum(r.tokens for r in results)
         processed = sum(r.processed for r in results)
+        devices = distributed.WORLD_SIZE
         return {
             "loss": sum(v[0] * r.labelled for v, r in good) / weight if weight else float("nan"),
             "grad_norm": values[-1][1],
             "learning_rate": results[-1].learning_rate,
             "tokens_per_second": tokens / seconds,
             "labelled_tokens_per_second": labelled / seconds,
+            **({"mfu": speed.utilisation(tokens, labelled, seconds, devices)} if speed else {}),
             "filler_share": 1 - tokens / processed,
             "data_wait_share": sum(r.waited for r in results) / seconds,
             "non_finite_rows": [r.rows for v, r in zip(values, results, strict=True) if not v[2]],

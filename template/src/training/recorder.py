@@ -53,6 +53,8 @@ class Recorder:
             f"grad {m['grad_norm']:.2f}",
             f"{m['tokens_per_second']:,.0f} tok/s",
         ]
+        if "mfu" in m:
+            parts.append(f"mfu {m['mfu']:.0%}")
         if "peak_memory_gib" in m:
             parts.append(f"{m['peak_memory_gib']:.1f} GiB")
         if "eval_loss" in m:

@@ -43,6 +43,7 @@ from src.training.checkpoint import (
 from src.training.fit import Fit
 from src.training.optimizer import make_optimizer, make_scheduler
 from src.training.recorder import Recorder, plot_loss, read_metrics, rewind_metrics
+from src.training.speed import Speed, measure_speed
 from src.training.tracking import Tracker, tracking_uri
 from src.utils.environment import from_root
 from src.utils.errors import Interrupted, RunError, UserError
@@ -107,7 +108,8 @@ class _Run:
         identity = self._identity(train.data)
         self._resume(training, identity)
         resumed_at = training.state.step
-        self._describe(model, tokenizer, train, evaluation, total_steps)
+        speed = measure_speed(model, train.data.lengths, self.device, self.dtype)
+        self._describe(model, tokenizer, train, evaluation, total_steps, speed)
         self._begin_output(training.state.step)
         tracker = self._tracker(training.state)
         recorder = self._recorder(tracker, total_steps, training.state.step)
@@ -124,6 +126,7 @@ class _Run:
                 recorder,
                 self.checkpoints,
                 identity,
+                speed,
             ).run()
             final = self._save_final(model, tokenizer, resumed_at, training.state.step)
             status = "FINISHED"
@@ -231,6 +234,7 @@ class _Run:
         source: _Source,
         evaluation: _Source | None,
         total_steps: int,
+        speed: Speed,
     ) -> None:
         """The arithmetic of the run, before step 1."""
         config, settings, train = self.config, self.config.training, source.data
@@ -267,6 +271,10 @@ class _Run:
         say(
             f"schedule   {total_steps:,} steps, {per_epoch:,} an epoch; {settings.scheduler} "
             f"from {settings.learning_rate:g}, {settings.warmup_steps} warm-up"
+        )
+        say(
+            f"speed      {speed.per_token / 1e9:.3g} GFLOP a token; a matmul does "
+            f"{speed.matmul / 1e12:.3g} TFLOP/s here, of which mfu is the share in use"
         )
         say(f"example    {_show_labels(train, tokenizer)}")
 

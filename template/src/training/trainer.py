@@ -102,7 +102,7 @@ def train_steps(
         with autocast(device, dtype):
             head = find_plain_head(model)
     windows = iter(batched(loader, accumulation))
-    healthy = torch.tensor(True, device=device)
+    healthy = torch.ones((), dtype=torch.bool, device=device)
     started = time.perf_counter()
     while window := next(windows, None):
         waited = time.perf_counter() - started

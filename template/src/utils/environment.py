@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def load_environment() -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # An unset tracker sends usage statistics; an offline first run must not try.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # bitsandbytes warns, when imported, that a CPU kernel of the hub is missing: not needed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def from_root(path: str) -> Path:

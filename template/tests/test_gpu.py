@@ -1,0 +1,166 @@
+"""What only a CUDA device can show: `uv run pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import chat
+from src.config import LoraConfig, ModelConfig, TrainingConfig
+from src.data.batching import collate_packed
+from src.data.dataset import load_tokens
+from src.models.attention import varlen_attention
+from src.models.model import lean_adapters, load_model
+from src.training.loss import find_plain_head
+from src.training.optimizer import make_optimizer
+from src.training.trainer import autocast, evaluate, train_steps
+from src.utils.memory import gpu_memory
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="these tests need a CUDA device"),
+]
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def batches(tokenizer, write_rows) -> list[dict]:
+    rows = [chat("why? " * (n % 7), "because " * (1 + n % 9)) for n in range(32)]
+    data = load_tokens(write_rows(*rows), tokenizer, max_length=64)
+    return [
+        collate_packed(data.documents(list(range(n, n + 8))), 512, 64, 2) for n in range(0, 32, 8)
+    ]
+
+
+def load(saved_model, tokenizer, lora: bool = True, dtype=torch.bfloat16, **model):
+    config = ModelConfig(name=str(saved_model), **model)
+    adapters = LoraConfig(r=4) if lora else None
+    return load_model(config, adapters, tokenizer, GPU, dtype, packing=True)
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+@pytest.mark.parametrize("window", [None, 16])
+def test_varlen_on_the_gpu_equals_the_cpu(heads, window):
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 5, 70, 128, 128], dtype=torch.int32)
+    q = torch.randn(1, heads[0], 128, 64)
+    k, v = torch.randn(2, 1, heads[1], 128, 64)
+    grads, outputs = [], []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
+        out, _ = varlen_attention(
+            torch.nn.Identity(), *leaves, None, sliding_window=window,
+            cu_seq_lens_q=bounds.to(device), max_length_q=65,
+        )  # fmt: skip
+        out.float().square().sum().backward()
+        outputs.append(out.float().cpu())
+        grads.append([x.grad.float().cpu() for x in leaves])
+    assert torch.allclose(*outputs, atol=3e-2)
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).norm() / a.norm() < 3e-2
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit", "8bit"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_training_learns_in_bf16(
+    saved_model, tokenizer, batches, quantization, checkpointing
+):
+    model = load(
+        saved_model, tokenizer, quantization=quantization, gradient_checkpointing=checkpointing
+    )
+    assert model.config._attn_implementation == "varlen"
+    optimizer = make_optimizer(model, TrainingConfig(learning_rate=1e-2))
+    losses = []
+    with lean_adapters(model):
+        for _ in range(10):
+            losses += [r.loss.item() for r in train_steps(model, batches, optimizer, None, GPU)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_evaluation_on_the_gpu_equals_the_cpu(saved_model, tokenizer, batches):
+    found = evaluate(load(saved_model, tokenizer), batches, GPU)
+    cpu = ModelConfig(name=str(saved_model))
+    model = load_model(cpu, None, tokenizer, torch.device("cpu"), torch.float32, packing=True)
+    expected = evaluate(model, batches, torch.device("cpu"), torch.float32)
+    assert found.loss == pytest.approx(expected.loss, rel=5e-3)
+
+
+def test_steps_wait_for_the_gpu_at_log_lines_only(saved_model, tokenizer, batches):
+    model = load(saved_model, tokenizer)
+    optimizer = make_optimizer(model, TrainingConfig())
+    with lean_adapters(model), autocast(GPU, torch.bfloat16):
+        head = find_plain_head(model)
+    list(train_steps(model, batches, optimizer, None, GPU, head=head))  # warm up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = list(train_steps(model, batches, optimizer, None, GPU, head=head))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(bool(r.finite) for r in results)
+
+
+def test_full_logits_never_exist(saved_model, tokenizer, batches):
+    model = load(saved_model, tokenizer, lora=False)
+    vocabulary = model.config.vocab_size
+    optimizer = make_optimizer(model, TrainingConfig())
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.ndim >= 2 and out.shape[-1] == vocabulary:
+                seen.append(out.shape[:-1].numel())
+            return out
+
+    with Watch():
+        list(train_steps(model, batches[:1], optimizer, None, GPU))
+    tokens = batches[0]["input_ids"].numel()
+    assert seen
+    assert max(n for n in seen if n != model.config.hidden_size) < tokens
+
+
+def test_fp16_trains_with_the_scaler(saved_model, tokenizer, batches):
+    model = load(saved_model, tokenizer, dtype=torch.float16)
+    optimizer = make_optimizer(model, TrainingConfig(learning_rate=1e-2))
+    scaler = torch.amp.GradScaler("cuda")
+    losses = []
+    for _ in range(10):
+        steps = train_steps(model, batches, optimizer, scaler, GPU, dtype=torch.float16)
+        losses += [r.loss.item() for r in steps]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_paged_8bit_adamw_trains_all_weights(saved_model, tokenizer, batches):
+    model = load(saved_model, tokenizer, lora=False)
+    settings = TrainingConfig(optimizer="adamw8bit", learning_rate=1e-3)
+    optimizer = make_optimizer(model, settings)
+    losses = []
+    for _ in range(10):
+        losses += [r.loss.item() for r in train_steps(model, batches, optimizer, None, GPU)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_compiled_layers_take_the_same_steps(saved_model, tokenizer, batches):
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = load(saved_model, tokenizer, compile=compiled)
+        optimizer = make_optimizer(model, TrainingConfig())
+        with lean_adapters(model):
+            steps = train_steps(model, batches, optimizer, None, GPU)
+            results.append([r.loss.item() for r in steps])
+    assert results[0] == pytest.approx(results[1], rel=1e-2)
+
+
+def test_memory_is_reported_per_device(capsys):
+    from src.utils.memory import print_gpu_memory
+
+    block = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    memory = gpu_memory()
+    assert memory["allocated"] >= 0.25
+    assert memory["peak"] >= memory["allocated"] > 0
+    assert memory["reserved"] >= memory["allocated"]
+    assert 0 < memory["free"] < memory["total"]
+    print_gpu_memory()
+    assert capsys.readouterr().out.startswith("GPU memory: cuda:0 allocated")
+    del block

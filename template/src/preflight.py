@@ -93,7 +93,8 @@ def _output_problems(config: Config) -> list[str]:
     resume = config.training.resume
     if output.exists() and not output.is_dir():
         return [f"output_dir: {config.output_dir} is a file"]
-    if resume == "never" and (output / "metrics.jsonl").exists():
+    traces = ("metrics.jsonl", "checkpoints", "final")
+    if resume == "never" and any((output / name).exists() for name in traces):
         return [
             f"output_dir: {config.output_dir} holds a run already, and nothing is overwritten; "
             "training.resume=auto continues it, another output_dir=… starts anew"

@@ -193,3 +193,12 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, write_rows):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
         assert a["tokens"] == b["tokens"]
     assert two[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], rel=1e-5)
+
+
+def test_overfitting_a_few_rows_proves_mask_template_and_stop_token(train, capsys):
+    train(
+        "training.overfit=4", "training.epochs=120", "training.learning_rate=5e-3", "data.eval=null"
+    )
+    assert "overfit    passed" in capsys.readouterr().out
+    train("training.overfit=4", "training.epochs=1", "data.eval=null", output="short")
+    assert "overfit    NOT passed: row 1 says 'Two small matrices" in capsys.readouterr().out

@@ -184,7 +184,8 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
         doomed = path.with_name(f".{path.name}.tmp")
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    for leftover in folder.glob(".step-*.tmp"):  # these, and what a kill left half-written
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -22,6 +22,8 @@ from src.config import Config
 from src.data import IGNORE
 from src.data.batching import TokenBudgetSampler, make_loader
 from src.data.dataset import TokenDataset, load_tokens
+from src.data.rows import read_rows
+from src.models.generation import generate
 from src.models.model import (
     count_parameters,
     load_model,
@@ -67,6 +69,8 @@ def run(config: Config, plain: dict[str, Any], command: list[str]) -> Path:
         Interrupted: after a signal, with the state saved.
     """
     device = pick_device(config.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", distributed.LOCAL_RANK)
     output = from_root(config.output_dir)
     with distributed.process_group(device), _only_run_in(output):
         return _Run(config, plain, command, device, output).run()
@@ -142,6 +146,8 @@ class _Run:
             if tracker:
                 tracker.close(status)
         self._summary(final)
+        if config.training.overfit:
+            self._self_test(model, tokenizer)
         return final
 
     def _load(self, source: str, tokenizer: PreTrainedTokenizerBase, shuffle: bool) -> _Source:
@@ -304,7 +310,7 @@ class _Run:
         final = self.output / "final"
         if distributed.is_main() and not (final.exists() and resumed == step):
             if final.exists():  # a finished run that goes on: its first result stays too
-                final.rename(self.output / f"final-step-{resumed:08d}")
+                final.rename(_free_name(self.output / f"final-step-{resumed:08d}"))
             with new_folder(final) as folder:
                 save_model(model, tokenizer, folder, self.dtype)
                 config = (self.output / "config.yaml").read_text(encoding="utf-8")
@@ -328,6 +334,27 @@ class _Run:
         if self.config.tracking.enabled:
             say("runs       uv run mlflow ui --backend-store-uri " + _shown_uri())
         say(f'next       uv run scripts/inference.py {here}/final "your question"')
+
+    def _self_test(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Ask for the first answer that was learnt: mask, template and stop token in one look."""
+        messages = next(read_rows(self.config.data.train)).get("messages", [])
+        roles = [message["role"] for message in messages]
+        if "assistant" not in roles:
+            return  # plain text asks nothing
+        at = roles.index("assistant")
+        wanted = (messages[at].get("content") or "").strip()
+        room = len(tokenizer(wanted)["input_ids"]) + 20  # to run on, if nothing stops it
+        answer = generate(model, tokenizer, [messages[:at]], max_length=room)[0]
+        if answer == wanted:
+            say("overfit    passed: the first row's answer comes back word for word, and ends")
+        else:
+            say(f"overfit    NOT passed: row 1 says {wanted!r}, the model {answer!r}")
+            say("           loss near zero: template or stop token is wrong; else: train longer")
+
+
+def _free_name(path: Path) -> Path:
+    names = [path, *(path.with_name(f"{path.name}.{n}") for n in range(1, 1000))]
+    return next(name for name in names if not name.exists())
 
 
 def say(text: str) -> None:

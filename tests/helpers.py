@@ -71,14 +71,15 @@ def run(
 
 @cache
 def offline() -> tuple[str, ...]:
-    """Return the words before a command that leave it without a network, where the system can."""
-    words = ("unshare", "--map-root-user", "--net")
+    """Return the words before a command that leave it no network but the machine's own loopback.
+
+    Where the system has no namespaces of its own, proxies that nobody answers must do.
+    """
+    loopback = 'ip link set lo up && exec "$@"'
+    words = ("unshare", "--map-root-user", "--net", "sh", "-c", loopback, "offline")
     able = shutil.which("unshare") and not subprocess.run([*words, "true"], check=False).returncode
-    return (
-        words
-        if able
-        else ("env", *(f"{p}=http://127.0.0.1:9" for p in ("http_proxy", "https_proxy")))
-    )
+    proxies = (f"{scheme}_proxy=http://127.0.0.1:9" for scheme in ("http", "https"))
+    return words if able else ("env", *proxies)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -241,11 +241,12 @@ def test_two_runs_in_one_folder_are_refused_while_the_first_lives(train, refused
     train(*QUICK)  # the lock of a run that is gone holds nobody back
 
 
-SAVE_EVERY, STEPS = 5, 40
+SAVE_EVERY, STEPS = 5, 25
 # About half a second each; the template's own CI asks for a hundred.
 KILLS = int(os.environ.get("KILLS", "20"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_weights(tmp_path):
     """`kill -9` at random instants, saving included; see `crash_harness` below."""
     done = subprocess.run(
@@ -271,6 +272,7 @@ def crash_harness(folder: Path) -> None:
     from src.config import TrainingConfig
     from src.training.fit import Fit
     from src.training.optimizer import make_optimizer, make_scheduler
+    from src.training.signals import StopSignal
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -319,9 +321,10 @@ def crash_harness(folder: Path) -> None:
                 os.pwrite(done, f"{training.state.step:09d}".encode(), 0)
 
         cpu = torch.device("cpu")
-        Watched(
-            training, loader, None, settings, cpu, torch.float32, STEPS, None, run, {}
-        ).run()  # fmt: skip
+        with StopSignal() as stop:
+            Watched(
+                training, loader, None, settings, cpu, torch.float32, STEPS, None, run, {}, stop
+            ).run()  # fmt: skip
 
     def start(run: Path) -> int:
         if pid := os.fork():

@@ -121,13 +121,13 @@ def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(tmp_path, monkeypatch
     ]  # fmt: skip
     real = fit.Fit._after_step
 
-    def interrupt(self, result, stop):
+    def interrupt(self, result):
         if self.training.state.step == 7:
             # The tracker starts in the background: wait until it has an id to save.
             while not self.recorder.tracker.run_id:
                 pass
             os.kill(os.getpid(), signal.SIGINT)
-        real(self, result, stop)
+        real(self, result)
 
     monkeypatch.setattr(fit.Fit, "_after_step", interrupt)
     with pytest.raises(Interrupted, match=r"stopped by SIGINT after step 8 of 12") as stopped:
@@ -165,6 +165,7 @@ def test_a_finished_run_can_be_extended_and_its_first_result_stays(train):
     assert (folder / "final/model.safetensors").read_bytes() != first
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(tmp_path, write_rows):
     """torchrun with two gloo ranks against one process that accumulates what both see."""
     rows = write_rows(*[chat("why? " * (n % 5), "because " * (1 + n % 7)) for n in range(24)])

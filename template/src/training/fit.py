@@ -37,13 +37,14 @@ class Fit:
         recorder: Recorder | None,
         checkpoints: Path,
         identity: dict[str, Any],
+        stop: StopSignal,
         speed: Speed | None = None,
     ) -> None:
         self.training, self.settings = training, settings
         self.train_loader, self.eval_loader = train_loader, eval_loader
         self.device, self.dtype, self.total_steps = device, dtype, total_steps
         self.recorder, self.checkpoints, self.identity = recorder, checkpoints, identity
-        self.speed = speed
+        self.stop, self.speed = stop, speed
         self.head: PlainHead | None = None
         patience = settings.patience
         self.finished = training.state.step >= total_steps or bool(
@@ -62,7 +63,7 @@ class Fit:
         model, state, sampler = self.training.model, self.training.state, self.train_loader.sampler
         with lean_adapters(model), autocast(self.device, self.dtype):
             self.head = find_plain_head(model)
-        with lean_adapters(model), StopSignal() as stop:
+        with lean_adapters(model):
             self.interval = _Interval()
             while not self.finished:
                 sampler.epoch, sampler.position = state.epoch, state.position
@@ -79,14 +80,14 @@ class Fit:
                     head=self.head,
                     freeze_on_non_finite=self.settings.on_non_finite == "stop",
                 ):
-                    self._after_step(result, stop)
+                    self._after_step(result)
                     if self.finished:
                         break
                 else:
                     state.epoch, state.position = state.epoch + 1, 0
 
-    def _after_step(self, result: StepResult, stop: StopSignal) -> None:
-        state, settings = self.training.state, self.settings
+    def _after_step(self, result: StepResult) -> None:
+        state, settings, stop = self.training.state, self.settings, self.stop
         state.step += 1
         state.position += result.microbatches
         state.tokens += result.tokens
@@ -110,7 +111,7 @@ class Fit:
         if saving and settings.save_every is not None:
             self._save()
         if stopping:
-            raise Interrupted(self._farewell(stop), stop.exit_code)
+            raise Interrupted(self._farewell(), stop.exit_code)
         self.interval = _Interval()  # its clock leaves out evaluating and saving
 
     def _collect(self) -> dict[str, Any]:
@@ -166,14 +167,14 @@ class Fit:
             )
         distributed.barrier()
 
-    def _farewell(self, stop: StopSignal) -> str:
+    def _farewell(self) -> str:
         step = self.training.state.step
         saved = (
             f"its state is saved under {self.checkpoints}"
             if self.settings.save_every
             else "nothing is saved, since training.save_every is null"
         )
-        return f"stopped by {stop.name} after step {step} of {self.total_steps}; {saved}"
+        return f"stopped by {self.stop.name} after step {step} of {self.total_steps}; {saved}"
 
 
 def _due(step: int, every: int | None) -> bool:

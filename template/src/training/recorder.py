@@ -40,9 +40,11 @@ class Recorder:
         """Move the bar to `step`."""
         self.bar.update(step - self.bar.n)
 
-    def close(self) -> None:
-        """Put the bar away, once."""
+    def close(self, status: str) -> None:
+        """Put the bar away and tell the tracker: FINISHED, FAILED or KILLED."""
         self.bar.close()
+        if self.tracker:
+            self.tracker.close(status)
 
     def _line(self, m: dict[str, Any]) -> str:
         parts = [

@@ -45,6 +45,7 @@ from src.training.checkpoint import (
 from src.training.fit import Fit
 from src.training.optimizer import make_optimizer, make_scheduler
 from src.training.recorder import Recorder, plot_loss, read_metrics, rewind_metrics
+from src.training.signals import StopSignal
 from src.training.speed import Speed, measure_speed
 from src.training.tracking import Tracker, tracking_uri
 from src.utils.environment import from_root
@@ -114,12 +115,10 @@ class _Run:
         resumed_at = training.state.step
         speed = measure_speed(model, train.data.lengths, self.device, self.dtype)
         self._describe(model, tokenizer, train, evaluation, total_steps, speed)
-        self._begin_output(training.state.step)
-        tracker = self._tracker(training.state)
-        recorder = self._recorder(tracker, total_steps, training.state.step)
-        status = "FAILED"
-        try:
-            Fit(
+        # From here on there is something to lose: a signal now waits for the end of a step.
+        with StopSignal() as stop:
+            self._begin_output(resumed_at)
+            fit = Fit(
                 training,
                 train.loader,
                 evaluation.loader if evaluation else None,
@@ -127,28 +126,35 @@ class _Run:
                 self.device,
                 self.dtype,
                 total_steps,
-                recorder,
+                self._recorder(training.state, total_steps),
                 self.checkpoints,
                 identity,
+                stop,
                 speed,
-            ).run()
-            final = self._save_final(model, tokenizer, resumed_at, training.state.step)
+            )
+            final = self._carry_out(fit, tokenizer, resumed_at)
+        self._summary(final)
+        if config.training.overfit:
+            self._self_test(model, tokenizer)
+        return final
+
+    def _carry_out(self, fit: Fit, tokenizer: PreTrainedTokenizerBase, resumed_at: int) -> Path:
+        """Train and save; whatever happens, the tracker learns how it ended."""
+        status, training = "FAILED", fit.training
+        try:
+            fit.run()
+            final = self._save_final(training.model, tokenizer, resumed_at, training.state.step)
             status = "FINISHED"
+            return final
         except torch.OutOfMemoryError:
-            message = explain_out_of_memory(config, model, training.optimizer)
+            message = explain_out_of_memory(self.config, training.model, training.optimizer)
             raise RunError(message) from None
         except Interrupted as stop:
             status = "KILLED"
             raise Interrupted(f"{stop}\nresume: {self._resume_command()}", stop.exit_code) from None
         finally:
-            if recorder:
-                recorder.close()
-            if tracker:
-                tracker.close(status)
-        self._summary(final)
-        if config.training.overfit:
-            self._self_test(model, tokenizer)
-        return final
+            if fit.recorder:
+                fit.recorder.close(status)
 
     def _load(self, source: str, tokenizer: PreTrainedTokenizerBase, shuffle: bool) -> _Source:
         data, training = self.config.data, self.config.training
@@ -290,18 +296,15 @@ class _Run:
             write_text(self.output / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.plain)))
             rewind_metrics(self.output / "metrics.jsonl", step)
 
-    def _tracker(self, state: TrainState) -> Tracker | None:
-        tracking = self.config.tracking
-        if not tracking.enabled or not distributed.is_main():
-            return None
-        name = tracking.run_name or self.output.name
-        return Tracker(tracking.experiment, name, self.plain, state.tracking_run, say)
-
-    def _recorder(self, tracker: Tracker | None, total_steps: int, step: int) -> Recorder | None:
+    def _recorder(self, state: TrainState, total_steps: int) -> Recorder | None:
         if not distributed.is_main():
             return None
+        tracking, tracker = self.config.tracking, None
+        if tracking.enabled:
+            name = tracking.run_name or self.output.name
+            tracker = Tracker(tracking.experiment, name, self.plain, state.tracking_run, say)
         recorder = Recorder(self.output, tracker, total_steps)
-        recorder.advance(step)
+        recorder.advance(state.step)
         return recorder
 
     def _save_final(

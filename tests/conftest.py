@@ -1,4 +1,4 @@
-"""An environment that the developer's own settings do not reach, and one default render."""
+"""An environment that the developer's own settings do not reach, and renders to read."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import releases
 from helpers import render
 
 
@@ -36,3 +37,22 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project rendered from the default answers. Tests read it and leave it as it is."""
     return render(tmp_path_factory.mktemp("default") / "project")
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The template's repository: history, an earlier release, and the working tree as the later."""
+    return releases.template(tmp_path_factory.mktemp("template") / "template")
+
+
+@pytest.fixture(scope="session")
+def earlier(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project of the earlier release. Tests copy it and leave it as it is."""
+    project = tmp_path_factory.mktemp("earlier") / "project"
+    return releases.copy(template, project, "--vcs-ref", releases.EARLIER)
+
+
+@pytest.fixture(scope="session")
+def later(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project of the later release, which nobody touched."""
+    return releases.copy(template, tmp_path_factory.mktemp("later") / "project")

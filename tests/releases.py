@@ -1,6 +1,7 @@
 """Releases of the template to update between, and a project that its owner has lived in."""
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -98,3 +99,15 @@ def resolver(lock: Path, folder: Path) -> tuple[str, ...]:
     for name, version in (("owners-metrics", "1.0"), ("another", "2.0"), OLD_PIN):
         wheelhouse.add(folder, name, version)
     return ("env", *(f"{name}={value}" for name, value in settings.items()), "uv")
+
+
+def recorded() -> list[str]:
+    """Return the tags and commits that projects may have been rendered from, oldest first."""
+    lines = (ROOT / "tests/releases.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def is_known(release: str, repository: Path) -> bool:
+    """Say whether a repository has a release; a shallow clone has not."""
+    command = ("git", "cat-file", "-e", f"{release}^{{commit}}")
+    return subprocess.run(command, cwd=repository, check=False).returncode == 0

@@ -12,7 +12,7 @@ import pytest
 
 import releases
 from helpers import files, run
-from releases import EARLIER, NEW_FILE, OLD_PIN, commit, update
+from releases import NEW_FILE, OLD_PIN, commit, update
 
 # Bytes that a program which reads them as text, or lets git convert them, does not give back.
 ADDED = {
@@ -47,25 +47,6 @@ class Home:
     repository: Path
     before: dict[str, bytes]
     output: CompletedProcess[str] | None = None
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The template's repository: history, an earlier release, and the working tree as the later."""
-    return releases.template(tmp_path_factory.mktemp("template") / "template")
-
-
-@pytest.fixture(scope="session")
-def earlier(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project of the earlier release. Tests copy it and leave it as it is."""
-    project = tmp_path_factory.mktemp("earlier") / "project"
-    return releases.copy(template, project, "--vcs-ref", EARLIER)
-
-
-@pytest.fixture(scope="session")
-def later(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project of the later release, which nobody touched."""
-    return releases.copy(template, tmp_path_factory.mktemp("later") / "project")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pytest
 # Before any library reads them. Offline, so that a test that would download fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as load_environment does
 # Tokens are cached under HF_HOME: the user's own cache stays as it is.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ["HF_HOME"] = _HF_HOME.name

@@ -21,7 +21,7 @@ def load_environment() -> None:
     load_dotenv(PROJECT_ROOT / ".env")
     # One Rust thread pool per process; its fork warning would land in the middle of a progress bar.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Threads that wait by spinning make a busy CPU three times slower, and an idle one no faster.
+    # Threads that wait by spinning: a tiny model takes three times as long on a busy CPU.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Fragmentation costs gigabytes when lengths vary; torch's own advice in its OOM message.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

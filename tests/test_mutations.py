@@ -1,0 +1,73 @@
+"""The tests that guard the worst mistakes fail when the mistake is made."""
+
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from helpers import run, snapshot
+
+
+def bump_a_dependency_in_the_project_alone(template: Path) -> None:
+    replace(template / "pyproject.toml.jinja", '"torch>=', '"torch>=0.')
+
+
+def render_a_file_of_secrets(template: Path) -> None:
+    # A plain `.env` or `.env.jinja` cannot even be committed: template/.gitignore holds here, too.
+    (template / "{% if ci != 'none' %}.env{% endif %}.jinja").write_text("HF_TOKEN=\n")
+
+
+def ignore_a_folder_of_sources(template: Path) -> None:
+    (template / ".gitignore").open("a").write("data/\n")
+
+
+def rename_a_file(template: Path) -> None:
+    (template / "src/utils/seed.py").rename(template / "src/utils/luck.py")
+
+
+def put_an_answer_into_python(template: Path) -> None:
+    (template / "src/utils/seed.py").open("a").write("NAME = '{{ project_name }}'\n")
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+ONE = "[Apache-2.0-4bit-github]"
+GUARDS = [
+    (
+        bump_a_dependency_in_the_project_alone,
+        f"test_render.py::test_the_lock_of_every_combination_checks_offline{ONE}",
+    ),
+    (
+        bump_a_dependency_in_the_project_alone,
+        "test_lock.py::test_the_root_asks_for_what_the_rendered_project_asks_for",
+    ),
+    (render_a_file_of_secrets, f"test_render.py::test_a_file_of_secrets_is_never_rendered{ONE}"),
+    (
+        ignore_a_folder_of_sources,
+        "test_render.py::test_git_ignores_no_source_that_its_owner_adds",
+    ),
+    (
+        rename_a_file,
+        "test_policy.py::test_no_file_of_the_last_release_is_moved_without_a_migration",
+    ),
+    (put_an_answer_into_python, "test_render.py::test_no_answer_reaches_a_python_file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "guard"), GUARDS, ids=[re.sub(r"\W+", " ", guard) for _, guard in GUARDS]
+)
+def test_a_mistake_is_caught(mistake: Callable[[Path], None], guard: str, tmp_path: Path) -> None:
+    repository = shutil.copytree(snapshot().name, tmp_path / "repository")
+    mistake(repository / "template")
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{guard}")
+    # 1: the test ran and failed. A test that is gone or cannot be collected ends with 2, 4 or 5.
+    output = run(*command, cwd=repository, code=1).stdout
+    assert "1 failed" in output

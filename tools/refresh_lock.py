@@ -3,7 +3,8 @@
     uv run tools/refresh_lock.py            # after a change of the dependencies
     uv run tools/refresh_lock.py --upgrade  # to the newest versions that the dependencies allow
 
-Versions that nothing asks to change stay. Prints every package that changed.
+Versions that nothing asks to change stay. Renders again, checks that lock, and prints every
+package that changed.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def name_of(block: str) -> str:
 
 
 def lock_template(*options: str) -> str:
-    """Lock a render of the working tree; return the lock under the placeholder's name."""
+    """Render the working tree and run `uv lock` in it; return the lock."""
     with tempfile.TemporaryDirectory() as folder:
         data = {"project_name": PLACEHOLDER}
         run_copy(str(ROOT), folder, data=data, defaults=True, vcs_ref="HEAD", quiet=True)
@@ -98,6 +99,7 @@ def main() -> None:
     if any(mark in new_template for mark in ("{{", "{%", "{#")):
         sys.exit("the lock contains what Jinja would read as its own")
     TEMPLATE_LOCK.write_text(new_template.replace(f'"{PLACEHOLDER}"', f'"{VARIABLE}"'))
+    lock_template("--check", "--offline")  # what a new project will get
     old_root = lock_root(new_template, upgrade)
 
     modules = {name.replace("_", "-") for name in sys.stdlib_module_names if name[0] != "_"}

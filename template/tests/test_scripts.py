@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,17 +99,18 @@ def test_qlora_on_a_saved_model_trains_and_its_adapter_answers(
     assert capsys.readouterr().out.strip() == "It is seven."
 
 
-def test_a_stopped_run_ends_in_the_same_weights_as_one_that_was_not(train) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_stopped_run_ends_in_the_same_weights_as_one_that_was_not(smoke, train, lora):
     options = ["training.max_steps=10", "training.save_every=5", "training.log_every=5"]
+    if lora:
+        options += [f"model.name={smoke / 'final'}", "model.init=pretrained", "lora.dropout=0.1"]
     straight = train(*options, output="straight")
     twice = train(*options, output="twice")
     # As if the run had died after its first checkpoint.
-    import shutil
-
     shutil.rmtree(twice / "checkpoints/step-00000010")
     shutil.rmtree(twice / "final")
     train(*options, "training.resume=auto", output="twice")
-    name = "final/model.safetensors"
+    name = "final/adapter_model.safetensors" if lora else "final/model.safetensors"
     assert (straight / name).read_bytes() == (twice / name).read_bytes()
     keys = ("step", "loss", "learning_rate", "grad_norm", "tokens")
     first, second = ([{k: m[k] for k in keys} for m in metrics(f)] for f in (straight, twice))

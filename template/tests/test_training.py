@@ -117,7 +117,7 @@ def test_evaluation_of_packed_rows_equals_documents_one_by_one(make_model, data)
 def test_the_chunked_loss_equals_the_full_one(monkeypatch, labels: int, bias: bool) -> None:
     import src.training.loss as module
 
-    monkeypatch.setattr(module, "CHUNK", 64)
+    monkeypatch.setattr(module, "CPU_CHUNK", 64)
     torch.manual_seed(0)
     hidden = torch.randn(400, 16, dtype=torch.float64)
     weight = torch.randn(50, 16, dtype=torch.float64)

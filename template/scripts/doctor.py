@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from src.utils.environment import PROJECT_ROOT, load_environment
-from src.utils.errors import run_script
+from src.utils.errors import UserError, run_script
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "omegaconf", "mlflow")
 Finding = tuple[str, str]  # (OK | WARN | FAIL, what and what to do)
@@ -21,9 +21,11 @@ Finding = tuple[str, str]  # (OK | WARN | FAIL, what and what to do)
 
 def main(arguments: list[str]) -> None:
     """Print every finding; none of them changes anything."""
-    if arguments:
-        print("usage: uv run scripts/doctor.py")
+    if "-h" in arguments or "--help" in arguments:
+        print(__doc__)
         return
+    if arguments:
+        raise UserError(f"doctor takes no arguments, not {' '.join(arguments)}")
     load_environment()
     failed = False
     for verdict, text in (*_software(), *_disk(), *_secrets(), *_gpu()):

@@ -160,6 +160,11 @@ class Config(Section):
                 f"model.quantization: {model.quantization} needs saved weights to quantize; "
                 "use model.init=pretrained, or model.quantization=none"
             )
+        if model.init == "random" and self.lora is not None:
+            problems.append(
+                "lora: an adapter is saved without its base, and nobody could load random weights "
+                "again; use model.init=pretrained, or lora=null"
+            )
         if self.training.patience and not (self.data.eval or self.training.overfit):
             problems.append("training.patience: needs data.eval to measure progress on")
         if problems:

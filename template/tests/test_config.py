@@ -50,6 +50,7 @@ def test_every_shipped_config_loads(name: str) -> None:
         ("lora={target_modules: []}", "lora.target_modules: [] is not allowed: it must not be empty"),
         ("lora={dropout: 1}", "lora.dropout: 1 is not allowed: expected less than 1"),
         ("training.patience=3 data.eval=null", "training.patience: needs data.eval"),
+        ("lora.r=8", "lora: an adapter is saved without its base"),
         ("model.quantization=4bit", "model.quantization: 4bit weights cannot be trained themselves"),
     ],
 )  # fmt: skip
@@ -112,7 +113,7 @@ def test_numbers_are_read_as_people_write_them() -> None:
 
 
 def test_lora_can_be_switched_on_and_off_from_the_command_line() -> None:
-    assert load_config(SMOKE, ["lora.r=8"])[0].lora.r == 8
+    assert load_config(SMOKE, ["lora.r=8", "model.init=pretrained"])[0].lora.r == 8
     assert (
         load_config(ROOT / "configs/train.yaml", ["lora=null", "model.quantization=none"])[0].lora
         is None

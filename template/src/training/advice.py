@@ -49,9 +49,9 @@ def next_settings(config: Config) -> list[str]:
             f"training.batch_size={half} training.gradient_accumulation_steps={twice} (now "
             f"{training.batch_size} and {training.gradient_accumulation_steps}; the same steps)"
         )
-    if config.lora is None:
+    if config.lora is None and model.init == "pretrained":
         changes.append("lora.r=16: adapters instead of all weights (now lora=null)")
-    elif model.quantization != "4bit" and model.init == "pretrained":
+    elif config.lora is not None and model.quantization != "4bit":
         changes.append(f"model.quantization=4bit (now {model.quantization})")
     changes.append(
         f"data.max_length={config.data.max_length // 2} (now {config.data.max_length}; longer rows "

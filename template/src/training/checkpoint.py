@@ -44,7 +44,7 @@ class Training:
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler
     state: TrainState
 
@@ -112,8 +112,17 @@ def load_checkpoint(training: Training, path: Path, device: torch.device) -> Non
             parameter.copy_(weights[name])
     # weights_only: a checkpoint is data and must not be able to run code.
     saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    groups, scheduler = training.optimizer.param_groups, training.scheduler
+    configured = [{k: group[k] for k in ("initial_lr", "weight_decay")} for group in groups]
     training.optimizer.load_state_dict(saved["optimizer"])
-    training.scheduler.load_state_dict(saved["scheduler"])
+    scheduler.load_state_dict(saved["scheduler"])
+    # The learning rate and decay of today's config count, at the place of the schedule where
+    # the run stopped; else a changed one would be printed, recorded and ignored.
+    scheduler.base_lrs = [values["initial_lr"] for values in configured]
+    for group, values, factor in zip(
+        training.optimizer.param_groups, configured, scheduler.lr_lambdas, strict=True
+    ):
+        group.update(values, lr=values["initial_lr"] * factor(scheduler.last_epoch))
     training.scaler.load_state_dict(saved["scaler"])
     known = {field.name for field in fields(TrainState)}
     state = read_record(path)["state"]

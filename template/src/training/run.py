@@ -113,6 +113,8 @@ class _Run:
         identity = self._identity(train.data)
         self._resume(training, identity)
         resumed_at = training.state.step
+        if resumed_at >= total_steps:
+            say(f"finished   all {total_steps} steps are done; a larger training.epochs adds more")
         speed = measure_speed(model, train.data.lengths, self.device, self.dtype)
         self._describe(model, tokenizer, train, evaluation, total_steps, speed)
         # From here on there is something to lose: a signal now waits for the end of a step.
@@ -351,8 +353,10 @@ class _Run:
         if answer == wanted:
             say("overfit    passed: the first row's answer comes back word for word, and ends")
         else:
-            say(f"overfit    NOT passed: row 1 says {wanted!r}, the model {answer!r}")
-            say("           loss near zero: template or stop token is wrong; else: train longer")
+            raise RunError(
+                f"overfit not passed: row 1 says {wanted!r}, the model {answer!r}. If the loss "
+                "above is near zero, the template or its stop token is wrong; else train longer"
+            )
 
 
 def _free_name(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -15,7 +16,7 @@ class StopSignal:
     """Remembers the first signal; used as a context manager around the training loop."""
 
     def __init__(self) -> None:
-        self._received: int = 0
+        self._received, self._at = 0, 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -28,10 +29,12 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self._received:  # the user means it
+        # Within a second it is the same one: a supervisor signals the whole group, uv its child.
+        if self._received and time.monotonic() - self._at > 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._received = number
+        if not self._received:
+            self._received, self._at = number, time.monotonic()
 
     def requested(self) -> bool:
         """Whether any process got a signal: all must stop after the same step."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from src.utils.environment import load_environment
 from src.utils.errors import UserError, run_script
+from src.utils.imports import quick_imports
 
 
 def main(arguments: list[str]) -> None:
@@ -28,11 +29,12 @@ def main(arguments: list[str]) -> None:
     if "adapter_config.json" in files:
         _check_base(folder, options.base)
 
-    from transformers.utils import logging
+    with quick_imports():
+        from transformers.utils import logging
 
-    from src.models.generation import generate
-    from src.models.model import load_trained, pick_device
-    from src.utils.seed import set_seed
+        from src.models.generation import generate
+        from src.models.model import load_trained, pick_device
+        from src.utils.seed import set_seed
 
     logging.disable_progress_bar()
     set_seed(options.seed)

@@ -6,6 +6,7 @@ import sys
 
 from src.utils.environment import PROJECT_ROOT, load_environment
 from src.utils.errors import run_script
+from src.utils.imports import quick_imports
 
 USAGE = """\
 usage: uv run scripts/train.py [CONFIG] [key=value ...]
@@ -35,7 +36,8 @@ def main(arguments: list[str]) -> None:
     if sys.stderr.isatty():
         print("loading torch …", end="\r", file=sys.stderr, flush=True)
 
-    from src.training.run import run
+    with quick_imports():
+        from src.training.run import run
 
     run(config, plain, arguments)
 

@@ -72,3 +72,21 @@ def test_the_doctor_judges_and_advises():
     assert done.returncode in (0, 1), done.stderr
     assert all(line.startswith(("OK ", "WARN", "FAIL")) for line in done.stdout.splitlines())
     assert "torch" in done.stdout
+
+
+def test_a_start_imports_neither_a_compiler_nor_what_a_run_may_not_need():
+    code = (
+        "from src.utils.environment import load_environment\n"
+        "from src.utils.imports import quick_imports\n"
+        "load_environment()\n"
+        "with quick_imports():\n"
+        "    import src.training.run, peft\n"
+        "import gc, sys, torch\n"
+        "slow = {'torch._inductor.compile_fx', 'datasets', 'matplotlib', 'mlflow'}\n"
+        "print(*((slow | {'bitsandbytes'}) & set(sys.modules)), gc.isenabled(), torch.compile)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("bitsandbytes True <function compile at"), done.stdout
+    assert not done.stderr, "C++ libraries report leaks where frozen objects are not thawed"

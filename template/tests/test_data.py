@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import pickle
+import shutil
+from pathlib import Path
+
+import datasets
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from conftest import ROOT, chat
-from src.data import IGNORE
+from src.data import IGNORE, cache, dataset
 from src.data.batching import TokenBudgetSampler, collate_packed, collate_padded, pack
-from src.data.dataset import encode, load_tokens, stop_token_ids
-from src.utils.errors import UserError
+from src.data.cache import was_tokenised
+from src.data.dataset import load_tokens
+from src.data.encoding import encode, stop_token_ids
+from src.utils.errors import RunError, UserError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -96,14 +105,12 @@ def test_truncation_is_counted_and_rows_without_labels_are_left_out(tokenizer, w
         load_tokens(write_rows(rows[2], name="long.jsonl"), tokenizer, max_length=64)
 
 
-def test_tokens_are_reused_until_rows_template_or_length_change(
+def test_tokens_are_reused_until_rows_template_length_or_code_change(
     tokenizer, write_rows, monkeypatch
 ) -> None:
-    import src.data.dataset as module
-
     calls = []
-    real = module.encode
-    monkeypatch.setattr(module, "encode", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = dataset.encode
+    monkeypatch.setattr(dataset, "encode", lambda *a, **k: calls.append(1) or real(*a, **k))
     file = write_rows(chat("q", "a"), chat("r", "b"))
     for expected, changed in [(1, 64), (1, 64), (2, 65)]:
         load_tokens(file, tokenizer, max_length=changed)
@@ -111,6 +118,95 @@ def test_tokens_are_reused_until_rows_template_or_length_change(
     write_rows(chat("q", "other"))
     load_tokens(file, tokenizer, max_length=64)
     assert len(calls) == 3
+    other = copy.copy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("Assistant", "Answer")
+    load_tokens(file, other, max_length=64)
+    assert len(calls) == 4
+    monkeypatch.setattr(cache, "CODE", ("rows.py",))  # as if encoding.py had other lines
+    load_tokens(file, tokenizer, max_length=64)
+    assert len(calls) == 5
+
+
+def test_a_file_whose_rows_were_all_read_is_known_again_until_it_changes(
+    tokenizer, write_rows, tmp_path: Path
+) -> None:
+    file = write_rows(chat("q", "known"), chat("r", "b"))
+    load_tokens(file, tokenizer, max_length=64, limit=1)
+    assert not was_tokenised(file), "its second row was not read"
+    load_tokens(file, tokenizer, max_length=64)
+    assert was_tokenised(file)
+    renamed = shutil.copy(file, tmp_path / "rows.csv")
+    assert not was_tokenised(str(renamed)), "the suffix decides how it is read"
+    with Path(file).open("a") as rows:
+        rows.write('{"text": 5}\n')
+    assert not was_tokenised(file)
+    for missing in ("no/such.jsonl", "some/hub-id", str(tmp_path)):
+        assert not was_tokenised(missing)
+
+
+def test_known_rows_are_not_read_again_before_a_start(tokenizer, write_rows, monkeypatch) -> None:
+    from src import preflight
+    from src.config import load_config
+
+    file = write_rows(chat("q", "not read again"))
+    config, _ = load_config(ROOT / "configs/smoke.yaml", [f"data.train={file}", "data.eval=null"])
+    read = []
+    monkeypatch.setattr(preflight, "check_source", lambda key, source: read.append(source))
+    preflight.check_run(config)
+    load_tokens(file, tokenizer, max_length=64)
+    preflight.check_run(config)
+    assert read == [file]
+
+
+def test_the_fingerprint_is_that_of_the_tokens_alone(tokenizer, write_rows) -> None:
+    one = load_tokens(write_rows(chat("q", "a")), tokenizer, max_length=64)
+    same = load_tokens(write_rows("", chat("q", "a"), name="b.jsonl"), tokenizer, max_length=65)
+    other = load_tokens(write_rows(chat("q", "b"), name="c.jsonl"), tokenizer, max_length=64)
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_tokens_that_cannot_be_written_whole_leave_nothing(
+    tokenizer, write_rows, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    bad = write_rows(*[chat("q", "a")] * 1500, {"text": 5})  # the first batch is written by then
+    with pytest.raises(UserError, match="`text` must be text"):
+        load_tokens(bad, tokenizer, max_length=64)
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dataset, "write_text", fails)
+    with pytest.raises(RunError, match="cannot be written: No space left on device; HF_HOME"):
+        load_tokens(write_rows(chat("q", "a")), tokenizer, max_length=64)
+    left = [path.name for path in (tmp_path / "tokens").iterdir()]
+    assert all(name.endswith(".lock") for name in left), left
+
+
+def test_workers_map_the_tokens_again(tokenizer, write_rows) -> None:
+    data = load_tokens(write_rows(*[chat("q", "a " * 20)] * 500), tokenizer, max_length=64)
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 1000, "a copy of all tokens for each worker"
+    for (ids, labels), (same_ids, same_labels) in zip(
+        data.documents([3, 7]), pickle.loads(pickled).documents([3, 7]), strict=True
+    ):
+        assert (ids == same_ids).all()
+        assert (labels == same_labels).all()
+
+
+def test_rows_of_the_hub_are_tokenised_once_and_a_missing_dataset_is_one_line(
+    tokenizer, monkeypatch
+) -> None:
+    with pytest.raises(UserError, match=r"some/where: not found on the hub and not in its cache"):
+        load_tokens("some/where", tokenizer, max_length=64)
+    rows = datasets.Dataset.from_list([chat("q", "a"), chat("r", "b")])
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or rows)
+    data = load_tokens("some/where:test", tokenizer, max_length=64)
+    assert len(data) == 2
+    assert asked[0] == (("some/where",), {"split": "test"})
+    monkeypatch.setattr(dataset, "read_rows", None)
+    assert len(load_tokens("some/where:test", tokenizer, max_length=64)) == 2
 
 
 def short_chats(count: int) -> np.ndarray:

@@ -86,7 +86,7 @@ def test_packed_documents_equal_separate_ones(
     logits = model(**{k: row[k] for k in keys}, use_cache=False).logits[0]
     at = 0
     for ids, _ in data.documents([3, 1, 4, 0]):
-        expected = alone(torch.from_numpy(ids)[None].long()).logits[0]
+        expected = alone(torch.tensor(ids)[None].long()).logits[0]
         assert torch.allclose(logits[at : at + len(ids)], expected, atol=1e-5)
         at += len(ids)
 
@@ -103,7 +103,7 @@ def test_evaluation_of_packed_rows_equals_documents_one_by_one(make_model, data)
     found = evaluate(make_model(), batches, CPU, torch.float32)
     model, total, count = make_model(packing=False), 0.0, 0
     for ids, labels in data.documents(list(range(7))):
-        logits = model(torch.from_numpy(ids)[None].long()).logits[0, :-1]
+        logits = model(torch.tensor(ids)[None].long()).logits[0, :-1]
         target = torch.from_numpy(labels)[1:].long()
         total += F.cross_entropy(logits, target, reduction="sum", ignore_index=IGNORE).item()
         count += int((target != IGNORE).sum())

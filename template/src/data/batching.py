@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
     round lacks batches, ranks get an empty one (all filler), so that nobody waits for ever.
 
     Attributes:
+        batches: of a whole epoch, over all ranks.
         epoch: which permutation is walked; set it before iterating.
         position: how many batches of this rank to skip, for a resumed run.
     """
@@ -45,22 +47,27 @@ class TokenBudgetSampler(Sampler[list[int]]):
         order = np.arange(len(lengths))
         if shuffle:
             np.random.default_rng(seed).shuffle(order)
+        # One array of documents and where batches begin in it: lists would be ten times the size.
         if packing:
-            self.batches = pack(lengths, order, max_length * batch_size)
+            rows = pack(lengths, order, max_length * batch_size)
+            self._documents = np.fromiter(chain.from_iterable(rows), np.int64, len(order))
+            counts = np.fromiter(map(len, rows), np.int64, len(rows))
         else:
-            self.batches = [
-                order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)
-            ]
+            self._documents = order
+            counts = np.full(-(-len(order) // batch_size), batch_size)
+            counts[-1] -= counts.sum() - len(order)
+        self._bounds = np.concatenate([[0], counts.cumsum()])
+        self.batches = len(counts)
         # The batch that needs the most memory opens the first epoch: trouble comes in step 1.
-        sizes = [max(lengths[batch]) * len(batch) for batch in self.batches]
-        self.largest = int(np.argmax(sizes))
+        longest = np.maximum.reduceat(lengths[self._documents], self._bounds[:-1])
+        self.largest = int(np.argmax(longest * counts))
 
     def __len__(self) -> int:
         """Batches of a whole epoch on each rank, whatever `position` is."""
-        return -(-len(self.batches) // self.world_size)
+        return -(-self.batches // self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(len(self.batches))
+        order = np.arange(self.batches)
         if self.shuffle:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
             if self.epoch == 0:
@@ -68,7 +75,11 @@ class TokenBudgetSampler(Sampler[list[int]]):
                 order[[0, first]] = order[[first, 0]]
         for index in range(self.position, len(self)):
             place = index * self.world_size + self.rank
-            yield self.batches[order[place]] if place < len(order) else []
+            if place < len(order):
+                start, end = self._bounds[order[place] : order[place] + 2]
+                yield self._documents[start:end].tolist()
+            else:
+                yield []
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[list[int]]:

@@ -10,10 +10,13 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from src.utils.environment import PROJECT_ROOT, from_root
 from src.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ROLES = ("system", "user", "assistant", "tool")
@@ -29,11 +32,10 @@ def is_file(source: str) -> bool:
     return source.endswith(SUFFIXES) or from_root(source).exists()
 
 
-def check_source(key: str, source: str) -> int | None:
+def check_source(key: str, source: str) -> None:
     """Read every row of a local file once, before anything heavy is imported.
 
-    Returns:
-        The number of rows; None for a hub id, whose rows are checked when they are tokenised.
+    A hub id is only looked at: its rows are checked when they are tokenised.
 
     Raises:
         UserError: the file is missing or empty, or rows cannot be used: file, line and reason.
@@ -41,16 +43,14 @@ def check_source(key: str, source: str) -> int | None:
     if not is_file(source):
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
             raise UserError(f"{key}: {source}: neither a {', '.join(SUFFIXES)} file nor a hub id")
-        return None
+        return
     path = from_root(source)
     if not path.is_file():
         raise UserError(
             f"{key}: {source}: no such file (paths are relative to the project, {PROJECT_ROOT})"
         )
-    count = sum(1 for _ in read_rows(source))
-    if count == 0:
+    if sum(1 for _ in read_rows(source)) == 0:
         raise UserError(f"{source}: no rows; {key} needs at least one of {SHAPES}")
-    return count
 
 
 def read_rows(source: str) -> Iterator[Row]:
@@ -79,7 +79,7 @@ def read_rows(source: str) -> Iterator[Row]:
 def _raw_rows(source: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
     """Yield (where, value) pairs; unreadable lines go to `problems`, with their line."""
     if not is_file(source):
-        yield from _hub_rows(source)
+        yield from ((f"{source}: row {n}", row) for n, row in enumerate(load_hub(source), 1))
         return
     path = from_root(source)
     readers: dict[str, Callable[[Path, str, list[str]], Iterator[tuple[str, Any]]]] = {
@@ -151,13 +151,18 @@ def _parquet_rows(path: Path, source: str, problems: list[str]) -> Iterator[tupl
         problems.append(f"{source}: not a Parquet file ({str(error).splitlines()[0]})")
 
 
-def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
+def load_hub(source: str) -> Dataset:
+    """A split of a dataset on the hub, or in its cache.
+
+    Raises:
+        UserError: there is no such dataset or split, or this process may not see it.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     name, _, split = source.partition(":")
     try:
-        dataset = load_dataset(name, split=split or "train")
+        return load_dataset(name, split=split or "train")
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"{source}: not found on the hub and not in its cache "
@@ -165,7 +170,6 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
         ) from None
     except ValueError as error:  # an unknown split, or a dataset of several configurations
         raise UserError(f"{source}: {str(error).splitlines()[0]}") from None
-    yield from ((f"{source}: row {n}", row) for n, row in enumerate(dataset, 1))
 
 
 def _normalise(raw: Any) -> Row | str:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from src.config import LoraConfig, ModelConfig
-from src.data.dataset import stop_token_ids
+from src.data.encoding import stop_token_ids
 from src.models.attention import isolates_documents, varlen_fits
 from src.utils.environment import PROJECT_ROOT, from_root
 from src.utils.errors import UserError

@@ -257,7 +257,7 @@ class _Run:
         how = {"none": "not quantized"}.get(how, how)
         kind = "all weights" if config.lora is None else f"LoRA r={config.lora.r}"
         tokens = int(train.lengths.sum())
-        real = tokens / (len(source.sampler.batches) * settings.batch_size * config.data.max_length)
+        real = tokens / (source.sampler.batches * settings.batch_size * config.data.max_length)
         window = (
             f"{settings.batch_size} x {config.data.max_length} tokens x "
             f"{settings.gradient_accumulation_steps} accumulated x {distributed.WORLD_SIZE} "

@@ -81,12 +81,14 @@ def test_a_start_imports_neither_a_compiler_nor_what_a_run_may_not_need():
         "load_environment()\n"
         "with quick_imports():\n"
         "    import src.training.run, peft\n"
+        "from transformers.utils import is_scipy_available\n"
         "import gc, sys, torch\n"
-        "slow = {'torch._inductor.compile_fx', 'datasets', 'matplotlib', 'mlflow'}\n"
-        "print(*((slow | {'bitsandbytes'}) & set(sys.modules)), gc.isenabled(), torch.compile)"
+        "slow = {'torch._inductor.compile_fx', 'datasets', 'matplotlib', 'mlflow', 'scipy'}\n"
+        "print(*((slow | {'bitsandbytes'}) & set(sys.modules)), gc.isenabled(),"
+        "      is_scipy_available(), torch.compile)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith("bitsandbytes True <function compile at"), done.stdout
+    assert done.stdout.startswith("bitsandbytes True True <function compile at"), done.stdout
     assert not done.stderr, "C++ libraries report leaks where frozen objects are not thawed"

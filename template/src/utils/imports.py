@@ -16,7 +16,8 @@ def quick_imports() -> Generator[None]:
     gc.disable()
     try:
         _import_bitsandbytes()
-        yield
+        with _without_scipy():
+            yield
     finally:
         gc.enable()
         gc.freeze()  # nor need it ever look at them again, while training
@@ -34,3 +35,16 @@ def _import_bitsandbytes() -> None:
     # Where it does not work, that is for whoever needs it to say: peft does without.
     with suppress(ImportError), patch.object(torch, "compile", lambda function, **_: function):
         import bitsandbytes  # noqa: F401
+
+
+@contextmanager
+def _without_scipy() -> Generator[None]:
+    """Keep transformers from importing scipy.optimize, of which only its detection losses know.
+
+    scipy is there because mlflow needs it. transformers imports all its losses with any model.
+    """
+    import transformers.utils
+
+    # create: a later transformers may name it otherwise, and is then only slower to start.
+    with patch.object(transformers.utils, "is_scipy_available", lambda: False, create=True):
+        yield

@@ -114,18 +114,26 @@ def measure_matmul() -> float:
 
 def walk_batches(rows: Path, model: Path) -> None:
     """Prepare rows as scripts/train.py does, and walk one epoch; print the clock at both ends."""
-    from src.config import ModelConfig
+    from src.config import Config
     from src.data.rows import check_source
 
     check_source("data.train", str(rows))
-    from src.data.batching import TokenBudgetSampler, make_loader
+    from src.data.batching import TokenLoader
     from src.data.dataset import load_tokens
     from src.models.model import load_tokenizer
 
-    tokenizer = load_tokenizer(ModelConfig(name=str(model)))
-    data = load_tokens(str(rows), tokenizer, 512)
-    sampler = TokenBudgetSampler(data.lengths, 512, 4, packing=True, seed=SEED)
-    batches = iter(make_loader(data, sampler, tokenizer.pad_token_id, 512, 4, packing=True))
+    config = Config.model_validate(
+        {
+            "seed": SEED,
+            "output_dir": "unused",
+            "model": {"name": str(model)},
+            "data": {"train": str(rows), "max_length": 512},
+        }
+    )
+    tokenizer = load_tokenizer(config.model)
+    data = load_tokens(str(rows), tokenizer, config.data.max_length)
+    loader = TokenLoader(data, config, tokenizer.pad_token_id, shuffle=True, pin_memory=False)
+    batches = iter(loader)
     tokens = next(batches)["tokens"]
     print(time.perf_counter(), flush=True)
     tokens += sum(batch["tokens"] for batch in batches)

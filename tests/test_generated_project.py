@@ -49,13 +49,12 @@ def test_the_package_is_importable_from_anywhere(installed: Path, tmp_path: Path
     assert Path(found) == installed / "src/__init__.py"
 
 
-def test_the_message_after_a_copy_ends_with_the_right_answer(tmp_path: Path) -> None:
-    project = render(tmp_path / "my-finetune")
+def test_the_message_after_a_copy_ends_with_the_right_answer(installed: Path) -> None:
     blocks = re.findall(r"(?:^    .+\n)+", SETTINGS["_message_after_copy"], re.MULTILINE)
     commands = [line.strip() for line in blocks[0].splitlines()][1:]  # all but the `cd`
     question = shlex.split(commands[-1])[-1]
-    rows = [json.loads(line) for line in (project / "data/sample.jsonl").open()]
+    rows = [json.loads(line) for line in (installed / "data/sample.jsonl").open()]
     chats = [row["messages"] for row in rows if "messages" in row]
     answers = [chat[-1]["content"] for chat in chats if chat[0]["content"] == question]
-    output = run("bash", "-euc", "\n".join(commands), cwd=project).stdout
+    output = run("bash", "-euc", "\n".join(commands), cwd=installed).stdout
     assert output.splitlines()[-1] in answers

@@ -67,7 +67,8 @@ GUARDS = [
 def test_a_mistake_is_caught(mistake: Callable[[Path], None], guard: str, tmp_path: Path) -> None:
     repository = shutil.copytree(snapshot().name, tmp_path / "repository")
     mistake(repository / "template")
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{guard}")
+    options = ("-q", "-n", "0", "-p", "no:cacheprovider")
+    command = (sys.executable, "-m", "pytest", *options, f"tests/{guard}")
     # 1: the test ran and failed. A test that is gone or cannot be collected ends with 2, 4 or 5.
     output = run(*command, cwd=repository, code=1).stdout
     assert "1 failed" in output

@@ -3,8 +3,6 @@
 Exit code 1 if something FAILs. Paste its output when you ask somebody for help.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil
@@ -53,33 +51,27 @@ def _disk() -> Iterator[Finding]:
 def _secrets() -> Iterator[Finding]:
     if not (PROJECT_ROOT / ".env").is_file():
         yield "WARN", "no .env: cp .env.example .env (only gated models and settings need it)"
-    if os.environ.get("HF_TOKEN"):
-        yield "OK", "HF_TOKEN is set"
-    else:
-        yield "WARN", "HF_TOKEN is not set: gated models such as Llama cannot be fetched"
+    gated = "HF_TOKEN is not set: gated models such as Llama cannot be fetched"
+    yield ("OK", "HF_TOKEN is set") if os.environ.get("HF_TOKEN") else ("WARN", gated)
 
 
 def _gpu() -> Iterator[Finding]:
     import torch
 
-    if torch.version.cuda is None:
+    wanted = torch.version.cuda
+    if wanted is None:
         yield "WARN", "this torch was built without CUDA: training runs on the CPU"
-        return
-    if not torch.cuda.is_available():
-        yield (
-            "WARN",
-            f"no usable GPU (torch wants a driver for CUDA {torch.version.cuda}; see nvidia-smi): "
-            "only tiny models train on a CPU",
-        )
-        return
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
+    elif not torch.cuda.is_available():
+        driver = f"torch wants a driver for CUDA {wanted}; see nvidia-smi"
+        yield "WARN", f"no usable GPU ({driver}): only tiny models train on a CPU"
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        name = f"cuda:{index} {torch.cuda.get_device_name(index)}"
         free, total = (value / 2**30 for value in torch.cuda.mem_get_info(index))
-        yield "OK", f"cuda:{index} {properties.name}, {free:.1f} of {total:.1f} GiB free"
+        yield "OK", f"{name}, {free:.1f} of {total:.1f} GiB free"
         if free < 0.9 * total:
-            yield "WARN", f"cuda:{index} is in use by another process: see nvidia-smi"
+            yield "WARN", f"{name} is in use by another process: see nvidia-smi"
         if not torch.cuda.is_bf16_supported(including_emulation=False):
-            yield "WARN", f"cuda:{index} has no bf16: training uses fp16 with a loss scaler"
+            yield "WARN", f"{name} has no bf16: training uses fp16 with a loss scaler"
 
 
 if __name__ == "__main__":

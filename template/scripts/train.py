@@ -1,15 +1,4 @@
-"""Train as a config says: `uv run scripts/train.py [CONFIG] [key=value …]`."""
-
-from __future__ import annotations
-
-import sys
-
-from src.utils.environment import PROJECT_ROOT, load_environment
-from src.utils.errors import run_script
-from src.utils.imports import quick_imports
-
-USAGE = """\
-usage: uv run scripts/train.py [CONFIG] [key=value ...]
+"""Train as a config says: `uv run scripts/train.py [CONFIG] [key=value ...]`.
 
 CONFIG is a YAML file, configs/train.yaml if none is given. Overrides are its keys with dots:
   uv run scripts/train.py configs/smoke.yaml                         a minute on any CPU
@@ -17,13 +6,20 @@ CONFIG is a YAML file, configs/train.yaml if none is given. Overrides are its ke
   uv run scripts/train.py lora=null model.quantization=none          full fine-tuning
   uv run scripts/train.py training.resume=auto                       go on where it stopped
   torchrun --nproc-per-node=8 scripts/train.py                       on eight GPUs
-All keys, their defaults and why: src/config.py"""
+All keys, their defaults and why: src/config.py
+"""
+
+import sys
+
+from src.utils.environment import PROJECT_ROOT, load_environment
+from src.utils.errors import run_script
+from src.utils.imports import quick_imports
 
 
 def main(arguments: list[str]) -> None:
     """Everything cheap first: torch is imported when nothing is left to complain about."""
     if "-h" in arguments or "--help" in arguments:
-        print(USAGE)
+        print(__doc__.strip())
         return
     load_environment()
     from src.config import load_config

@@ -4,21 +4,26 @@ Every default stands here once, with its reason. YAML files under `configs/` say
 differs, and the command line (`key=value`) says the last word.
 """
 
-from __future__ import annotations
-
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from src.utils.errors import UserError
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NotNegativeInt = Annotated[int, Field(ge=0)]
+
+def _whole(value: Any) -> Any:
+    """Let `max_steps=1e3` be the 1000 that was meant; 1.5 stays a float and is refused."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+NotNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 NotEmpty = Annotated[str, Field(min_length=1)]
 
 
@@ -47,7 +52,7 @@ class ModelConfig(Section):
     # Recompute activations in the backward pass: about 40 % less memory for 20 % less speed.
     gradient_checkpointing: bool = False
     # 1 recomputes every layer; k only each k-th, for memory that would otherwise go unused.
-    every_n_layers: PositiveInt = 1
+    gradient_checkpointing_every_n_layers: PositiveInt = 1
     # Compile each layer: minutes at the start, then about 15 % faster steps on a GPU.
     compile: bool = False
     # True executes Python code that the model's repository ships, with your rights.
@@ -117,8 +122,8 @@ class TrainingConfig(Section):
     # never | auto: continue the newest whole checkpoint under output_dir, if there is one |
     # the path of a checkpoint.
     resume: NotEmpty = "never"
-    # Resume although the model, the data or the batch geometry differ.
-    allow_mismatch: bool = False
+    # Resume although the model, the data or the batch geometry are not what they were.
+    resume_despite_changes: bool = False
     # Train and evaluate on the first so many rows: a loss that will not go to zero shows a
     # wrong mask, template or stop token within a minute.
     overfit: PositiveInt | None = None
@@ -136,7 +141,7 @@ class TrackingConfig(Section):
 class Config(Section):
     """One run."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    seed: Annotated[NotNegativeInt, Field(lt=2**32)] = 42
     # Same bits on the same machine and versions, at a price in speed.
     deterministic: bool = False
     output_dir: NotEmpty
@@ -148,27 +153,20 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _keys_that_exclude_each_other(self) -> Config:
-        model, problems = self.model, []
-        if model.quantization != "none" and self.lora is None:
-            problems.append(
-                f"model.quantization: {model.quantization} weights cannot be trained themselves; "
-                "use model.quantization=none for full fine-tuning, or set lora"
-            )
-        if model.quantization != "none" and model.init == "random":
-            problems.append(
-                f"model.quantization: {model.quantization} needs saved weights to quantize; "
-                "use model.init=pretrained, or model.quantization=none"
-            )
-        if model.init == "random" and self.lora is not None:
-            problems.append(
-                "lora: an adapter is saved without its base, and nobody could load random weights "
-                "again; use model.init=pretrained, or lora=null"
-            )
-        if self.training.patience and not (self.data.eval or self.training.overfit):
-            problems.append("training.patience: needs data.eval to measure progress on")
-        if problems:
-            raise ValueError("\n".join(problems))
+    def _keys_that_exclude_each_other(self) -> Self:
+        bits, full, random = self.model.quantization, self.lora is None, self.model.init == "random"
+        problems = {
+            f"model.quantization: {bits} weights cannot be trained themselves; use "
+            "model.quantization=none for full fine-tuning, or set lora": bits != "none" and full,
+            f"model.quantization: {bits} needs saved weights to quantize; use "
+            "model.init=pretrained, or model.quantization=none": bits != "none" and random,
+            "lora: an adapter is saved without its base, and nobody could load random weights "
+            "again; use model.init=pretrained, or lora=null": random and not full,
+            "training.patience: needs data.eval to measure progress on": self.training.patience
+            and not (self.data.eval or self.training.overfit),
+        }
+        if found := [text for text, applies in problems.items() if applies]:
+            raise ValueError("\n".join(found))
         return self
 
 
@@ -176,213 +174,135 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
     """Read a YAML file, apply `key=value` overrides, and validate everything.
 
     Returns:
-        The typed config, and the same as plain data for `config.yaml` and the tracker: resolved,
-        but whatever came out of an environment variable stays `${oc.env:NAME}`, so that no
-        secret is written down.
+        The typed config, and the same as plain data for `config.yaml` and the tracker. Where the
+        environment is used (`${oc.env:NAME}`), that has every `${…}` as it was written and not
+        what came out of it, so that no secret is ever written down.
 
     Raises:
         UserError: with one line per problem, each naming file and line, or the command line.
     """
-    path = Path(path)
+    path, overrides = Path(path), overrides or []
+    text = _read(path)
+    merged, lines = _merge(path, text, overrides), dict(_lines(yaml.compose(text)))
+
+    def where(key: str) -> str:
+        """The command line, or the line of the file, that gave a key or a section around it."""
+        given = [f"{override.partition('=')[0]}." for override in overrides]
+        if any(f"{key}.".startswith(o) or o.startswith(f"{key}.") for o in given):
+            return "command line"
+        while key and key not in lines:
+            key = key.rpartition(".")[0]
+        return f"{path}:{lines[key]}" if key else str(path)
+
     try:
-        # utf-8-sig: editors on Windows leave a byte order mark.
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(_missing_file(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    merged = _merge(path, text, overrides or [])
-    where = _Where(path, text, overrides or [])
-    try:
-        resolved = OmegaConf.to_container(merged, resolve=True)
+        config = Config.model_validate(OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         raise UserError(f"{where(key)}: {key}: {str(error).splitlines()[0]}") from None
-    try:
-        config = Config.model_validate(_integral(resolved))
     except ValidationError as error:
-        raise UserError(*_problems(error, where)) from None
-    plain = OmegaConf.to_container(merged, resolve=False)
-    return config, _without_secrets(config.model_dump(), plain, resolved)
+        raise UserError(*(f"{where(key)}: {what}" for key, what in _problems(error))) from None
+    written, plain = OmegaConf.to_container(merged, resolve=False), config.model_dump()
+    return config, _as_written(plain, written) if "oc.env" in str(written) else plain
 
 
-def _missing_file(path: Path) -> str:
-    near = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
-    hint = f"; there is {', '.join(near)}" if near else ""
-    return f"{path}: no such config file{hint}"
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return flat
+
+
+def _read(path: Path) -> str:
+    try:
+        # utf-8-sig: editors on Windows leave a byte order mark.
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        near = ", ".join(str(p) for p in sorted(path.parent.glob("*.yaml")))
+        raise UserError(f"{path}: no such config file{near and f'; there is {near}'}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
 def _merge(path: Path, text: str, overrides: list[str]) -> Any:
     try:
-        base = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+        merged = OmegaConf.create(text or "{}")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}{line}: not valid YAML: {what}") from None
-    if not OmegaConf.is_dict(base):
+        place = f"{path}:{mark.line + 1}" if mark else path
+        raise UserError(f"{place}: not valid YAML: {what}") from None
+    if not OmegaConf.is_dict(merged):
         raise UserError(f"{path}: a config is a mapping of keys to values, not a list or a word")
-    problems = [
-        f"command line: {item!r} is not key=value; for a file, name it first"
-        for item in overrides
-        if "=" not in item or item.startswith("-") or not item.split("=", 1)[0].strip()
-    ]
-    if problems:
-        raise UserError(*problems)
-    for item in overrides:
-        key, _, value = item.partition("=")
+    for item in overrides:  # one at a time: the message can then name the culprit
+        if item.startswith(("-", "=")) or "=" not in item:
+            raise UserError(f"command line: {item!r} is not key=value; for a file, name it first")
         try:
-            # One at a time: the message can then name the culprit. `lora=null` then
-            # `lora.r=8` must bring the section back, which force_add allows.
-            parsed = OmegaConf.from_dotlist([item])
-            OmegaConf.update(base, key, OmegaConf.select(parsed, key), merge=True, force_add=True)
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
         except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
             first = str(error).splitlines()[0]
-            raise UserError(f"command line: {key}={value}: cannot be read ({first})") from None
-    return base
+            raise UserError(f"command line: {item}: cannot be read ({first})") from None
+    return merged
 
 
-class _Where:
-    """Says where a key's value was given: the command line, or a line of the file."""
-
-    def __init__(self, path: Path, text: str, overrides: list[str]) -> None:
-        self.path, self.lines = path, _line_of_each_key(text)
-        self.overridden = [item.partition("=")[0] for item in overrides]
-
-    def __call__(self, key: str) -> str:
-        for name in self.overridden:
-            if name == key or name.startswith(key + ".") or key.startswith(name + "."):
-                return "command line"
-        while key and key not in self.lines:
-            key = key.rpartition(".")[0]
-        return f"{self.path}:{self.lines[key]}" if key else str(self.path)
+def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Each key of a YAML file, with its dots, and the line that it stands on."""
+    for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        yield prefix + name.value, name.start_mark.line + 1
+        yield from _lines(value, f"{prefix}{name.value}.")
 
 
-def _line_of_each_key(text: str) -> dict[str, int]:
-    lines: dict[str, int] = {}
-
-    def visit(node: yaml.Node | None, prefix: str) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for name, value in node.value:
-                key = f"{prefix}{name.value}"
-                lines[key] = name.start_mark.line + 1
-                visit(value, key + ".")
-
-    visit(yaml.compose(text, Loader=yaml.SafeLoader), "")
-    return lines
+# For pydantic's types of error, where its own words are not those of a config file.
+WORDS = {
+    "string_type": "text is expected (quote it, if YAML took it for something else)",
+    "int_type": "a whole number is expected",
+    "float_type": "a number is expected",
+    "bool_type": "true or false is expected",
+    "model_type": "a section of keys is expected",
+}
 
 
-def _integral(value: Any) -> Any:
-    """Let `max_steps=1e3` be the 1000 that was meant; 1.5 stays a float and is refused."""
-    if isinstance(value, dict):
-        return {k: _integral(v) for k, v in value.items()}
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _problems(error: ValidationError, where: _Where) -> list[str]:
-    lines: dict[str, str] = {}
-    for item in error.errors(include_url=False):
-        if item["type"] == "value_error":  # ours, already worded, one per line
-            for line in item["msg"].removeprefix("Value error, ").splitlines():
-                key = line.partition(":")[0]
-                lines[line] = f"{where(key)}: {line}"
+def _problems(error: ValidationError) -> list[tuple[str, str]]:
+    """Pairs of a key, and what is wrong with it."""
+    problems: dict[str, tuple[str, str]] = {}
+    for item in error.errors():
+        kind, names = item["type"], [str(part) for part in item["loc"]]
+        if kind == "value_error":  # our own, one per line
+            ours = str(item["ctx"]["error"]).splitlines()
+            problems |= {line: (line.partition(":")[0], line) for line in ours}
             continue
-        # A union adds the branch that failed to the location ("constrained-str"): cut it off.
-        key = _schema_path(item["loc"])
-        if item["type"] == "extra_forbidden":
-            text = _unknown(key)
-        elif item["type"] == "missing":
-            text = f"{key}: missing, and has no default"
-        else:
-            text = f"{key}: {item['input']!r} is not allowed: {_allowed(item)}"
-        # Both branches of a union (text or list) complain: the first is enough, unless the
-        # second knows better than that the type is another.
-        if key not in lines or item["type"] == "too_short":
-            lines[key] = f"{where(key)}: {text}"
-    return list(lines.values())
+        if kind != "extra_forbidden":
+            # Where text or a list may stand, pydantic names the kind that it tried, such as
+            # "constrained-str", and complains once of each: only the last counts.
+            names = [name for name in names if name.isidentifier()]
+        key = ".".join(names)
+        what = f"{item['input']!r} is not allowed: " + WORDS.get(
+            kind, item["msg"].replace("Input should be", "expected")
+        )
+        what = {"missing": "missing, and has no default"}.get(kind, what)
+        what = f"unknown key{_nearest(key)}" if kind == "extra_forbidden" else what
+        problems[key] = key, f"{key}: {what}"
+    return list(problems.values())
 
 
-def _schema_path(loc: tuple[int | str, ...]) -> str:
-    model: type[BaseModel] | None = Config
-    parts: list[str] = []
-    for part in loc:
-        if model is None:
-            break
-        parts.append(str(part))
-        model = _section(model, str(part))
-    return ".".join(parts)
+def _nearest(key: str) -> str:
+    """A hint at the key that was meant: the same word in another section, or a similar one."""
+    known, leaf = list(_keys(Config)), key.rpartition(".")[2]
+    best = [name for name in known if name.rpartition(".")[2] == leaf]
+    best += difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {best[0]}?" if best else ""
 
 
-def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The section that a key of `model` holds, or None where it holds a value."""
-    field = model.model_fields.get(name)
-    kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for kind in get_args(field.annotation) or [field.annotation]:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, f"{prefix}{name}.")
 
 
-def _allowed(item: Any) -> str:
-    """Pydantic's message in the words of a config file."""
-    text = item["msg"].removeprefix("Input should be ")
-    words = {
-        "a valid string": "text is expected (quote it, if YAML took it for something else)",
-        "a valid integer": "a whole number is expected",
-        "a valid number": "a number is expected",
-        "a valid boolean": "true or false is expected",
-        "a finite number": "a finite number is expected",
-    }
-    if item["type"] in {"model_type", "model_attributes_type", "dict_type"}:
-        return "a section of keys is expected"
-    if item["type"] in {"string_too_short", "too_short"}:
-        return "it must not be empty"
-    return words.get(text, f"expected {text}")
-
-
-def _all_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name in model.model_fields:
-        section = _section(model, name)
-        keys.append(prefix + name)
-        keys += _all_keys(section, f"{prefix}{name}.") if section else []
-    return keys
-
-
-def _unknown(key: str) -> str:
-    parent, _, leaf = key.rpartition(".")
-
-    def likeness(candidate: str) -> float:
-        section, _, name = candidate.rpartition(".")
-        # The right word in the wrong section is likely (learning_rate), and so is a poor
-        # word in the right one (lora.rank): both must get over the bar below.
-        return difflib.SequenceMatcher(None, leaf, name).ratio() + 0.3 * (section == parent)
-
-    best = max(_all_keys(), key=likeness)
-    hint = f"; did you mean {best}?" if likeness(best) > 0.65 else ""
-    return f"{key}: unknown key{hint}"
-
-
-def _without_secrets(dumped: dict, plain: Any, resolved: Any) -> dict:
-    secrets: set[str] = set()
-
-    def collect(raw: Any, value: Any) -> None:
-        if isinstance(raw, dict):
-            for k in raw:
-                collect(raw[k], value[k])
-        elif isinstance(raw, list):
-            for r, v in zip(raw, value, strict=True):
-                collect(r, v)
-        elif isinstance(raw, str) and "oc.env" in raw:
-            secrets.add(str(value))
-
-    def redact(value: Any, raw: Any) -> Any:
-        if isinstance(value, dict):
-            return {
-                k: redact(v, raw.get(k) if isinstance(raw, dict) else None)
-                for k, v in value.items()
-            }
-        if isinstance(value, list) and isinstance(raw, list):
-            return [redact(v, r) for v, r in zip(value, raw, strict=True)]
-        # Also a value that reached here through another key: ${model.name}.
-        return raw if raw and any(s and s in str(value) for s in secrets) else value
-
-    collect(plain, resolved)
-    return redact(dumped, plain)
+def _as_written(value: Any, written: Any) -> Any:
+    if isinstance(value, dict) and isinstance(written, dict):
+        return {k: _as_written(v, written.get(k)) for k, v in value.items()}
+    return written if "${" in str(written) else value

@@ -1,12 +1,14 @@
 """Small models, tokenizers and files, made here: no test downloads anything or needs a GPU."""
 
-from __future__ import annotations
-
 import json
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -18,6 +20,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as load_environment does
 _HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ["HF_HOME"] = _HF_HOME.name
 ROOT = Path(__file__).resolve().parents[1]
+SMOKE = str(ROOT / "configs/smoke.yaml")
+
+
+def chat(question: str, answer: str) -> dict:
+    """A row of one question and one answer."""
+    turns = {"user": question, "assistant": answer}
+    return {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
+
+
+def metrics(folder: Path) -> list[dict]:
+    """What a run has logged; unlike src's own reader, no broken line is passed over."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -82,6 +96,29 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
+def data(tokenizer, write_rows):
+    """Twelve documents of very different lengths and label counts."""
+    from src.data.dataset import load_tokens
+
+    rows = [chat("why? " * (n % 5), "because " * (1 + n * n % 11)) for n in range(12)]
+    return load_tokens(write_rows(*rows), tokenizer, max_length=64)
+
+
+def packed(data, indices: list[int], budget: int = 256) -> dict[str, Any]:
+    """Documents of `data` in one row."""
+    from src.data.batching import collate_packed
+
+    return collate_packed(data[indices], budget=budget, max_length=64, pad_id=2)
+
+
+def padded(data, indices: list[int]) -> dict[str, Any]:
+    """Documents of `data`, one a row."""
+    from src.data.batching import collate_padded
+
+    return collate_padded(data[indices], max_length=64, pad_id=2)
+
+
+@pytest.fixture
 def train(tmp_path: Path) -> Callable[..., Path]:
     """Run scripts/train.py on the smoke config in this process; returns the output folder."""
 
@@ -90,7 +127,7 @@ def train(tmp_path: Path) -> Callable[..., Path]:
 
         folder = tmp_path / output
         quick = ["tracking.enabled=false", f"output_dir={folder}", "device=cpu"]
-        scripts.train.main([str(ROOT / "configs/smoke.yaml"), *quick, *overrides])
+        scripts.train.main([SMOKE, *quick, *overrides])
         return folder
 
     return call
@@ -101,9 +138,6 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
     """Run a script's main that must fail as bad input does; returns the lines it printed."""
 
     def call(main: Callable[[list[str]], None], *arguments: str) -> list[str]:
-        import sys
-        from unittest import mock
-
         from src.utils.errors import run_script
 
         capsys.readouterr()
@@ -119,11 +153,26 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
     return call
 
 
-def chat(question: str, answer: str) -> dict:
-    """A row of one question and one answer."""
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-    }
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs; making one takes seconds, so tests copy it."""
+    from src.training.tracking import Tracker
+
+    path, warnings = tmp_path_factory.mktemp("mlflow") / "mlflow.db", []
+    with mock.patch.dict(os.environ, MLFLOW_TRACKING_URI=f"sqlite:///{path}"):
+        Tracker("first", "first", {}, warn=warnings.append).close("FINISHED")
+    assert not warnings
+    return path
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Path:
+    """The folder of the smoke run as README tells it, tracked in `mlflow.db` beside it."""
+    import scripts.train
+
+    folder = tmp_path_factory.mktemp("smoke")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    with mock.patch.dict(os.environ, MLFLOW_TRACKING_URI=uri):
+        scripts.train.main([SMOKE, f"output_dir={folder / 'run'}", "device=cpu"])
+    return folder / "run"

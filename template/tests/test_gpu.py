@@ -1,7 +1,5 @@
 """What only a CUDA device can show: `uv run pytest -m gpu`."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -10,11 +8,10 @@ from src.config import LoraConfig, ModelConfig, TrainingConfig
 from src.data.batching import collate_packed
 from src.data.dataset import load_tokens
 from src.models.attention import varlen_attention
-from src.models.model import lean_adapters, load_model
-from src.training.loss import find_plain_head
+from src.models.model import load_model
 from src.training.optimizer import make_optimizer
-from src.training.trainer import autocast, evaluate, train_steps
-from src.utils.memory import gpu_memory
+from src.training.trainer import StepResult, evaluate, train_epoch
+from src.utils.memory import gpu_memory, print_gpu_memory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +25,8 @@ def batches(tokenizer, write_rows) -> list[dict]:
     rows = [chat("why? " * (n % 7), "because " * (1 + n % 9)) for n in range(32)]
     data = load_tokens(write_rows(*rows), tokenizer, max_length=64)
     return [
-        collate_packed(data.documents(list(range(n, n + 8))), 512, 64, 2) for n in range(0, 32, 8)
+        collate_packed(data[list(range(n, n + 8))], budget=512, max_length=64, pad_id=2)
+        for n in range(0, 32, 8)
     ]
 
 
@@ -36,6 +34,17 @@ def load(saved_model, tokenizer, lora: bool = True, dtype=torch.bfloat16, **mode
     config = ModelConfig(name=str(saved_model), **model)
     adapters = LoraConfig(r=4) if lora else None
     return load_model(config, adapters, tokenizer, GPU, dtype, packing=True)
+
+
+def take_steps(
+    model, batches, optimizer, scaler=None, dtype=torch.bfloat16, epochs: int = 1
+) -> list[float]:
+    """The loss of each step."""
+    steps: list[StepResult] = []
+    for _ in range(epochs):
+        train_epoch(model, batches, optimizer, scaler, GPU, dtype=dtype, after_step=steps.append)
+    assert all(bool(step.finite) for step in steps)
+    return [step.loss.item() for step in steps]
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
@@ -70,10 +79,7 @@ def test_packed_training_learns_in_bf16(
     )
     assert model.config._attn_implementation == "varlen"
     optimizer = make_optimizer(model, TrainingConfig(learning_rate=1e-2))
-    losses = []
-    with lean_adapters(model):
-        for _ in range(10):
-            losses += [r.loss.item() for r in train_steps(model, batches, optimizer, None, GPU)]
+    losses = take_steps(model, batches, optimizer, epochs=10)
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -88,15 +94,17 @@ def test_evaluation_on_the_gpu_equals_the_cpu(saved_model, tokenizer, batches):
 def test_steps_wait_for_the_gpu_at_log_lines_only(saved_model, tokenizer, batches):
     model = load(saved_model, tokenizer)
     optimizer = make_optimizer(model, TrainingConfig())
-    with lean_adapters(model), autocast(GPU, torch.bfloat16):
-        head = find_plain_head(model)
-    list(train_steps(model, batches, optimizer, None, GPU, head=head))  # warm up
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        results = list(train_steps(model, batches, optimizer, None, GPU, head=head))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(bool(r.finite) for r in results)
+    take_steps(model, batches, optimizer)  # warm up
+
+    def watched():
+        # From the first batch on: before it, train_epoch looks once at the model's head.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield from batches
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    assert len(take_steps(model, watched(), optimizer)) == len(batches)
 
 
 def test_full_logits_never_exist(saved_model, tokenizer, batches):
@@ -113,7 +121,7 @@ def test_full_logits_never_exist(saved_model, tokenizer, batches):
             return out
 
     with Watch():
-        list(train_steps(model, batches[:1], optimizer, None, GPU))
+        take_steps(model, batches[:1], optimizer)
     tokens = batches[0]["input_ids"].numel()
     assert seen
     assert max(n for n in seen if n != model.config.hidden_size) < tokens
@@ -123,10 +131,7 @@ def test_fp16_trains_with_the_scaler(saved_model, tokenizer, batches):
     model = load(saved_model, tokenizer, dtype=torch.float16)
     optimizer = make_optimizer(model, TrainingConfig(learning_rate=1e-2))
     scaler = torch.amp.GradScaler("cuda")
-    losses = []
-    for _ in range(10):
-        steps = train_steps(model, batches, optimizer, scaler, GPU, dtype=torch.float16)
-        losses += [r.loss.item() for r in steps]
+    losses = take_steps(model, batches, optimizer, scaler, torch.float16, epochs=10)
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -134,9 +139,7 @@ def test_paged_8bit_adamw_trains_all_weights(saved_model, tokenizer, batches):
     model = load(saved_model, tokenizer, lora=False)
     settings = TrainingConfig(optimizer="adamw8bit", learning_rate=1e-3)
     optimizer = make_optimizer(model, settings)
-    losses = []
-    for _ in range(10):
-        losses += [r.loss.item() for r in train_steps(model, batches, optimizer, None, GPU)]
+    losses = take_steps(model, batches, optimizer, epochs=10)
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -146,15 +149,11 @@ def test_compiled_layers_take_the_same_steps(saved_model, tokenizer, batches):
         torch.manual_seed(0)
         model = load(saved_model, tokenizer, compile=compiled)
         optimizer = make_optimizer(model, TrainingConfig())
-        with lean_adapters(model):
-            steps = train_steps(model, batches, optimizer, None, GPU)
-            results.append([r.loss.item() for r in steps])
+        results.append(take_steps(model, batches, optimizer))
     assert results[0] == pytest.approx(results[1], rel=1e-2)
 
 
 def test_memory_is_reported_per_device(capsys):
-    from src.utils.memory import print_gpu_memory
-
     block = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     memory = gpu_memory()
     assert memory["allocated"] >= 0.25

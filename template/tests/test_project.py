@@ -1,7 +1,5 @@
 """The project as a whole: what an update or a careless commit could break."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 

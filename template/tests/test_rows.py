@@ -1,7 +1,5 @@
 """Each row that training cannot use is named: file, line and reason."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -9,8 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import scripts.train
-from conftest import ROOT, chat
+from conftest import chat
 from src.data.rows import check_source, read_rows
 from src.utils.errors import UserError
 
@@ -96,16 +93,3 @@ def test_a_broken_parquet_file_says_so(tmp_path: Path) -> None:
     (tmp_path / "r.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match="not a Parquet file"):
         check_source("data.train", str(tmp_path / "r.parquet"))
-
-
-def test_a_run_with_bad_input_reports_everything_and_writes_nothing(
-    tmp_path: Path, write_rows, refused
-) -> None:  # fmt: skip
-    output = tmp_path / "run"
-    lines = refused(
-        scripts.train.main, str(ROOT / "configs/smoke.yaml"), f"output_dir={output}",
-        f"data.train={write_rows(GOOD, {'text': 1})}", "data.eval=missing.jsonl",
-        "model.chat_template=missing.j2",
-    )  # fmt: skip
-    assert len(lines) == 3, lines
-    assert not output.exists()

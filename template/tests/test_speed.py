@@ -1,7 +1,5 @@
 """The accounting of speed counts what is computed, no more."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

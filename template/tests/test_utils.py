@@ -1,16 +1,18 @@
-"""Seeds, memory and the environment do what their names say."""
-
-from __future__ import annotations
+"""Seeds, memory, environment, device and files do what their names say."""
 
 import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from conftest import ROOT
+from src.utils.device import pick_dtype
+from src.utils.files import new_folder, write_text
 from src.utils.memory import clear_memory, gpu_memory, print_gpu_memory
 from src.utils.seed import set_seed
 
@@ -28,7 +30,9 @@ def test_one_seed_gives_one_sequence_in_every_generator():
     assert all(a != b for a, b in zip(draw(), first, strict=True))
 
 
-def test_deterministic_means_all_of_torch_not_cudnn_alone():
+def test_deterministic_means_all_of_torch_not_cudnn_alone(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
         set_seed(1, deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
@@ -64,31 +68,42 @@ def test_dotenv_is_read_before_any_library_and_the_shell_wins(tmp_path):
     assert done.stdout.split() == ["/from/dotenv", "from-shell"]
 
 
-def test_the_doctor_judges_and_advises():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/doctor.py")],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode in (0, 1), done.stderr
-    assert all(line.startswith(("OK ", "WARN", "FAIL")) for line in done.stdout.splitlines())
-    assert "torch" in done.stdout
+@pytest.mark.parametrize("native", [True, False])
+def test_the_dtype_is_one_that_the_device_computes_in(monkeypatch, native: bool):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if native else torch.float16)
+    assert pick_dtype("bf16", torch.device("cpu")) == torch.bfloat16
 
 
-def test_a_start_imports_neither_a_compiler_nor_what_a_run_may_not_need():
-    code = (
-        "from src.utils.environment import load_environment\n"
-        "from src.utils.imports import quick_imports\n"
-        "load_environment()\n"
-        "with quick_imports():\n"
-        "    import src.training.run, peft\n"
-        "from transformers.utils import is_scipy_available\n"
-        "import gc, sys, torch\n"
-        "slow = {'torch._inductor.compile_fx', 'datasets', 'matplotlib', 'mlflow', 'scipy'}\n"
-        "print(*((slow | {'bitsandbytes'}) & set(sys.modules)), gc.isenabled(),"
-        "      is_scipy_available(), torch.compile)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("bitsandbytes True True <function compile at"), done.stdout
-    assert not done.stderr, "C++ libraries report leaks where frozen objects are not thawed"
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
+    path = tmp_path / "a/b"
+
+    def fail_half_way() -> None:
+        with new_folder(path) as folder:
+            (folder / "x").write_text("1")
+            raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011 - our own
+        fail_half_way()
+    assert list(path.parent.iterdir()) == []
+    with new_folder(path) as folder:
+        (folder / "x").write_text("1")
+        assert not path.exists()
+    assert (path / "x").read_text() == "1"
+    with pytest.raises(FileExistsError), new_folder(path):
+        pass
+    assert [p.name for p in path.parent.iterdir()] == ["b"], "nothing is left beside it"
+
+
+def test_a_text_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_text(path, "old")
+    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("as if killed here"))
+    with pytest.raises(pytest.fail.Exception):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    write_text(path, "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -1,20 +1,30 @@
 """Documents become batches of a fixed number of tokens, in an order that seed and epoch fix."""
 
-from __future__ import annotations
-
 import bisect
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import batched, chain
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Sampler
 
+from src.config import Config
 from src.data import IGNORE
-from src.data.dataset import TokenDataset
+from src.data.dataset import Document, TokenDataset
+from src.utils.distributed import RANK, WORLD_SIZE
 
 OPEN_BINS = 256  # how many part-filled rows packing chooses from
+# Of a batch, what the model reads; the rest is for the loop and the loss.
+MODEL_INPUTS = (
+    *("input_ids", "attention_mask", "position_ids"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+)
+
+
+FOR_THE_LOSS = (*MODEL_INPUTS, "positions", "targets")
 
 
 class TokenBudgetSampler(Sampler[list[int]]):
@@ -32,35 +42,24 @@ class TokenBudgetSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self,
-        lengths: np.ndarray,
-        max_length: int,
-        batch_size: int,
-        packing: bool,
-        seed: int,
-        shuffle: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
+        self, lengths: np.ndarray, max_length: int, batch_size: int, packing: bool, seed: int,
+        shuffle: bool = True, rank: int = RANK, world_size: int = WORLD_SIZE,
+    ) -> None:  # fmt: skip
         self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
         self.epoch = self.position = 0
         order = np.arange(len(lengths))
         if shuffle:
             np.random.default_rng(seed).shuffle(order)
-        # One array of documents and where batches begin in it: lists would be ten times the size.
+        plan: list[Any] = list(batched(order.tolist(), batch_size))
         if packing:
-            rows = pack(lengths, order, max_length * batch_size)
-            self._documents = np.fromiter(chain.from_iterable(rows), np.int64, len(order))
-            counts = np.fromiter(map(len, rows), np.int64, len(rows))
-        else:
-            self._documents = order
-            counts = np.full(-(-len(order) // batch_size), batch_size)
-            counts[-1] -= counts.sum() - len(order)
-        self._bounds = np.concatenate([[0], counts.cumsum()])
-        self.batches = len(counts)
+            plan = pack(lengths, order, max_length * batch_size)
+        # One array of documents and where batches begin in it: lists are ten times the size.
+        self._documents = np.fromiter(chain.from_iterable(plan), np.int64, len(order))
+        counts = np.fromiter(map(len, plan), np.int64, len(plan))
+        self._bounds, self.batches = np.concatenate([[0], counts.cumsum()]), len(plan)
         # The batch that needs the most memory opens the first epoch: trouble comes in step 1.
         longest = np.maximum.reduceat(lengths[self._documents], self._bounds[:-1])
-        self.largest = int(np.argmax(longest * counts))
+        self._largest = int(np.argmax(longest * counts))
 
     def __len__(self) -> int:
         """Batches of a whole epoch on each rank, whatever `position` is."""
@@ -71,7 +70,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         if self.shuffle:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
             if self.epoch == 0:
-                first = int(np.flatnonzero(order == self.largest)[0])
+                first = int(np.flatnonzero(order == self._largest)[0])
                 order[[0, first]] = order[[first, 0]]
         for index in range(self.position, len(self)):
             place = index * self.world_size + self.rank
@@ -107,92 +106,57 @@ def pack(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[list[int]]
     return rows
 
 
-class _Batches(Dataset[tuple[list[int], list]]):
-    """Hands a whole batch of documents to the collator in one read of the Arrow file."""
+class TokenLoader(DataLoader):
+    """A loader of ready batches: as `collate_packed` makes them, or `collate_padded`."""
 
-    def __init__(self, dataset: TokenDataset) -> None:
-        self.dataset = dataset
+    dataset: TokenDataset  # ty: ignore[incompatible-attribute-override]
+    sampler: TokenBudgetSampler  # ty: ignore[incompatible-mutable-override]
 
-    def __getitem__(self, index: list[int]) -> tuple[list[int], list]:
-        return index, self.dataset.documents(index)
-
-
-def make_loader(
-    dataset: TokenDataset,
-    sampler: TokenBudgetSampler,
-    pad_id: int,
-    max_length: int,
-    batch_size: int,
-    packing: bool,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> DataLoader:
-    """A loader of ready batches; see `collate_packed` and `collate_padded` for their shapes."""
-
-    def collate(item: Any) -> dict:
-        indices, documents = item
-        if packing:
-            batch = collate_packed(documents, batch_size * max_length, max_length, pad_id)
-        else:
-            batch = collate_padded(documents, max_length, pad_id)
-        return {**batch, "rows": indices}
-
-    return DataLoader(
-        _Batches(dataset),
-        sampler=sampler,
-        batch_size=None,  # the sampler's items are batches already
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # its own: workers' seeds must not shift the run's RNG
-    )
+    def __init__(
+        self, dataset: TokenDataset, config: Config, pad_id: int, shuffle: bool, pin_memory: bool
+    ) -> None:
+        data, rows = config.data, config.training.batch_size
+        shape = {"max_length": data.max_length, "pad_id": pad_id}
+        collate = partial(collate_padded, **shape)
+        if data.packing:
+            collate = partial(collate_packed, budget=rows * data.max_length, **shape)
+        super().__init__(
+            dataset,  # ty: ignore[invalid-argument-type] - it is indexed by lists
+            sampler=TokenBudgetSampler(
+                dataset.lengths, data.max_length, rows, data.packing, config.seed, shuffle
+            ),
+            batch_size=None,  # the sampler's items are batches already
+            collate_fn=collate,  # no closure: where workers are spawned, it is pickled
+            num_workers=data.num_workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # its own: workers' seeds must not shift the run's RNG
+        )
 
 
-def collate_packed(documents: list, budget: int, max_length: int, pad_id: int) -> dict:
+def collate_packed(
+    documents: list[Document], budget: int, max_length: int, pad_id: int
+) -> dict[str, Any]:
     """Lay documents end to end in one row, and close it with masked filler.
 
     Returns:
         input_ids, labels, position_ids of shape (1, budget); positions restart at every
         document. cu_seq_lens_q and _k, int32: where documents begin, then the budget, repeated
-        up to a power of two. max_length_q and _k: the longest document there can be. `tokens`
-        and `labelled`: real tokens and labels that carry loss, as plain numbers, so that
-        counting them needs no synchronisation with the GPU.
+        up to a power of two. max_length_q and _k: the longest document there can be. `tokens`:
+        how many are real; `rows`: the documents' indices; and what `with_targets` adds.
     """
-    ids = np.full(budget, pad_id, dtype=np.int64)
-    labels = np.full(budget, IGNORE, dtype=np.int64)
-    positions = np.empty(budget, dtype=np.int64)
-    starts, at = [], 0
-    for document_ids, document_labels in documents:
-        end = at + len(document_ids)
-        ids[at:end], labels[at:end] = document_ids, document_labels
-        labels[at] = IGNORE  # else the last token of the document before would predict it
-        positions[at:end] = np.arange(end - at)
-        starts.append(at)
-        at = end
-    tokens = at
-    while at < budget:  # filler is documents too, none longer than a real one may be
-        end = min(at + max_length, budget)
-        positions[at:end] = np.arange(end - at)
-        starts.append(at)
-        at = end
+    *starts, tokens = np.cumsum([0, *(len(document.input_ids) for document in documents)]).tolist()
+    starts += range(tokens, budget, max_length)  # filler is documents too, none of them longer
+    batch = _lay_out(documents, starts, (1, budget), pad_id)
+    positions = np.arange(budget) - np.repeat(starts, np.diff([*starts, budget]))
     # A power of two: few shapes to compile for, few empty documents for the kernel to visit.
     bounds = np.full(2 ** len(starts).bit_length(), budget, dtype=np.int32)
     bounds[: len(starts)] = starts
-    cu_seq_lens = torch.from_numpy(bounds)
-    return {
-        "input_ids": torch.from_numpy(ids)[None],
-        "labels": torch.from_numpy(labels)[None],
-        "position_ids": torch.from_numpy(positions)[None],
-        "cu_seq_lens_q": cu_seq_lens,
-        "cu_seq_lens_k": cu_seq_lens,
-        "max_length_q": max_length,
-        "max_length_k": max_length,
-        "tokens": tokens,
-        "labelled": int((labels[1:] != IGNORE).sum()),
-    }
+    batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.from_numpy(bounds))
+    batch |= {"max_length_q": max_length, "max_length_k": max_length, "tokens": tokens}
+    return with_targets({**batch, "position_ids": torch.from_numpy(positions)[None]})
 
 
-def collate_padded(documents: list, max_length: int, pad_id: int) -> dict:
+def collate_padded(documents: list[Document], max_length: int, pad_id: int) -> dict[str, Any]:
     """One document a row, padded on the right to the longest, rounded up to a multiple of 64.
 
     No attention mask: under causal attention a real token never sees what stands right of it,
@@ -200,18 +164,59 @@ def collate_padded(documents: list, max_length: int, pad_id: int) -> dict:
     the stop token.
 
     Returns:
-        input_ids and labels of shape (documents, length); `tokens` and `labelled` as above.
+        input_ids and labels of shape (documents, length); `tokens`, `rows` and what
+        `with_targets` adds, as above.
     """
-    longest = max((len(ids) for ids, _ in documents), default=1)
-    width = min(-(-longest // 64) * 64, max_length)
-    ids = np.full((max(len(documents), 1), width), pad_id, dtype=np.int64)
-    labels = np.full_like(ids, IGNORE)
-    for row, (document_ids, document_labels) in enumerate(documents):
-        ids[row, : len(document_ids)] = document_ids
-        labels[row, : len(document_ids)] = document_labels
+    lengths = [len(document.input_ids) for document in documents]
+    rows, width = max(len(lengths), 1), min(-(-max(lengths, default=1) // 64) * 64, max_length)
+    batch = _lay_out(documents, range(0, rows * width, width), (rows, width), pad_id)
+    return with_targets({**batch, "tokens": sum(lengths)})
+
+
+def _lay_out(
+    documents: list[Document], starts: Iterable[int], shape: tuple[int, int], pad_id: int
+) -> dict[str, Any]:
+    ids, labels = np.full(shape, pad_id), np.full(shape, IGNORE)
+    for (_, document_ids, document_labels), at in zip(documents, starts, strict=False):
+        ids.flat[at : at + len(document_ids)] = document_ids
+        labels.flat[at : at + len(document_ids)] = document_labels
+        labels.flat[at] = IGNORE  # else the last token of the document before would predict it
+    batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+    return {**batch, "rows": [document.row for document in documents]}
+
+
+def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
+    """Add where labels are predicted and how many there are, if that is not there yet.
+
+    It has to happen on the CPU, before memory is pinned: how many there are depends on values,
+    for which a GPU would have to be waited for.
+
+    Returns:
+        The batch with `positions` in the flattened (rows x length) batch and `targets`, both of
+        shape (labels,), padded with target -100 to a multiple of 128, so that few shapes occur;
+        `labelled`, how many are real; and `tokens`, all of them where nobody counted.
+    """
+    if "positions" in batch:
+        return batch
+    shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()  # the next token's
+    positions = (shifted != IGNORE).nonzero().squeeze(1)
+    missing = -len(positions) % 128
     return {
-        "input_ids": torch.from_numpy(ids),
-        "labels": torch.from_numpy(labels),
-        "tokens": int(sum(len(d) for d, _ in documents)),
-        "labelled": int((labels[:, 1:] != IGNORE).sum()),
+        "tokens": batch["input_ids"].numel(),
+        **batch,
+        "positions": F.pad(positions, (0, missing)),
+        "targets": F.pad(shifted[positions], (0, missing), value=IGNORE),
+        "labelled": len(positions),
+    }
+
+
+def to_device(
+    batch: dict[str, Any], device: torch.device, names: tuple[str, ...] = FOR_THE_LOSS
+) -> dict[str, Any]:
+    """What the loss reads of a batch, on a device."""
+    return {
+        # non_blocking: the loader pins its memory, so the copy runs beside the step before.
+        k: v.to(device, non_blocking=True) if isinstance(v := batch[k], torch.Tensor) else v
+        for k in names
+        if k in batch
     }

@@ -1,26 +1,36 @@
-"""Rows become tokens and labels, once, in flat files that later runs map into memory."""
-
-from __future__ import annotations
+"""The tokens of all rows, made once, in flat files that later runs map into memory."""
 
 import hashlib
 import json
+import os
 from array import array
-from itertools import batched, islice
+from itertools import batched, chain, islice
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 from filelock import FileLock
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.data import IGNORE
-from src.data.cache import token_folder
 from src.data.encoding import encode
-from src.data.rows import read_rows
+from src.data.rows import is_file, load_hub, read_rows
+from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder, write_text
 
 ROWS_AT_ONCE = 1000  # the tokenizer runs a list of texts in parallel
 IDS, LABELS, LENGTHS, FACTS = "input_ids.bin", "labels.bin", "lengths.bin", "facts.json"
+# Who edits these makes other tokens: part of a cache's name, so that nobody has to empty it.
+CODE = ("rows.py", "encoding.py", "dataset.py")
+
+
+class Document(NamedTuple):
+    """A row as tokens; both arrays have the shape (length,), int32."""
+
+    row: int  # its index in the dataset
+    input_ids: np.ndarray
+    labels: np.ndarray
 
 
 class TokenDataset:
@@ -52,21 +62,18 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __reduce__(self) -> tuple[type[TokenDataset], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
         # A loader's worker maps the files again; pickled memmaps would be copied whole.
-        return TokenDataset, (self._folder,)
+        return type(self), (self._folder,)
 
-    def documents(self, indices: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The (input_ids, labels) of these documents, each of shape (length,), int32."""
-        spans = [slice(self._bounds[i], self._bounds[i + 1]) for i in indices]
-        return [(self._ids[span], self._labels[span]) for span in spans]
+    def __getitem__(self, rows: list[int]) -> list[Document]:
+        """A whole batch at a time, as the sampler asks for it."""
+        spans = [(row, slice(self._bounds[row], self._bounds[row + 1])) for row in rows]
+        return [Document(row, self._ids[span], self._labels[span]) for row, span in spans]
 
 
 def load_tokens(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    limit: int | None = None,
+    source: str, tokenizer: Tokenizer, max_length: int, limit: int | None = None
 ) -> TokenDataset:
     """Read, check and tokenise a file or a hub dataset, or reuse what an earlier run made.
 
@@ -83,7 +90,7 @@ def load_tokens(
         RunError: the tokens cannot be written: no room, or no right to.
     """
     vocabulary = tokenizer.backend_tokenizer.to_str()
-    folder = token_folder(source, limit, vocabulary, tokenizer.chat_template, max_length)
+    folder = _cache_folder(source, vocabulary, tokenizer.chat_template, max_length, limit)
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -91,51 +98,56 @@ def load_tokens(
                 if not folder.exists():
                     _tokenise(folder, source, tokenizer, max_length, limit)
         except OSError as error:
-            raise RunError(
-                f"{folder}: tokens cannot be written: {error.strerror or error}; HF_HOME in .env "
-                "can name another disk"
-            ) from None
+            why = f"{error.strerror or error}; HF_HOME in .env can name another disk"
+            raise RunError(f"{folder}: tokens cannot be written: {why}") from None
     return TokenDataset(folder)
 
 
+def _cache_folder(source: str, *made_with: object) -> Path:
+    """A folder named by a hash of all that its tokens are made from."""
+    digest = hashlib.sha256(repr(made_with).encode())
+    for name in CODE:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    if is_file(source):
+        path = from_root(source)
+        digest.update(path.suffix.encode())  # which decides how the bytes are read
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    else:
+        digest.update(load_hub(source)._fingerprint.encode())
+    # As huggingface_hub finds it, so that one setting moves all caches to a large disk.
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
+    return Path(os.path.expandvars(home)).expanduser() / "tokens" / digest.hexdigest()[:32]
+
+
 def _tokenise(
-    path: Path, source: str, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None
+    path: Path, source: str, tokenizer: Tokenizer, max_length: int, limit: int | None
 ) -> None:
     """Write a folder of tokens, labels and lengths laid end to end, int32, and their facts."""
-    truncated = dropped = labelled = number = 0
+    read = truncated = labelled = 0
     lengths, digest = array("i"), hashlib.sha256()
     with new_folder(path) as folder:
         with (folder / IDS).open("wb") as ids_file, (folder / LABELS).open("wb") as labels_file:
             for rows in batched(islice(read_rows(source), limit), ROWS_AT_ONCE):
-                batch_ids, batch_labels = array("i"), array("i")
-                for ids, labels in encode(list(rows), tokenizer, number + 1, source):
-                    number += 1
-                    truncated += len(ids) > max_length
-                    ids, labels = ids[:max_length], labels[:max_length]
-                    count = len(labels) - labels.count(IGNORE)
-                    if not count:
-                        dropped += 1
-                        continue
-                    labelled += count
-                    lengths.append(len(ids))
-                    batch_ids.extend(ids)
-                    batch_labels.extend(labels)
-                for tokens, file in ((batch_ids, ids_file), (batch_labels, labels_file)):
+                encoded = encode(list(rows), tokenizer, read + 1, source)
+                read += len(rows)
+                truncated += sum(len(ids) > max_length for ids, _ in encoded)
+                cut = [(ids[:max_length], labels[:max_length]) for ids, labels in encoded]
+                kept = [(ids, labels) for ids, labels in cut if labels.count(IGNORE) < len(labels)]
+                lengths.extend(len(ids) for ids, _ in kept)
+                labelled += sum(len(labels) - labels.count(IGNORE) for _, labels in kept)
+                for column, file in enumerate((ids_file, labels_file)):
+                    tokens = array("i", chain.from_iterable(pair[column] for pair in kept))
                     tokens.tofile(file)
                     digest.update(tokens)
         if not lengths:
             raise UserError(
-                f"{source}: nothing to learn from: in all {number} rows the first {max_length} "
+                f"{source}: nothing to learn from: in all {read} rows the first {max_length} "
                 "tokens hold no assistant text; raise data.max_length"
             )
-        with (folder / LENGTHS).open("wb") as file:
-            lengths.tofile(file)
+        (folder / LENGTHS).write_bytes(lengths)
         digest.update(lengths)
-        facts = {
-            "source": source,
-            "truncated": truncated,
-            "dropped": dropped,
-            "labelled_tokens": labelled,
-            "fingerprint": digest.hexdigest()[:32],
-        }
+        facts = {"source": source, "truncated": truncated, "dropped": read - len(lengths)}
+        facts |= {"labelled_tokens": labelled, "fingerprint": digest.hexdigest()[:32]}
         write_text(folder / FACTS, json.dumps(facts, indent=1))

@@ -1,11 +1,9 @@
-"""Rows become token ids and labels: what the assistant says carries loss, and nothing else."""
-
-from __future__ import annotations
+"""A row becomes token ids and labels: what the assistant says carries loss, and nothing else."""
 
 import re
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.data import IGNORE
 from src.data.rows import Row
@@ -13,10 +11,7 @@ from src.utils.errors import UserError
 
 
 def encode(
-    rows: list[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    first_row: int = 1,
-    source: str = "rows",
+    rows: list[Row], tokenizer: Tokenizer, first_row: int = 1, source: str = "rows"
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of each row; only what the assistant says carries a label.
 
@@ -30,33 +25,29 @@ def encode(
     texts, spans = [], []
     for number, row in enumerate(rows, first_row):
         try:
-            text, span = _render(row, tokenizer)
+            text, turns = _render(row, tokenizer)
         except ValueError as error:
             raise UserError(f"{source}: row {number}: {error}") from None
         texts.append(text)
-        spans.append(span)
+        spans.append(turns)
     # The template has written BOS and EOS already: a second BOS is the classic mistake.
     encoded = tokenizer(
         texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
     )
     result = []
-    for ids, offsets, span in zip(
-        encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
+    for text, turns, ids, offsets in zip(
+        texts, spans, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
-        labels = [IGNORE] * len(ids)
-        turns = iter(span)
-        start, end = next(turns, (0, 0))
-        for i, (token_start, _) in enumerate(offsets):
-            while token_start >= end and (following := next(turns, None)):
-                start, end = following
-            if start <= token_start < end:
-                labels[i] = ids[i]
+        spoken = bytearray(len(text) + 1)  # 1 where a character is the assistant's
+        for start, end in turns:
+            spoken[start:end] = b"\1" * (end - start)
+        labels = [i if spoken[at] else IGNORE for i, (at, _) in zip(ids, offsets, strict=True)]
         labels[:1] = [IGNORE]
         result.append((ids, labels))
     return result
 
 
-def _render(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
+def _render(row: Row, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
     """The row as one text, and the (start, end) character spans that carry loss."""
     if "text" in row:
         prefix = tokenizer.bos_token if tokenizer("")["input_ids"] else ""
@@ -78,7 +69,7 @@ def _render(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tup
 
 
 def _render_by_prefix(
-    messages: list[dict], tokenizer: PreTrainedTokenizerBase
+    messages: list[dict], tokenizer: Tokenizer
 ) -> tuple[str, list[tuple[int, int]]]:
     """Find each assistant's turn as what it adds to the rendering of the turns before it."""
 
@@ -101,18 +92,13 @@ def _render_by_prefix(
     return whole, spans
 
 
-def chat_text(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool
-) -> str:
+def chat_text(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
     """The conversation as the chat template writes it."""
-    return str(
-        tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    )
+    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
     """The tokens that end an answer: the tokenizer's EOS and the template's end of turn.
 
     They often differ: Qwen's base tokenizers carry a chat template that closes turns with

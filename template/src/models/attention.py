@@ -5,30 +5,24 @@ function, registered as `varlen`, computes each document alone instead: on CUDA 
 variable-length flash attention (no flash-attn package), on a CPU document by document.
 """
 
-from __future__ import annotations
-
 import inspect
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+
+from src.utils.errors import UserError
 
 
 def varlen_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int = 0,
-    **_: object,
-) -> tuple[torch.Tensor, None]:
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0,
+    sliding_window: int | None = None, cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0, **_: object,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention within each document of a packed row.
 
     Args:
@@ -56,51 +50,34 @@ def varlen_attention(
         )
     if dropout:
         raise ValueError("varlen attention has no dropout; use model.attention=sdpa")
-    attend = _attend_on_gpu if query.is_cuda else _attend_on_cpu
-    out = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
-    return out, None
+    if query.is_cuda:
+        lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        return _attend_on_gpu(query, key, value, lengths, scaling, sliding_window), None
+    return _attend_on_cpu(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
 
 
 def _attend_on_gpu(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
-    max_length: int,
-    scaling: float | None,
-    sliding_window: int | None,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple,
+    scaling: float | None, sliding_window: int | None,
+) -> Tensor:  # fmt: skip
     from torch.nn.attention.varlen import varlen_attn
 
+    attend: Any = varlen_attn
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
-    options: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        else:  # torch 2.11
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     # (left, right): torch counts the tokens before this one, transformers counts this one too.
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    out: Any = varlen_attn(
-        *(q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length),
-        scale=scaling,
-        window_size=window,
-        **options,
-    )
-    return out[None]
+    options: dict[str, Any] = {"window_size": ((sliding_window or 0) - 1, 0), "scale": scaling}
+    if "enable_gqa" in inspect.signature(attend).parameters:
+        options["enable_gqa"] = True
+    elif q.shape[1] != k.shape[1]:  # torch 2.11
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return attend(q, k, v, *lengths, **options)[None]
 
 
 def _attend_on_cpu(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
-    max_length: int,
-    scaling: float | None,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    bounds = cu_seq_lens.tolist()
-    pieces = []
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor,
+    scaling: float | None, sliding_window: int | None,
+) -> Tensor:  # fmt: skip
+    bounds, pieces = cu_seq_lens.tolist(), []
     for start, end in pairwise(bounds):
         if start == end:
             continue
@@ -125,7 +102,30 @@ def _attend_on_cpu(
 AttentionInterface.register("varlen", varlen_attention)
 
 
-def isolates_documents(model: PreTrainedModel) -> bool:
+def set_attention(
+    model: PreTrainedModel, wanted: str, packing: bool, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give the model the attention of `model.attention`: `auto` is `varlen` where that is right.
+
+    Raises:
+        UserError: the model does not know it, or would let packed documents see each other.
+    """
+    if packing and not _isolates_documents(model):
+        raise UserError(
+            f"data.packing: {model.config.model_type} has layers that carry state from one packed "
+            "document into the next; use data.packing=false"
+        )
+    if wanted == "auto":
+        wanted = "varlen" if packing and _varlen_fits(model.config, device, dtype) else "sdpa"
+    if wanted == "varlen" and not packing:
+        raise UserError("model.attention: varlen reads packed batches; set data.packing=true")
+    try:
+        model.set_attn_implementation(wanted)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"model.attention: {wanted}: {str(error).splitlines()[0]}") from None
+
+
+def _isolates_documents(model: PreTrainedModel) -> bool:
     """Whether every layer that mixes tokens is attention that the packed row's bounds reach.
 
     State-space and linear-attention layers carry their state across documents.
@@ -135,12 +135,11 @@ def isolates_documents(model: PreTrainedModel) -> bool:
     return model._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
 
 
-def varlen_fits(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> bool:
+def _varlen_fits(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `varlen` computes what this model's own attention would."""
     config = config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
     dropout = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)
     softcap = getattr(config, "attn_logit_softcapping", None)
     sinks = config.model_type.startswith("gpt_oss")

@@ -11,7 +11,8 @@ import torch
 from src.data.encoding import chat_text, stop_token_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
     from transformers.generation.streamers import BaseStreamer
 
 Prompt = str | list[dict[str, str]]
@@ -19,16 +20,10 @@ Prompt = str | list[dict[str, str]]
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt | list[Prompt],
-    max_length: int = 256,
-    *,
-    raw: bool = False,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    model: PreTrainedModel, tokenizer: Tokenizer, prompt: Prompt | list[Prompt],
+    max_length: int = 256, *, raw: bool = False, temperature: float = 0.0, top_p: float = 1.0,
     streamer: BaseStreamer | None = None,
-) -> str | list[str]:
+) -> str | list[str]:  # fmt: skip
     """Complete one prompt, or a batch of prompts at once.
 
     Args:
@@ -50,41 +45,32 @@ def generate(
     prompts: list[Any] = [prompt] if single else list(prompt)
     if not prompts:
         return []
-    texts = [_as_text(p, tokenizer, raw) for p in prompts]
     # Raw text wants the tokenizer's BOS; a rendered template has written its own already.
-    as_text = raw or tokenizer.chat_template is None
+    raw = raw or tokenizer.chat_template is None
     # On the left: the answer continues the prompt, not its padding. Right padding gives other
     # completions, silently.
     inputs = tokenizer(
-        texts,
-        return_tensors="pt",
-        padding=len(texts) > 1,
-        padding_side="left",
-        add_special_tokens=as_text,
-        return_token_type_ids=False,
-    ).to(model.device)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+        [_as_text(each, tokenizer, raw) for each in prompts],
+        return_tensors="pt", padding=len(prompts) > 1, padding_side="left",
+        add_special_tokens=raw, return_token_type_ids=False,
+    ).to(model.device)  # fmt: skip
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    options |= {"eos_token_id": stop_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    complete: Any = model.generate
     with _inference_state(model):
-        complete: Any = model.generate
         output = complete(
-            **inputs,  # (prompts, prompt length) and its mask
-            max_new_tokens=max_length,
-            eos_token_id=stop_token_ids(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            use_cache=True,
-            streamer=streamer,
-            **sampling,
+            **inputs, **options, max_new_tokens=max_length, use_cache=True, streamer=streamer
         )
     new = output[:, inputs["input_ids"].shape[1] :]  # (prompts, new tokens)
     answers = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
     return answers[0] if single else answers
 
 
-def _as_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, raw: bool) -> str:
+def _as_text(prompt: Prompt, tokenizer: Tokenizer, raw: bool) -> str:
     if isinstance(prompt, str):
-        if raw or tokenizer.chat_template is None:
+        if raw:
             return prompt
         prompt = [{"role": "user", "content": prompt}]
     return chat_text(tokenizer, prompt, add_generation_prompt=True)

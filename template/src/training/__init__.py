@@ -1,1 +1,1 @@
-"""The loop, its loss, its checkpoints and what it records."""
+"""A run: its stages, its loop and loss, its checkpoints and what it reports."""

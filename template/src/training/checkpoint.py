@@ -1,12 +1,10 @@
-"""Checkpoints that are whole or absent, checked when read, and never the last one deleted."""
-
-from __future__ import annotations
+"""Checkpoints: weights, moments, random states, position; whole or absent, checked when read."""
 
 import hashlib
 import json
 import random
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,20 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from src.config import Config, flatten
+from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder
 
 MANIFEST = "manifest.json"
+# Keys that a resumed run must share with the one it continues.
+IDENTITY = (
+    *("seed", "model.name", "model.quantization", "lora", "data.max_length", "data.packing"),
+    *("training.batch_size", "training.gradient_accumulation_steps", "training.optimizer"),
+)
 
 
 @dataclass
@@ -37,6 +42,19 @@ class TrainState:
     evaluations_without_gain: int = 0
     tracking_run: str | None = None  # MLflow's id, so that a resumed run continues it
 
+    def count(self, microbatches: int, tokens: int) -> None:
+        """Remember an optimizer step."""
+        self.step += 1
+        self.position += microbatches
+        self.tokens += tokens
+
+    def is_best(self, loss: float) -> bool:
+        """Remember an evaluation; whether it is better than all before."""
+        self.evaluations_without_gain += 1
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self.evaluations_without_gain = loss, self.step, 0
+        return self.best_step == self.step
+
 
 @dataclass
 class Training:
@@ -44,19 +62,29 @@ class Training:
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler
-    state: TrainState
+    identity: dict[str, Any]  # what a resumed run must share with this one: see `identify`
+    state: TrainState = field(default_factory=TrainState)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that train, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def moments(self) -> list[Tensor]:
+        """What the optimizer keeps for them."""
+        kept = [v for state in self.optimizer.state.values() for v in state.values()]
+        return [v for v in kept if isinstance(v, Tensor)]
 
 
-def save_checkpoint(training: Training, folder: Path, identity: dict[str, Any], keep: int) -> Path:
+def identify(config: Config, data_fingerprint: str, processes: int) -> dict[str, Any]:
+    """What makes two runs the same one: the model, the data and the geometry of a step."""
+    same = {k: v for k, v in flatten(config.model_dump()).items() if k.startswith(IDENTITY)}
+    data = f"{config.data.train} ({data_fingerprint[:12]})"
+    return same | {"data.train": data, "number of processes": processes}
+
+
+def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
     """Write `folder/step-N`, then prune: the newest `keep` stay, and the best one.
-
-    Args:
-        training: what to save; of the model only the weights that train.
-        folder: the run's `checkpoints` folder.
-        identity: what a resumed run must share with this one, see `check_identity`.
-        keep: how many of the newest to keep, at least 1.
 
     Raises:
         RunError: it could not be written, e.g. to a full disk; those before are untouched.
@@ -65,16 +93,16 @@ def save_checkpoint(training: Training, folder: Path, identity: dict[str, Any], 
     if path.exists():  # saved by the loop, and now again by a signal
         return path
     try:
-        _write_checkpoint(training, path, identity)
+        with new_folder(path) as temporary:
+            _write(training, temporary)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save on a full disk says "unexpected pos 704 vs 598": say what is the matter.
-        free = shutil.disk_usage(folder).free / 2**30
-        needed = _size(training) / 2**30
-        why = (
-            f"the disk is full: it takes about {needed:.2f} GiB and {free:.2f} are free"
-            if free < needed
-            else str(error).splitlines()[0]
-        )
+        tensors = [*training.trained().values(), *training.moments()]
+        needed, free = sum(t.nbytes for t in tensors), shutil.disk_usage(folder).free
+        why = str(error).splitlines()[0]
+        if free < needed:
+            sizes = f"it takes about {needed / 2**30:.2f} GiB and {free / 2**30:.2f} are free"
+            why = f"the disk is full: {sizes}"
         newest, _ = newest_checkpoint(folder)
         left = f"{newest.name} before it is whole" if newest else "there is none before it"
         raise RunError(f"{path}: this checkpoint could not be written: {why}; {left}") from error
@@ -82,29 +110,24 @@ def save_checkpoint(training: Training, folder: Path, identity: dict[str, Any], 
     return path
 
 
-def _write_checkpoint(training: Training, path: Path, identity: dict[str, Any]) -> None:
-    with new_folder(path) as temporary:
-        # contiguous().clone(): safetensors refuses views and shared storage.
-        weights = {k: v.detach().contiguous() for k, v in _trained(training.model).items()}
-        save_file(weights, temporary / "weights.safetensors")
-        torch.save(
-            {
-                "optimizer": training.optimizer.state_dict(),
-                "scheduler": training.scheduler.state_dict(),
-                "scaler": training.scaler.state_dict(),
-                "random": _random_state(),
-            },
-            temporary / "state.pt",
-        )
-        record = {"state": asdict(training.state), "identity": identity}
-        (temporary / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-        _write_manifest(temporary)
+def _write(training: Training, folder: Path) -> None:
+    # contiguous(): safetensors refuses views.
+    weights = {name: p.detach().contiguous() for name, p in training.trained().items()}
+    save_file(weights, folder / "weights.safetensors")
+    # Of the optimizer its moments alone: learning rate and decay are configuration, and the rate
+    # follows from the step. Saved, they would overrule what a resumed run was told.
+    moments = training.optimizer.state_dict()["state"]
+    states = {"moments": moments, "scaler": training.scaler.state_dict(), "random": _random_state()}
+    torch.save(states, folder / "state.pt")
+    record = {"state": asdict(training.state), "identity": training.identity}
+    (folder / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    manifest = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
-def load_checkpoint(training: Training, path: Path, device: torch.device) -> None:
+def load_checkpoint(training: Training, path: Path) -> None:
     """Put everything back as `save_checkpoint` found it, the random generators included."""
-    weights = load_file(path / "weights.safetensors", device=str(device))
-    trained = _trained(training.model)
+    weights, trained = load_file(path / "weights.safetensors"), training.trained()
     if weights.keys() != trained.keys():
         raise UserError(f"{path}: its weights are not those of this model")
     with torch.no_grad():
@@ -112,35 +135,37 @@ def load_checkpoint(training: Training, path: Path, device: torch.device) -> Non
             parameter.copy_(weights[name])
     # weights_only: a checkpoint is data and must not be able to run code.
     saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    groups, scheduler = training.optimizer.param_groups, training.scheduler
-    configured = [{k: group[k] for k in ("initial_lr", "weight_decay")} for group in groups]
-    training.optimizer.load_state_dict(saved["optimizer"])
-    scheduler.load_state_dict(saved["scheduler"])
-    # The learning rate and decay of today's config count, at the place of the schedule where
-    # the run stopped; else a changed one would be printed, recorded and ignored.
-    scheduler.base_lrs = [values["initial_lr"] for values in configured]
-    for group, values, factor in zip(
-        training.optimizer.param_groups, configured, scheduler.lr_lambdas, strict=True
-    ):
-        group.update(values, lr=values["initial_lr"] * factor(scheduler.last_epoch))
+    groups = training.optimizer.state_dict()["param_groups"]
+    training.optimizer.load_state_dict({"state": saved["moments"], "param_groups": groups})
     training.scaler.load_state_dict(saved["scaler"])
-    known = {field.name for field in fields(TrainState)}
-    state = read_record(path)["state"]
-    training.state.__dict__.update({k: v for k, v in state.items() if k in known})
+    training.state = TrainState(**_record(path)["state"])
     _set_random_state(saved["random"])
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The plain part of a checkpoint: `state` and `identity`."""
-    return json.loads((path / "run.json").read_text(encoding="utf-8"))
+def find_checkpoint(wanted: str, folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `training.resume` means, or None to start anew; and warnings.
+
+    Raises:
+        UserError: the one that is named is damaged, or all that are under `folder`.
+    """
+    if wanted == "never":
+        return None, []
+    if wanted == "auto":
+        path, warnings = newest_checkpoint(folder)
+        if warnings and path is None:
+            anew = "training.resume=never with another output_dir starts anew"
+            raise UserError(f"training.resume: no checkpoint under {folder} is whole; {anew}")
+        return path, warnings
+    if damage := find_damage(from_root(wanted)):
+        raise UserError(f"training.resume: {wanted}: {damage}")
+    return from_root(wanted), []
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a warning for each damaged one that was passed over."""
     warnings = []
     for path in sorted(folder.glob("step-*"), reverse=True):
-        damage = find_damage(path)
-        if damage is None:
+        if (damage := find_damage(path)) is None:
             return path, warnings
         warnings.append(f"{path}: {damage}; skipped")
     return None, warnings
@@ -155,13 +180,10 @@ def find_damage(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "no readable manifest"
-    for name, expected in manifest.items():
-        file = path / name
-        if not file.is_file():
+    for name, checksum in manifest.items():
+        if not (path / name).is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
+        if _sha256(path / name) != checksum:
             return f"{name} is not what was written (checksum)"
     return None
 
@@ -172,46 +194,30 @@ def check_identity(path: Path, identity: dict[str, Any]) -> None:
     Raises:
         UserError: naming each difference.
     """
-    saved = read_record(path)["identity"]
-    differences = [
-        f"training.resume: {key} was {saved.get(key)} in {path.name} and is {identity[key]} now; "
-        "put it back, start in another output_dir, or set training.allow_mismatch=true"
-        for key in identity
-        if saved.get(key) != identity[key]
-    ]
-    if differences:
+    saved = _record(path)["identity"]
+    cure = "start in another output_dir, or set training.resume_despite_changes=true"
+    if differences := [
+        f"training.resume: {k} was {saved.get(k)} in {path.name} and is {v} now; undo it, {cure}"
+        for k, v in identity.items()
+        if saved.get(k) != v
+    ]:
         raise UserError(*differences)
 
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
     """Delete old checkpoints, but not the best one, and nothing before a newer one is whole."""
-    paths = sorted(folder.glob("step-*"), reverse=True)
-    for path in paths[keep:]:
-        if best_step is not None and path.name == f"step-{best_step:08d}":
-            continue
-        # Renamed first: a crash in the middle of the deletion leaves no half checkpoint.
-        doomed = path.with_name(f".{path.name}.tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
+    for path in sorted(folder.glob("step-*"), reverse=True)[keep:]:
+        if path.name != f"step-{best_step or -1:08d}":
+            # Renamed first: a crash in the middle of the deletion leaves no half checkpoint.
+            doomed = path.with_name(f".{path.name}.tmp")
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
     for leftover in folder.glob(".step-*.tmp"):  # these, and what a kill left half-written
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _size(training: Training) -> int:
-    """Bytes of the weights that train and of the optimizer's state."""
-    state = [v for s in training.optimizer.state.values() for v in s.values()]
-    tensors = [t for t in state if isinstance(t, torch.Tensor)]
-    return sum(t.nbytes for t in [*_trained(training.model).values(), *tensors])
-
-
-def _write_manifest(folder: Path) -> None:
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-    manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+def _record(path: Path) -> dict[str, Any]:
+    return json.loads((path / "run.json").read_text(encoding="utf-8"))
 
 
 def _sha256(path: Path) -> str:
@@ -220,22 +226,18 @@ def _sha256(path: Path) -> str:
 
 
 def _random_state() -> dict[str, Any]:
-    # As lists and tensors, which weights_only loading accepts; numpy's own arrays it does not.
-    version, keys, gauss = random.getstate()
-    name, numpy_keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
     return {
-        "python": [version, list(keys), gauss],
-        "numpy": [name, torch.from_numpy(numpy_keys.copy()), position, has_gauss, cached],
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),  # weights_only loading accepts no numpy arrays
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 
 def _set_random_state(saved: dict[str, Any]) -> None:
-    version, keys, gauss = saved["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, numpy_keys, *rest = saved["numpy"]
-    np.random.set_state((name, numpy_keys.numpy(), *rest))  # noqa: NPY002
+    random.setstate(saved["python"])
+    np.random.set_state(saved["numpy"])  # noqa: NPY002
     torch.set_rng_state(saved["torch"])
     if saved["cuda"] and len(saved["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(saved["cuda"])

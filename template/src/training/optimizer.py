@@ -1,6 +1,4 @@
-"""The optimizer and the course of its learning rate."""
-
-from __future__ import annotations
+"""The optimizer, and the schedule of its learning rate."""
 
 import math
 
@@ -31,19 +29,30 @@ def make_optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.Op
 
 
 def make_scheduler(
-    optimizer: torch.optim.Optimizer, settings: TrainingConfig, total_steps: int
+    optimizer: torch.optim.Optimizer, settings: TrainingConfig, total_steps: int, done: int = 0
 ) -> LambdaLR:
-    """Linear warm-up, then constant, or down to zero in a line or half a cosine."""
+    """Linear warm-up, then constant, or down to zero in a line or half a cosine.
+
+    It keeps nothing: the rate follows from the configuration and from how many steps are `done`.
+    """
     warmup = settings.warmup_steps
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup  # the first step learns something too
-        done = (step - warmup) / max(1, total_steps - warmup)
+        progress = (step - warmup) / max(1, total_steps - warmup)
         if settings.scheduler == "linear":
-            return max(0.0, 1 - done)
+            return max(0.0, 1 - progress)
         if settings.scheduler == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+            return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         return 1.0
 
-    return LambdaLR(optimizer, factor)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # which LambdaLR wants where it does not begin at 0
+    return LambdaLR(optimizer, factor, last_epoch=done - 1)
+
+
+def count_steps(settings: TrainingConfig, batches: int) -> int:
+    """Optimizer steps of a whole run, for so many batches an epoch on each process."""
+    steps = -(-batches // settings.gradient_accumulation_steps) * settings.epochs
+    return min(steps, settings.max_steps or steps)

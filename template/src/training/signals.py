@@ -1,25 +1,26 @@
 """SIGTERM and SIGINT finish the step, save and exit; a second one stops at once."""
 
-from __future__ import annotations
-
 import os
+import shlex
 import signal
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
-from src.training import distributed
-from src.utils.errors import EXIT_SIGINT, EXIT_SIGTERM
+from src.utils import distributed
+from src.utils.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted
 
 
 class StopSignal:
     """Remembers the first signal; used as a context manager around the training loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: list[str]) -> None:
+        """`command`: the arguments of this run, to say how it is resumed."""
+        self._command = command
         self._received, self._at = 0, 0.0
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._receive)
         return self
@@ -40,12 +41,14 @@ class StopSignal:
         """Whether any process got a signal: all must stop after the same step."""
         return distributed.all_sum(float(self._received > 0)) > 0
 
-    @property
-    def name(self) -> str:
-        """E.g. SIGTERM, also where another process received it."""
-        return signal.Signals(self._received or signal.SIGTERM).name
-
-    @property
-    def exit_code(self) -> int:
-        """143 after SIGTERM, 130 after SIGINT."""
-        return EXIT_SIGINT if self._received == signal.SIGINT else EXIT_SIGTERM
+    def farewell(self, step: int, total_steps: int, saved: bool) -> Interrupted:
+        """What to raise once the state is saved, or could not be."""
+        number = self._received or signal.SIGTERM  # another process received it
+        where = "its state is saved" if saved else "nothing is saved: training.save_every is null"
+        words = [word for word in self._command if not word.startswith("training.resume=")]
+        resume = shlex.join(["uv", "run", "scripts/train.py", *words, "training.resume=auto"])
+        return Interrupted(
+            f"stopped by {signal.Signals(number).name} after step {step} of {total_steps}; "
+            f"{where}\nresume: {resume}",
+            EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM,
+        )

@@ -1,7 +1,5 @@
 """How fast a step is against what this device can do: model FLOPs over a matmul measured here."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -72,20 +70,16 @@ def _flops(linear: nn.Linear) -> float:
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size, rounds = (8192, 10) if device.type == "cuda" else (768, 5)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     # Random, as zeros draw less power and multiply faster; a generator of its own, so that
     # measuring does not shift the run's random numbers.
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(size, size, device=device, generator=generator).to(dtype)
-    for _ in range(2):
+    started = 0.0
+    for turn in range(-2, rounds):  # two to warm up
+        if turn == 0:
+            wait()
+            started = time.perf_counter()
         a @ a
-    _wait(device)
-    started = time.perf_counter()
-    for _ in range(rounds):
-        a @ a
-    _wait(device)
+    wait()
     return 2 * size**3 * rounds / (time.perf_counter() - started)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

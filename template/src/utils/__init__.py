@@ -1,1 +1,1 @@
-"""What every stage may use: errors, environment, seeds, GPU memory."""
+"""What every stage may use: errors, environment, files, device, seeds, GPU memory, ranks."""

@@ -1,7 +1,5 @@
 """The project's root, its `.env`, and the environment that libraries read when imported."""
 
-from __future__ import annotations
-
 import logging
 import os
 from pathlib import Path

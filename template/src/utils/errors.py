@@ -1,6 +1,4 @@
-"""The one exception for mistakes that the user can fix, and the exit codes of the scripts."""
-
-from __future__ import annotations
+"""The exceptions that people read instead of a traceback, and the exit codes of the scripts."""
 
 import sys
 from collections.abc import Callable
@@ -45,13 +43,10 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's `main` on the command line's arguments; its errors become exit codes."""
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
+    except (UserError, RunError) as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)

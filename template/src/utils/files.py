@@ -1,7 +1,5 @@
 """Write files and folders whole or not at all."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Generator

@@ -1,7 +1,5 @@
 """What the GPU's memory holds, in GiB, and how to give back what nothing uses."""
 
-from __future__ import annotations
-
 import gc
 
 import torch
@@ -21,28 +19,21 @@ def gpu_memory(device: torch.device | int | None = None) -> dict[str, float]:
     """
     if not torch.cuda.is_available():
         return {}
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     free, total = torch.cuda.mem_get_info(device)
-    return {
-        "allocated": torch.cuda.memory_allocated(device) / GIB,
-        "reserved": torch.cuda.memory_reserved(device) / GIB,
-        "peak": torch.cuda.max_memory_allocated(device) / GIB,
-        "free": free / GIB,
-        "total": total / GIB,
-    }
+    found = {"allocated": allocated, "reserved": reserved, "free": free, "total": total}
+    found["peak"] = torch.cuda.max_memory_allocated(device)
+    return {name: size / GIB for name, size in found.items()}
 
 
 def print_gpu_memory(label: str = "GPU memory") -> None:
     """Print one line per CUDA device, or one line saying that there is none."""
     if not torch.cuda.is_available():
         print(f"{label}: no CUDA device")
-        return
-    for index in range(torch.cuda.device_count()):
-        m = gpu_memory(index)
-        print(
-            f"{label}: cuda:{index} allocated {m['allocated']:.2f} GiB · "
-            f"reserved {m['reserved']:.2f} · peak {m['peak']:.2f} · "
-            f"free {m['free']:.2f} of {m['total']:.2f}"
-        )
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        shown = "{allocated:.2f} GiB · reserved {reserved:.2f} · peak {peak:.2f} · free {free:.2f}"
+        line = (shown + " of {total:.2f}").format(**gpu_memory(index))
+        print(f"{label}: cuda:{index} allocated {line}")
 
 
 def clear_memory() -> None:

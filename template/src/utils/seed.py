@@ -1,7 +1,5 @@
 """Seeding of every random number generator that training touches."""
 
-from __future__ import annotations
-
 import os
 import random
 

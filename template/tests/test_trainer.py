@@ -1,7 +1,5 @@
 """The loop computes what it says: proofs on a tiny model, in fp32, on a CPU."""
 
-from __future__ import annotations
-
 import copy
 import math
 
@@ -10,41 +8,31 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from conftest import chat
+from conftest import packed, padded
 from src.data import IGNORE
-from src.data.batching import TokenBudgetSampler, collate_packed, collate_padded, make_loader
-from src.data.dataset import load_tokens
-from src.training.loss import find_plain_head, label_positions, summed_loss
-from src.training.trainer import NonFinite, evaluate, train_epoch, train_step
+from src.training.loss import find_plain_head
+from src.training.trainer import NonFinite, StepResult, evaluate, train_epoch, train_step
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def data(tokenizer, write_rows):
-    """Twelve documents of very different lengths and label counts."""
-    rows = [chat("why? " * (n % 5), "because " * (1 + n * n % 11)) for n in range(12)]
-    return load_tokens(write_rows(*rows), tokenizer, max_length=64)
-
-
-def packed(data, indices: list[int], budget: int = 256) -> dict:
-    return collate_packed(data.documents(indices), budget, 64, pad_id=2)
-
-
-def padded(data, indices: list[int]) -> dict:
-    return collate_padded(data.documents(indices), 64, pad_id=2)
+def take_step(
+    model, window: list[dict], optimizer, max_grad_norm: float | None = None
+) -> StepResult:
+    head = find_plain_head(model, CPU, torch.float32)
+    return train_step(
+        model, window, optimizer, None, CPU, max_grad_norm=max_grad_norm, dtype=torch.float32,
+        head=head,
+    )  # fmt: skip
 
 
 def gradients(model, window: list[dict]) -> torch.Tensor:
     """The gradient that train_step hands to the optimizer, as one vector."""
     model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
-    train_step(
-        model, tuple(window), optimizer, None, CPU, None, torch.float32, find_plain_head(model)
-    )
-    after = [p for p in model.parameters() if p.requires_grad]
-    return torch.cat([(b - a).flatten() for b, a in zip(before, after, strict=True)]).detach()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    take_step(model, window, torch.optim.SGD(trained, lr=1.0))
+    return torch.cat([(b - p.detach()).flatten() for b, p in zip(before, trained, strict=True)])
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -65,32 +53,6 @@ def test_accumulating_microbatches_equals_one_big_batch(make_model, data, lora: 
     assert relative(gradients(model.float(), [padded(data, [0])]), whole.float()) > 0.1
 
 
-@pytest.mark.parametrize("attention", ["varlen", "sdpa", "eager"])
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_documents_equal_separate_ones(
-    make_model, data, attention, mode, checkpointing
-) -> None:
-    model = make_model(attention=attention, gradient_checkpointing=checkpointing)
-    alone = make_model(attention="sdpa", packing=False)
-    getattr(model, mode)()
-    row = packed(data, [3, 1, 4, 0])
-    keys = (
-        "input_ids",
-        "position_ids",
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-    )
-    logits = model(**{k: row[k] for k in keys}, use_cache=False).logits[0]
-    at = 0
-    for ids, _ in data.documents([3, 1, 4, 0]):
-        expected = alone(torch.tensor(ids)[None].long()).logits[0]
-        assert torch.allclose(logits[at : at + len(ids)], expected, atol=1e-5)
-        at += len(ids)
-
-
 def test_packed_and_padded_training_give_the_same_gradient(make_model, data) -> None:
     everything = list(range(8))
     in_rows = gradients(make_model(packing=False), [padded(data, everything)])
@@ -102,9 +64,9 @@ def test_evaluation_of_packed_rows_equals_documents_one_by_one(make_model, data)
     batches = [packed(data, [0, 1, 2]), packed(data, [3, 4, 5, 6])]
     found = evaluate(make_model(), batches, CPU, torch.float32)
     model, total, count = make_model(packing=False), 0.0, 0
-    for ids, labels in data.documents(list(range(7))):
+    for _, ids, labels in data[list(range(7))]:
         logits = model(torch.tensor(ids)[None].long()).logits[0, :-1]
-        target = torch.from_numpy(labels)[1:].long()
+        target = torch.tensor(labels)[1:].long()
         total += F.cross_entropy(logits, target, reduction="sum", ignore_index=IGNORE).item()
         count += int((target != IGNORE).sum())
     assert found.labelled == count
@@ -112,66 +74,11 @@ def test_evaluation_of_packed_rows_equals_documents_one_by_one(make_model, data)
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
-@pytest.mark.parametrize("labels", [0, 1, 127, 128, 300])
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_chunked_loss_equals_the_full_one(monkeypatch, labels: int, bias: bool) -> None:
-    import src.training.loss as module
-
-    monkeypatch.setattr(module, "CPU_CHUNK", 64)
-    torch.manual_seed(0)
-    hidden = torch.randn(400, 16, dtype=torch.float64)
-    weight = torch.randn(50, 16, dtype=torch.float64)
-    offset = torch.randn(50, dtype=torch.float64) if bias else None
-    label = torch.full((1, 401), IGNORE)
-    label[0, 1 + torch.randperm(400)[:labels]] = torch.randint(0, 50, (labels,))
-
-    def run(chunked: bool) -> list[torch.Tensor]:
-        leaves = [x.clone().requires_grad_() for x in (hidden, weight, offset) if x is not None]
-        h, w = leaves[0], leaves[1]
-        b = leaves[2] if bias else None
-        if chunked:
-            positions, targets = label_positions(label)
-            loss = module._ChunkedCrossEntropy.apply(h[positions.clamp(max=399)], w, b, targets)
-        else:
-            loss = F.cross_entropy(
-                F.linear(h, w, b), label[0, 1:], reduction="sum", ignore_index=IGNORE
-            )
-        (3 * loss).backward()
-        return [loss.detach().double(), *(x.grad for x in leaves)]
-
-    for found, expected in zip(run(True), run(False), strict=True):
-        assert torch.isfinite(found).all()
-        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_head_that_is_more_than_a_linear_layer_is_noticed(make_model, data) -> None:
-    model = make_model()
-    assert find_plain_head(model) is not None
-    plain, scaled = model.forward, 0.5
-
-    def forward(*args, **kwargs):
-        output = plain(*args, **kwargs)
-        output.logits = output.logits * scaled
-        return output
-
-    batch = packed(data, [0, 1])
-    positions, targets = label_positions(batch["labels"])
-    whole = {**batch, "positions": positions, "targets": targets}
-    same = summed_loss(model, whole, None), summed_loss(model, whole, find_plain_head(model))
-    assert torch.allclose(*same, rtol=1e-5)
-    for p in model.get_output_embeddings().parameters():
-        p.data *= 50  # large logits, so that half of them is far from all of them
-    model.forward = forward
-    assert find_plain_head(model) is None
-
-
 def test_a_window_without_labels_changes_nothing_and_is_no_nan(make_model, data) -> None:
     model = make_model()
     before = [p.clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
-    result = train_step(
-        model, (packed(data, []),), optimizer, None, CPU, 1.0, torch.float32, find_plain_head(model)
-    )
+    result = take_step(model, [packed(data, [])], optimizer, 1.0)
     assert (result.labelled, result.loss.item()) == (0, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -198,13 +105,13 @@ def test_twenty_losses_equal_those_of_the_transformers_trainer(make_model, data,
     # The same shapes for both: what Trainer's collator stacks.
     rows = [{k: b[k] for k in ("input_ids", "labels")} for b in batches]
     model = make_model(packing=False)
-    ours = []
+    steps: list[StepResult] = []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
-    head = find_plain_head(model)
-    for n in range(20):
-        window = tuple(batches[2 * n : 2 * n + 2])
-        step = train_step(model, window, optimizer, None, CPU, 1.0, torch.float32, head)
-        ours.append(step.loss.item())
+    train_epoch(
+        model, batches, optimizer, None, CPU, accumulation=2, dtype=torch.float32,
+        after_step=steps.append,
+    )  # fmt: skip
+    ours = [step.loss.item() for step in steps]
 
     arguments = TrainingArguments(
         str(tmp_path), max_steps=20, per_device_train_batch_size=1, gradient_accumulation_steps=2,
@@ -244,9 +151,17 @@ def test_fp16_uses_the_scaler_and_bf16_does_not(make_model, data) -> None:
         assert not torch.equal(before, model.lm_head.weight)
 
 
-def test_batches_of_the_loader_carry_the_rows_they_hold(data) -> None:
-    sampler = TokenBudgetSampler(data.lengths, 64, 4, packing=True, seed=0)
-    loader = make_loader(data, sampler, 2, 64, 4, packing=True, num_workers=1)
-    batches = list(loader)
-    assert sorted(row for b in batches for row in b["rows"]) == list(range(12))
-    assert all(b["input_ids"].shape == (1, 256) for b in batches)
+def test_an_epoch_ends_where_after_step_says_so(make_model, data) -> None:
+    model, steps = make_model(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    batches = [packed(data, [n]) for n in range(5)]
+    train_epoch(
+        model, batches, optimizer, None, CPU, dtype=torch.float32, accumulation=2,
+        after_step=lambda step: steps.append(step.rows) or len(steps) == 2,
+    )  # fmt: skip
+    assert steps == [[0, 1], [2, 3]]
+    train_epoch(
+        model, batches, optimizer, None, CPU, dtype=torch.float32, accumulation=2,
+        after_step=lambda step: steps.append(step.rows),
+    )  # fmt: skip
+    assert steps[2:] == [[0, 1], [2, 3], [4]], "the last step takes what is left"

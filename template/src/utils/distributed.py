@@ -4,10 +4,8 @@
 them every function here does nothing, at no cost.
 """
 
-from __future__ import annotations
-
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +20,11 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 def is_main() -> bool:
     """Whether this process prints, logs and saves."""
     return RANK == 0
+
+
+def own_device(device: torch.device) -> torch.device:
+    """This process's GPU of those on its machine."""
+    return torch.device("cuda", LOCAL_RANK) if device.type == "cuda" else device
 
 
 @contextmanager
@@ -51,8 +54,14 @@ def all_sum(value: float) -> float:
 
 def barrier() -> None:
     """Wait until all processes are here."""
-    if WORLD_SIZE > 1:
-        all_sum(0)
+    all_sum(0)
+
+
+def on_main(work: Callable[..., object], *arguments: object) -> None:
+    """Let the main process do it, while the others wait."""
+    if is_main():
+        work(*arguments)
+    barrier()
 
 
 def sum_gradients(model: nn.Module) -> None:
@@ -66,7 +75,7 @@ def sum_gradients(model: nn.Module) -> None:
     for p in trained:
         if p.grad is None:  # a rank whose batch was all filler
             p.grad = torch.zeros_like(p)
-    for dtype in {p.dtype for p in trained}:
+    for dtype in dict.fromkeys(p.dtype for p in trained):  # in one order on all ranks
         grads = [p.grad for p in trained if p.grad is not None and p.dtype == dtype]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)

@@ -1,0 +1,59 @@
+"""What to say when memory runs out: what took it, and which settings to try next."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+
+from src.config import Config
+from src.training.checkpoint import Training
+from src.utils.errors import RunError
+from src.utils.memory import GIB, gpu_memory
+
+
+@contextmanager
+def explain_out_of_memory(config: Config, training: Training) -> Generator[None]:
+    """Say which parts took how many GiB, and three changes in the order in which to try them.
+
+    Nothing is retried with other settings: that would silently train something else.
+
+    Raises:
+        RunError: instead of torch.OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        weights = sum(p.nbytes for p in training.model.parameters()) / GIB
+        kept = [*training.trained().values(), *training.moments()]
+        others = sum(t.nbytes for t in kept) / GIB
+        memory = gpu_memory()
+        peak = f"; peak {memory['peak']:.1f} of {memory['total']:.1f} GiB" if memory else ""
+        advice = "; ".join(f"({n}) {it}" for n, it in enumerate(next_settings(config)[:3], 1))
+        raise RunError(
+            f"out of memory: weights {weights:.1f} GiB, gradients and optimizer {others:.1f} GiB, "
+            f"the rest activations of {config.training.batch_size} x {config.data.max_length} "
+            f"tokens{peak}. Try, in this order: {advice}"
+        ) from None
+
+
+def next_settings(config: Config) -> list[str]:
+    """Changes that save memory, the one that costs the least first, with today's values."""
+    model, training, full = config.model, config.training, config.lora is None
+    size, window = training.batch_size, training.gradient_accumulation_steps
+    every, length = model.gradient_checkpointing_every_n_layers, config.data.max_length
+    changes = []
+    if not model.gradient_checkpointing:
+        changes.append("model.gradient_checkpointing=true (now false; a fifth slower)")
+    elif every > 1:
+        changes.append(f"model.gradient_checkpointing_every_n_layers=1 (now {every})")
+    if full and training.optimizer == "adamw":
+        changes.append("training.optimizer=adamw8bit (now adamw)")
+    if size > 1:
+        fewer = f"training.batch_size={size // 2} training.gradient_accumulation_steps={2 * window}"
+        changes.append(f"{fewer} (now {size} and {window}; the same steps)")
+    if full and model.init == "pretrained":
+        changes.append("lora.r=16: adapters instead of all weights (now lora=null)")
+    if not full and model.quantization != "4bit":
+        changes.append(f"model.quantization=4bit (now {model.quantization})")
+    changes.append(f"data.max_length={length // 2} (now {length}; longer rows are cut)")
+    return [*changes, "a smaller model, or a GPU with more memory"]

@@ -1,0 +1,242 @@
+"""What people read of a run: its figures, log lines, `metrics.jsonl`, curve and summary."""
+
+import json
+import math
+import shlex
+import time
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from omegaconf import OmegaConf
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from src.config import Config
+from src.data import IGNORE
+from src.data.batching import TokenLoader
+from src.models.model import count_parameters
+from src.training.checkpoint import TrainState
+from src.training.speed import Speed
+from src.training.tracking import Tracker, tracking_uri
+from src.training.trainer import StepResult
+from src.utils import distributed
+from src.utils.environment import from_root
+from src.utils.errors import Interrupted
+from src.utils.files import write_text
+from src.utils.memory import gpu_memory
+
+
+def say(text: str) -> None:
+    """Print on the main process only, without tearing its progress bar."""
+    if distributed.is_main():
+        with tqdm.external_write_mode():
+            print(text, flush=True)
+
+
+def describe(
+    config: Config, model: PreTrainedModel, dtype: torch.dtype, train: TokenLoader,
+    evaluation: TokenLoader | None, total_steps: int, speed: Speed,
+) -> None:  # fmt: skip
+    """The arithmetic of the run, before step 1."""
+    training, data, length = config.training, train.dataset, config.data.max_length
+    trainable, total = count_parameters(model)
+    attention = model.config._attn_implementation
+    bits = config.model.quantization.replace("none", "not quantized")
+    weights = "random weights" if config.model.init == "random" else bits
+    kind = f"LoRA r={config.lora.r}" if config.lora else "all weights"
+    tokens, labelled = int(data.lengths.sum()), data.labelled_tokens
+    to_evaluate = f"; {len(evaluation.dataset):,} rows to evaluate on" if evaluation else ""
+    window, world = training.gradient_accumulation_steps, distributed.WORLD_SIZE
+    real = tokens / (train.sampler.batches * training.batch_size * length)
+    fill = f"{real:.1%} of them real" if config.data.packing else "padded"
+    epoch, rate = -(-len(train.sampler) // window), training.learning_rate
+    ways = f"{training.scheduler} from {rate:g}, {training.warmup_steps} warm-up"
+    cut = f"{data.truncated:,} rows cut at data.max_length={length}" * bool(data.truncated)
+    out = f"{data.dropped:,} rows left out: nothing labelled remains" * bool(data.dropped)
+    for name, text in (
+        ("model", f"{config.model.name}, {weights}: {kind} trained, {trainable:,} of {total:,}"),
+        ("", f"{str(dtype)[6:]} on {model.device.type}, {attention} attention"),
+        ("data", f"{len(data):,} rows, {tokens:,} tokens, {labelled:,} labelled"
+         f" ({labelled / tokens:.0%}){to_evaluate}"),
+        ("", cut),
+        ("", out),
+        ("batch", f"{training.batch_size} x {length} tokens x {window} accumulated x {world} "
+         f"process{'es' * (world > 1)}, {fill}"),
+        ("schedule", f"{total_steps:,} steps, {epoch:,} an epoch; {ways}"),
+        ("speed", f"{speed.per_token / 1e9:.3g} GFLOP a token; a matmul does "
+         f"{speed.matmul / 1e12:.3g} TFLOP/s here, of which mfu is the share in use"),
+    ):  # fmt: skip
+        if text:
+            say(f"{name:<10} {text}")
+
+
+def show_example(train: TokenLoader, tokenizer: Tokenizer) -> None:
+    """The first document as the model sees it, what carries loss between [ and ]."""
+    (document,) = train.dataset[[0]]
+    pairs = zip(document.input_ids.tolist(), document.labels.tolist(), strict=True)
+    shown = ""
+    for labelled, run_of in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
+        text = str(tokenizer.decode([token for token, _ in run_of]))
+        shown += f"[{text}]" if labelled else text
+    shown = shown.replace("\n", "\\n")
+    say("example    " + (shown if len(shown) <= 300 else f"{shown[:300]} …"))
+
+
+class Recorder:
+    """Writes a line of numbers everywhere: `metrics.jsonl` first, then the terminal and MLflow.
+
+    A context manager around all that writes into the run's folder: it starts the tracker, and
+    tells it in the end whether the run finished, failed or was stopped. Processes other than
+    the main one add up the same numbers and write nothing.
+    """
+
+    def __init__(
+        self, config: Config, written: dict[str, Any], state: TrainState, total_steps: int,
+        speed: Speed,
+    ) -> None:  # fmt: skip
+        self.config, self.written, self.state = config, written, state
+        self.total_steps = total_steps
+        self.folder, self.speed = from_root(config.output_dir), speed
+        self.checkpoints = self.folder / "checkpoints"
+        self.tracker: Tracker | None = None
+        self.clear()
+
+    def __enter__(self) -> Self:
+        self.bar = tqdm(
+            total=self.total_steps, initial=self.state.step, unit="step", dynamic_ncols=True,
+            disable=None if distributed.is_main() else True,  # None: where nobody watches
+        )  # fmt: skip
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "config.yaml", OmegaConf.to_yaml(self.written))
+            rewind_metrics(self.folder / "metrics.jsonl", self.state.step)
+            if (tracking := self.config.tracking).enabled:
+                name, run = tracking.run_name or self.folder.name, self.state.tracking_run
+                self.tracker = Tracker(tracking.experiment, name, self.written, run, say)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.bar.close()
+        if self.tracker:
+            stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
+            self.tracker.close("KILLED" if stopped else "FAILED" if kind else "FINISHED")
+
+    def clear(self) -> None:
+        """Begin the next line's interval; its clock leaves out evaluating and saving."""
+        self._steps: list[StepResult] = []
+        self._started = time.perf_counter()
+
+    def add(self, step: StepResult) -> None:
+        """Count a step, without waiting for the GPU."""
+        self._steps.append(step)
+        self.bar.update()
+
+    def read(self, epoch: float) -> tuple[dict[str, Any], list[list[int]]]:
+        """The numbers since the last line, and the rows of each step that was not finite.
+
+        This reads from the device, and so waits for it: the only place in training that does.
+        """
+        steps, state, world = self._steps, self.state, distributed.WORLD_SIZE
+        device_values = [torch.stack([s.loss, s.grad_norm, s.finite]) for s in steps]
+        losses, norms, finite = torch.stack(device_values).T.tolist()
+        seconds = time.perf_counter() - self._started
+        tokens, labelled = sum(s.tokens for s in steps), sum(s.labelled for s in steps)
+        taken = [s.labelled if good else 0 for s, good in zip(steps, finite, strict=True)]
+        state.skipped += taken.count(0)
+        total = sum(loss * n for loss, n in zip(losses, taken, strict=True) if n)
+        metrics = {
+            "step": state.step,
+            "epoch": round(epoch, 4),
+            "loss": total / sum(taken) if any(taken) else math.nan,
+            "learning_rate": steps[-1].learning_rate,
+            "grad_norm": norms[-1],
+            "tokens": state.tokens,
+            "tokens_per_second": tokens / seconds,
+            "labelled_tokens_per_second": labelled / seconds,
+            "mfu": self.speed.utilisation(tokens, labelled, seconds, world),
+            "filler_share": 1 - tokens / sum(s.processed for s in steps),
+            "data_wait_share": sum(s.waited for s in steps) / seconds,
+            "skipped_steps": state.skipped,
+        }
+        if steps[-1].loss.is_cuda:
+            metrics["peak_memory_gib"] = round(gpu_memory()["peak"], 3)
+        return metrics, [s.rows for s, good in zip(steps, finite, strict=True) if not good]
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Write one line everywhere; keys as in `metrics.jsonl`."""
+        # A NaN is not JSON, so it is written as null.
+        clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        if distributed.is_main():
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(clean) + "\n")
+        say(self._line(metrics))
+        if self.tracker:
+            self.tracker.log(clean)
+            self.state.tracking_run = self.tracker.run_id
+        self.clear()
+
+    def _line(self, m: dict[str, Any]) -> str:
+        line = (
+            f"step {m['step']:>{len(str(self.total_steps))}}/{self.total_steps} · epoch "
+            f"{m['epoch']:.2f} · loss {m['loss']:.4f} · lr {m['learning_rate']:.2e} · grad "
+            f"{m['grad_norm']:.2f} · {m['tokens_per_second']:,.0f} tok/s · mfu {m['mfu']:.0%}"
+        )
+        if "peak_memory_gib" in m:
+            line += f" · {m['peak_memory_gib']:.1f} GiB"
+        if "eval_loss" in m:
+            line += f" · eval loss {m['eval_loss']:.4f}, perplexity {m['perplexity']:.2f}"
+        return line
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a `metrics.jsonl`; a crash may have cut the last one."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def rewind_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`: a resumed run takes those steps again."""
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def plot_loss(folder: Path) -> None:
+    """Draw a run's training and evaluation loss over steps as `loss.png`."""
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
+
+    rows = read_metrics(folder / "metrics.jsonl")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        if points := [(row["step"], row[key]) for row in rows if row.get(key) is not None]:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss per labelled token (nats)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(folder / ".loss.png.tmp", dpi=120, format="png")
+    (folder / ".loss.png.tmp").replace(folder / "loss.png")
+
+
+def summarise(config: Config) -> None:
+    """What came out, where it is, and what to do next."""
+    last = read_metrics(from_root(config.output_dir) / "metrics.jsonl")[-1]
+    losses = {"loss": last["loss"], "evaluation": last.get("eval_loss")}
+    shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
+    here = shlex.quote(config.output_dir)
+    say(f"\ndone       {last['step']} steps, {shown or 'none of them with a loss'}")
+    say(f"model      {here}/final")
+    say(f"curve      {here}/loss.png, numbers in metrics.jsonl beside it")
+    if config.tracking.enabled:
+        # A server's address may hold a password, and whoever reads this has it in the environment.
+        own = tracking_uri().startswith("sqlite:///")
+        uri = shlex.quote(tracking_uri()) if own else '"$MLFLOW_TRACKING_URI"'
+        say(f"runs       uv run mlflow ui --backend-store-uri {uri}")
+    say(f'next       uv run scripts/inference.py {here}/final "your question"')

@@ -1,0 +1,40 @@
+"""Answers are complete, without their prompt, and the same alone or in a batch."""
+
+import torch
+
+from src.models.generation import generate
+
+
+def test_a_batch_of_prompts_gets_the_answers_each_gets_alone(make_model, tokenizer) -> None:
+    model = make_model()
+    model.train()
+    prompts = [
+        "Hi",
+        "A much longer question than the first one was",
+        [{"role": "user", "content": "x"}],
+    ]
+    together = generate(model, tokenizer, prompts, max_length=8)
+    alone = [generate(model, tokenizer, prompt, max_length=8) for prompt in prompts]
+    assert together == alone
+    assert model.training
+    assert model.config._attn_implementation == "varlen", "put back as it was"
+
+
+def test_generation_counts_new_tokens_and_returns_no_prompt(
+    make_model, tokenizer, monkeypatch
+) -> None:
+    model = make_model(packing=False)
+    answer = tokenizer("some answer", return_tensors="pt")["input_ids"]
+    asked = {}
+
+    def stub(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
+        asked.update(
+            options, length=input_ids.shape[1], inference=torch.is_inference_mode_enabled()
+        )
+        return torch.cat([input_ids, answer], dim=1)
+
+    monkeypatch.setattr(model, "generate", stub)
+    assert generate(model, tokenizer, "a long prompt " * 10, max_length=12) == "some answer"
+    assert asked["max_new_tokens"] == 12 < asked["length"]
+    assert asked["inference"]
+    assert asked["eos_token_id"] == [tokenizer.eos_token_id]

@@ -1,0 +1,33 @@
+"""A run without memory says what took it, and advises what can be set."""
+
+import pytest
+import torch
+
+from conftest import SMOKE
+from src.config import load_config
+from src.training import trainer
+from src.training.out_of_memory import next_settings
+from src.utils.errors import RunError
+
+
+def test_out_of_memory_says_what_took_it_and_what_to_try(train, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "summed_loss", fail)
+    with pytest.raises(RunError, match=r"out of memory: weights .* GiB, gradients") as error:
+        train()
+    for change in (
+        "(1) model.gradient_checkpointing=true (now false",
+        "(2) training.optimizer=adamw8bit (now adamw)",
+        "(3) training.batch_size=2 training.gradient_accumulation_steps=2 (now 4 and 1",
+    ):
+        assert change in str(error.value)
+
+
+def test_every_setting_that_is_advised_is_accepted():
+    for overrides in ([], ["model.init=pretrained", "training.batch_size=1"]):
+        config, _ = load_config(SMOKE, overrides)
+        for change in next_settings(config)[:-1]:
+            keys = change.partition(" (")[0].partition(":")[0].split(" ")
+            load_config(SMOKE, [*overrides, *keys])

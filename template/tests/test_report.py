@@ -1,0 +1,40 @@
+"""What people read of a run is there, whole, and true."""
+
+from pathlib import Path
+
+from conftest import metrics
+from src.config import load_config
+from src.training import trainer
+from src.training.report import rewind_metrics
+
+
+def test_a_run_leaves_what_it_promises(smoke: Path) -> None:
+    assert {p.name for p in smoke.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "loss.png", "checkpoints", "final",
+    }  # fmt: skip
+    assert load_config(smoke / "config.yaml")[0].output_dir == str(smoke)
+    lines = metrics(smoke)
+    wanted = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
+    assert all(wanted <= line.keys() for line in lines)
+    assert [line["step"] for line in lines] == list(range(10, 161, 10))
+    assert {"eval_loss", "perplexity"} <= lines[-1].keys()
+    assert lines[0]["loss"] > 5 > 0.1 > lines[-1]["loss"]
+    assert lines[-1]["tokens"] == 1844 * 40
+    assert (smoke / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_whose_last_steps_were_all_skipped_ends_with_a_summary(train, monkeypatch, capsys):
+    loss = trainer.summed_loss
+    monkeypatch.setattr(trainer, "summed_loss", lambda *args: loss(*args) * float("nan"))
+    folder = train("training.on_non_finite=skip", "training.max_steps=2", "data.eval=null")
+    assert "done       2 steps, none of them with a loss" in capsys.readouterr().out
+    (line,) = metrics(folder)
+    assert (line["loss"], line["skipped_steps"]) == (None, 2)
+    assert (folder / "loss.png").is_file()
+
+
+def test_metrics_are_rewound_to_a_step_past_a_line_that_a_crash_has_cut(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"step": 8, "lo')
+    rewind_metrics(path, 4)
+    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'

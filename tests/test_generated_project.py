@@ -10,14 +10,20 @@ import pytest
 from helpers import SETTINGS, offline, render, run
 
 
+def commands() -> list[str]:
+    """Return the commands that copier prints after a copy, but for the `cd`."""
+    blocks = re.findall(r"(?:^    .+\n)+", SETTINGS["_message_after_copy"], re.MULTILINE)
+    return [line.strip() for line in blocks[0].splitlines()][1:]
+
+
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A default project, committed and installed from its lock."""
+    """A default project, committed and installed as the message after a copy says."""
     folder = render(tmp_path_factory.mktemp("installed") / "my-finetune")
-    run("git", "init", "-q", "-b", "main", cwd=folder)
-    run("git", "add", "-A", cwd=folder)
-    run("git", "commit", "-q", "-m", "Render template", cwd=folder)
-    run("uv", "sync", "--locked", cwd=folder)
+    first = [command for command in commands() if not command.startswith("uv run ")]
+    assert any("git commit" in command for command in first)
+    assert "uv sync --locked" in first
+    run("bash", "-euc", "\n".join(first), cwd=folder)
     return folder
 
 
@@ -50,11 +56,10 @@ def test_the_package_is_importable_from_anywhere(installed: Path, tmp_path: Path
 
 
 def test_the_message_after_a_copy_ends_with_the_right_answer(installed: Path) -> None:
-    blocks = re.findall(r"(?:^    .+\n)+", SETTINGS["_message_after_copy"], re.MULTILINE)
-    commands = [line.strip() for line in blocks[0].splitlines()][1:]  # all but the `cd`
-    question = shlex.split(commands[-1])[-1]
+    *_, train, ask = commands()
+    question = shlex.split(ask)[-1]
     rows = [json.loads(line) for line in (installed / "data/sample.jsonl").open()]
     chats = [row["messages"] for row in rows if "messages" in row]
     answers = [chat[-1]["content"] for chat in chats if chat[0]["content"] == question]
-    output = run("bash", "-euc", "\n".join(commands), cwd=installed).stdout
+    output = run("bash", "-euc", f"{train}\n{ask}", cwd=installed).stdout
     assert output.splitlines()[-1] in answers

@@ -46,8 +46,8 @@ class ModelConfig(Section):
     quantization: Literal["4bit", "8bit", "none"] = "none"
     # auto: bf16 on a GPU that has it, fp16 with a loss scaler on one that has not, fp32 on a CPU.
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    # auto: `varlen` for packed batches where the model allows it, else `sdpa`. Any other name
-    # goes to transformers as it is, e.g. flash_attention_2 or eager.
+    # auto: `varlen` for packed batches where model and GPU allow it, else `sdpa`, else `eager`.
+    # Any other name goes to transformers as it is, e.g. flash_attention_2.
     attention: NotEmpty = "auto"
     # Recompute activations in the backward pass: about 40 % less memory for 20 % less speed.
     gradient_checkpointing: bool = False

@@ -5,25 +5,25 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MambaConfig
 
 from conftest import packed
 from src.config import ModelConfig
 from src.data.batching import MODEL_INPUTS
+from src.models import attention
 from src.models.attention import varlen_attention
 from src.models.model import load_model
+from src.training.trainer import train_epoch
 from src.utils.errors import UserError
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("attention", ["varlen", "sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["varlen", "sdpa", "eager"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_documents_equal_separate_ones(
-    make_model, data, attention, mode, checkpointing
-) -> None:
-    model = make_model(attention=attention, gradient_checkpointing=checkpointing)
+def test_packed_documents_equal_separate_ones(make_model, data, kind, mode, checkpointing) -> None:
+    model = make_model(attention=kind, gradient_checkpointing=checkpointing)
     alone = make_model(attention="sdpa", packing=False)
     getattr(model, mode)()
     row = packed(data, [3, 1, 4, 0])
@@ -51,6 +51,34 @@ def test_a_sliding_window_ends_in_its_own_document() -> None:
     assert torch.allclose(found, expected.transpose(1, 2), atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"lora": True}, {"lora": True, "quantization": "4bit"}])
+def test_q_k_and_v_reach_the_kernel_in_the_one_dtype_of_autocast(
+    make_model, data, options, monkeypatch
+) -> None:
+    # With fp32 weights, rotary embeddings make q and k fp32 and leave v in bf16: a CUDA kernel
+    # refuses that, sdpa on a CPU does not mind. pytest -m gpu has the kernel itself.
+    seen, attend = set(), attention._attend_on_cpu
+
+    def spy(*args):
+        seen.update(x.dtype for x in args[:3])
+        return attend(*args)
+
+    monkeypatch.setattr(attention, "_attend_on_cpu", spy)
+    model = make_model(dtype=torch.bfloat16, **options)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    train_epoch(model, [packed(data, [0, 1])], optimizer, None, CPU, dtype=torch.bfloat16)
+    assert seen == {torch.bfloat16}
+
+
+def test_mixed_dtypes_are_refused_on_every_device() -> None:
+    q, k, v = torch.randn(3, 1, 4, 8, 8)
+    bounds = torch.tensor([0, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match="not one dtype"):
+        varlen_attention(
+            torch.nn.Identity(), q, k, v.bfloat16(), None, max_length_q=8, cu_seq_lens_q=bounds
+        )
+
+
 def test_varlen_refuses_a_batch_that_is_not_packed(make_model) -> None:
     with pytest.raises(ValueError, match="reads packed batches only"):
         make_model()(torch.arange(8)[None])
@@ -69,6 +97,43 @@ def test_another_architecture_with_dropout_falls_back_to_masked_attention(
     config = ModelConfig(name=str(gpt2(tmp_path, tokenizer)))
     model = load_model(config, None, tokenizer, CPU, torch.float32, packing=True)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_knows_no_sdpa_gets_an_attention_that_isolates_documents(
+    tmp_path, tokenizer, data
+) -> None:
+    config = Gemma2Config(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=16,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma2")
+    model = load_model(
+        ModelConfig(name=str(tmp_path / "gemma2")), None, tokenizer, CPU, torch.float32, True
+    )
+    assert model.config._attn_implementation == "eager"
+    row, at = packed(data, [3, 1, 4]), 0
+    inputs = {k: row[k] for k in MODEL_INPUTS if k in row}
+    logits = model(**inputs, use_cache=False).logits[0]
+    for _, ids, _ in data[[3, 1, 4]]:
+        alone = model(torch.tensor(ids)[None].long(), use_cache=False).logits[0]
+        assert torch.allclose(logits[at : at + len(ids)], alone, atol=1e-5)
+        at += len(ids)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "fits"),
+    [
+        ((9, 0), torch.bfloat16, True),
+        ((7, 5), torch.float16, False),
+        ((9, 0), torch.float32, False),
+    ],
+)
+def test_varlen_is_chosen_where_the_gpu_has_its_kernel(
+    make_model, monkeypatch, capability, dtype, fits
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    config = make_model().config
+    assert attention._varlen_fits(config, torch.device("cuda"), dtype) == fits
 
 
 def test_layers_that_carry_state_are_not_packed(tmp_path: Path, tokenizer) -> None:

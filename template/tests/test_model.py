@@ -151,6 +151,37 @@ def test_a_gated_model_says_where_to_ask_and_where_the_token_goes(monkeypatch) -
         load_tokenizer(ModelConfig(name="org/gated"))
 
 
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (
+            OSError("Error while deserializing header: 14013 bytes at 0x4030"),
+            "could not be loaded: ",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "does not fit: try model.quantization=4bit",
+        ),
+    ],
+)
+def test_what_went_wrong_while_loading_gets_its_own_advice(monkeypatch, error, advice) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(model_module.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=f"org/broken {advice}"):
+        load_tokenizer(ModelConfig(name="org/broken"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_4bit_layers_compute_in_the_half_precision_of_the_run(make_model, dtype) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    model = make_model(lora=True, quantization="4bit", dtype=dtype)
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    assert {layer.compute_dtype for layer in layers} == {dtype}
+
+
 def test_code_from_a_model_repository_is_not_run(saved_model: Path, tokenizer, tmp_path) -> None:
     marker, folder = tmp_path / "executed", tmp_path / "evil"
     shutil.copytree(saved_model, folder)

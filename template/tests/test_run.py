@@ -15,7 +15,7 @@ from filelock import FileLock
 import scripts.inference
 import scripts.train
 from conftest import ROOT, SMOKE, chat, metrics
-from src.training import trainer
+from src.training import run, trainer
 from src.utils.errors import RunError
 
 QUESTION, ANSWER = (
@@ -176,3 +176,14 @@ def test_sigterm_saves_the_step_and_says_how_to_resume(tmp_path: Path) -> None:
     assert "training.resume=auto" in errors
     assert "Traceback" not in errors
     assert [p.name for p in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+
+
+def test_seeds_are_set_before_anything_can_start_cuda(train, monkeypatch):
+    # cuBLAS reads its setting for `deterministic` once, when CUDA starts: asking for a dtype does.
+    order = []
+    for name in ("set_seed", "pick_device", "pick_dtype", "load_model"):
+        real = getattr(run, name)
+        spy = lambda *a, _real=real, _name=name: order.append(_name) or _real(*a)  # noqa: E731
+        monkeypatch.setattr(run, name, spy)
+    train("training.max_steps=1", "data.eval=null")
+    assert order[0] == "set_seed"

@@ -41,7 +41,8 @@ def varlen_attention(
         Shape (1, tokens, heads, head_dim), and None for the weights.
 
     Raises:
-        ValueError: the batch is not packed, as in generation: use sdpa there.
+        ValueError: the batch is not packed, as in generation: use sdpa there. Or the CUDA kernel
+            would refuse it; so that a CPU shows it, every device is held to that.
     """
     if cu_seq_lens_q is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
@@ -50,6 +51,13 @@ def varlen_attention(
         )
     if dropout:
         raise ValueError("varlen attention has no dropout; use model.attention=sdpa")
+    if torch.is_autocast_enabled(query.device.type):
+        # As transformers' flash attention does. Rotary embeddings leave q and k in the dtype of
+        # fp32 weights, and autocast casts nothing for a kernel that it does not know.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if not query.dtype == key.dtype == value.dtype:  # which a CPU would not mind
+        raise ValueError(f"q, k, v are {query.dtype}, {key.dtype}, {value.dtype}: not one dtype")
     if query.is_cuda:
         lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         return _attend_on_gpu(query, key, value, lengths, scaling, sliding_window), None
@@ -105,7 +113,7 @@ AttentionInterface.register("varlen", varlen_attention)
 def set_attention(
     model: PreTrainedModel, wanted: str, packing: bool, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Give the model the attention of `model.attention`: `auto` is `varlen` where that is right.
+    """Give the model the attention of `model.attention`; `auto`: the first that is right for it.
 
     Raises:
         UserError: the model does not know it, or would let packed documents see each other.
@@ -115,14 +123,21 @@ def set_attention(
             f"data.packing: {model.config.model_type} has layers that carry state from one packed "
             "document into the next; use data.packing=false"
         )
-    if wanted == "auto":
-        wanted = "varlen" if packing and _varlen_fits(model.config, device, dtype) else "sdpa"
     if wanted == "varlen" and not packing:
         raise UserError("model.attention: varlen reads packed batches; set data.packing=true")
-    try:
-        model.set_attn_implementation(wanted)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"model.attention: {wanted}: {str(error).splitlines()[0]}") from None
+    names = [wanted]
+    if wanted == "auto":  # Gemma 2 and gpt-oss, for example, know no sdpa
+        best = packing and _varlen_fits(model.config, device, dtype)
+        names = ["varlen"] * best + ["sdpa", "eager"]
+    for name in names:
+        try:
+            model.set_attn_implementation(name)
+        except (ValueError, ImportError) as error:
+            if name == names[-1]:
+                what = f"model.attention: {wanted}: {str(error).splitlines()[0]}"
+                raise UserError(what) from None
+        else:
+            return
 
 
 def _isolates_documents(model: PreTrainedModel) -> bool:
@@ -143,5 +158,8 @@ def _varlen_fits(config: PretrainedConfig, device: torch.device, dtype: torch.dt
     dropout = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)
     softcap = getattr(config, "attn_logit_softcapping", None)
     sinks = config.model_type.startswith("gpt_oss")
-    kernel = device.type == "cpu" or (dtype != torch.float32 and head_dim <= 256)
-    return kernel and not (dropout or softcap or sinks)
+    if device.type == "cuda":  # flash attention: Ampere and later, half precision, not too wide
+        ampere = torch.cuda.get_device_capability(device)[0] >= 8
+        if not (ampere and dtype != torch.float32 and head_dim <= 256):
+            return False
+    return not (dropout or softcap or sinks)

@@ -175,7 +175,7 @@ def _read_weights(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             # Unset, bitsandbytes computes in fp32, inside bf16 autocast too, and says nothing.
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == torch.float32 else dtype,
         )
     with _explained(settings.name):
         return AutoModelForCausalLM.from_pretrained(_resolve(settings.name), **options)
@@ -235,6 +235,7 @@ LOADING_ERRORS = {
     ".env as HF_TOKEN",
     "trust_remote_code": "ships its own Python code; read it, then set "
     "model.trust_remote_code=true to run it with your rights",
+    "out of memory": "does not fit: try model.quantization=4bit, or a smaller model",
     "couldn't connect": ABSENT,
     "offline": ABSENT,
     "not a valid model": ABSENT,

@@ -1,12 +1,12 @@
 """Ask a trained model: `uv run scripts/inference.py MODEL_DIR PROMPT…` prints its answers only."""
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+from src.preflight import check_trained
 from src.utils.environment import load_environment
-from src.utils.errors import UserError, run_script
+from src.utils.errors import run_script
 from src.utils.imports import quick_imports
 
 
@@ -15,20 +15,7 @@ def main(arguments: list[str]) -> None:
     options = _parse(arguments)
     load_environment()
     folder = Path(options.model_dir)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; training prints where its model is")
-    files = {path.name for path in folder.iterdir()}
-    if not files & {"config.json", "adapter_config.json"}:
-        hint = f"; did you mean {folder / 'final'}?" if "final" in files else ""
-        raise UserError(f"{folder}: no config.json or adapter_config.json: not a saved model{hint}")
-    if not files & {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}:
-        raise UserError(f"{folder}: no tokenizer in it; save one with tokenizer.save_pretrained")
-    if "adapter_config.json" in files:
-        described = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base = Path(options.base or described.get("base_model_name_or_path", ""))
-        # Found out before torch is loaded.
-        if base.is_absolute() and not base.is_dir():
-            raise UserError(f"{folder}: its base model was at {base}, and is not now; give --base")
+    check_trained(folder, options.base)
 
     with quick_imports():
         from transformers.utils import logging

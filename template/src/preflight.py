@@ -9,7 +9,8 @@ from src.data.rows import check_source
 from src.utils.environment import from_root
 from src.utils.errors import UserError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}
+ADAPTER = "adapter_config.json"
 TRACES = ("metrics.jsonl", "checkpoints", "final")  # that a run leaves in its folder
 
 
@@ -33,6 +34,31 @@ def check_run(config: Config) -> None:
         raise UserError(*problems)
 
 
+def check_trained(folder: Path, base: str | None) -> None:
+    """Check the folder of a trained model, and that an adapter's local base is where it was.
+
+    Args:
+        folder: as `scripts/inference.py` is given it.
+        base: the adapter's base model, if it has moved.
+
+    Raises:
+        UserError: it is no saved model, or lacks its tokenizer or its base.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; training prints where its model is")
+    files = {path.name for path in folder.iterdir()}
+    if not files & {"config.json", ADAPTER}:
+        hint = f"; did you mean {folder / 'final'}?" if "final" in files else ""
+        raise UserError(f"{folder}: no config.json or {ADAPTER}: not a saved model{hint}")
+    if not files & TOKENIZER_FILES:
+        raise UserError(f"{folder}: no tokenizer in it; save one with tokenizer.save_pretrained")
+    if ADAPTER in files:
+        described = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        name = Path(base or described.get("base_model_name_or_path", ""))
+        if name.is_absolute() and not name.is_dir():
+            raise UserError(f"{folder}: its base model was at {name}, and is not now; give --base")
+
+
 def _model_problems(model: ModelConfig) -> Iterator[str]:
     if model.chat_template and not from_root(model.chat_template).is_file():
         yield f"model.chat_template: {model.chat_template}: no such file"
@@ -44,7 +70,7 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         elif model.init == "random":
             yield f"model.init: random needs a local folder with a config.json, not {model.name}"
         return
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER).is_file():
         yield f"{name}: an adapter; name the base model instead"
         return
     try:

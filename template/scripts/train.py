@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
 
     named = bool(arguments) and "=" not in arguments[0] and not arguments[0].startswith("-")
     path = arguments[0] if named else str(PROJECT_ROOT / "configs" / "train.yaml")
-    config, plain = load_config(path, arguments[named:])
+    config, plain = load_config(path, arguments[1:] if named else arguments)
     check_run(config)
     if sys.stderr.isatty():
         print("loading torch …", end="\r", file=sys.stderr, flush=True)

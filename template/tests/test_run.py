@@ -90,6 +90,8 @@ def test_a_nan_stops_before_the_step_and_names_the_rows(train, poisoned, monkeyp
     with pytest.raises(RunError, match=r"rows \[.*\b3\b.*\] of data.train") as error:
         train(poisoned, "training.log_every=8", "training.max_steps=8", "data.packing=false")
     assert "training.on_non_finite=skip" in str(error.value)
+    first = [finite for finite, _ in weights_after_each].index(False) + 1
+    assert str(error.value).startswith(f"step {first}: "), "not the step of the log line"
     good = [weights for finite, weights in weights_after_each if finite]
     bad = [weights for finite, weights in weights_after_each if not finite]
     assert len(good) > 1

@@ -107,7 +107,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if all(grad is None for grad in grads):
                 continue
             delta = logits.softmax(-1)  # d loss / d logits = softmax - one_hot
-            real = target != IGNORE
+            real = target != IGNORE  # not so where positions were padded to a round number
             delta.scatter_add_(1, target.clamp(min=0)[:, None], -real.to(delta.dtype)[:, None])
             delta *= real[:, None]
             if grad_hidden is not None:

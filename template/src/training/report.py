@@ -135,8 +135,8 @@ class Recorder:
         self._steps.append(step)
         self.bar.update()
 
-    def read(self, epoch: float) -> tuple[dict[str, Any], list[list[int]]]:
-        """The numbers since the last line, and the rows of each step that was not finite.
+    def read(self, epoch: float) -> tuple[dict[str, Any], list[tuple[int, list[int]]]]:
+        """The numbers since the last line, and number and rows of each step that was not finite.
 
         This reads from the device, and so waits for it: the only place in training that does.
         """
@@ -164,7 +164,10 @@ class Recorder:
         }
         if steps[-1].loss.is_cuda:
             metrics["peak_memory_gib"] = round(gpu_memory()["peak"], 3)
-        return metrics, [s.rows for s, good in zip(steps, finite, strict=True) if not good]
+        numbered = zip(range(state.step - len(steps) + 1, state.step + 1), steps, strict=True)
+        return metrics, [
+            (n, s.rows) for (n, s), good in zip(numbered, finite, strict=True) if not good
+        ]
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Write one line everywhere; keys as in `metrics.jsonl`."""

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,9 @@ from src.utils.memory import clear_memory, print_gpu_memory
 from src.utils.seed import set_seed
 
 NOT_FINITE = (
-    "the loss or a gradient is not finite; the step was not taken. Its batches held rows {} of "
-    "data.train (counted from 0). Lower training.learning_rate, mend the rows, or go on without "
-    "such steps with training.on_non_finite=skip"
+    "step {}: the loss or a gradient is not finite; the step was not taken. Its batches held rows "
+    "{} of data.train (counted from 0). Lower training.learning_rate, mend the rows, or go on "
+    "without such steps with training.on_non_finite=skip"
 )
 
 
@@ -88,9 +87,9 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         with StopSignal(command) as stop, recorder, explain_out_of_memory(config, training):
             _train(training, train, evaluation, config, recorder, stop)
             on_main(_save_final, training, tokenizer, dtype, output / "final", resumed_at)
-        report.summarise(config)
         if settings.overfit:
             _prove_overfitted(config, model, tokenizer)
+        report.summarise(config)
     return output / "final"
 
 
@@ -113,25 +112,26 @@ def _train(
     def after_step(step: StepResult) -> bool:
         state.count(step.microbatches, step.tokens)
         recorder.add(step)
-        stopping = stop.requested() and not finished()
-        evaluating = evaluation and not stopping and (finished() or due(settings.eval_every))
-        saving = stopping or finished() or due(settings.save_every)
+        done = finished()
+        stopping = stop.requested() and not done
+        evaluating = evaluation and not stopping and (done or due(settings.eval_every))
+        saving = stopping or done or due(settings.save_every)
         if not (evaluating or saving or due(settings.log_every)):
             return False
-        metrics, bad_rows = recorder.read(state.epoch + state.position / len(train.sampler))
-        if bad_rows and settings.on_non_finite == "stop":
-            raise RunError(f"step {state.step}: {NOT_FINITE.format(bad_rows[0])}")
+        metrics, not_taken = recorder.read(state.epoch + state.position / len(train.sampler))
+        if not_taken and settings.on_non_finite == "stop":
+            raise RunError(NOT_FINITE.format(*not_taken[0]))
         if evaluating:
             result = evaluate(model, evaluation, model.device, dtype)
             metrics |= {"eval_loss": result.loss, "perplexity": result.perplexity}
-            saving |= state.is_best(result.loss) or finished()
-        recorder.log(metrics)
-        # After the log line: a resumed run then finds every line up to its checkpoint written.
+            best, done = state.is_best(result.loss), finished()  # patience may be at its end now
+            saving = saving or best or done
+        recorder.log(metrics)  # first: who resumes a checkpoint finds every line up to it
         if saving and settings.save_every is not None:
             on_main(save_checkpoint, training, recorder.checkpoints, settings.keep_checkpoints)
         if stopping:
             raise stop.farewell(state.step, total_steps, saved=settings.save_every is not None)
-        return finished()
+        return done
 
     while not finished():
         train.sampler.epoch, train.sampler.position = state.epoch, state.position
@@ -176,11 +176,11 @@ def _save_final(
     resumed_at: int,
 ) -> None:  # fmt: skip
     if final.exists() and resumed_at == training.state.step:
-        return
+        return  # nothing was left to train, so nothing has changed
     if final.exists():  # a finished run that goes on: its first result stays too
-        names = (f"final-step-{resumed_at:08d}{f'.{n}' if n else ''}" for n in count())
-        free = (final.with_name(name) for name in names if not final.with_name(name).exists())
-        final.rename(next(free))
+        earlier = final.with_name(f"final-step-{resumed_at:08d}")
+        taken = len(list(final.parent.glob(f"{earlier.name}*")))
+        final.rename(earlier.with_suffix(f".{taken}") if taken else earlier)
     with new_folder(final) as folder:
         save_model(training.model, tokenizer, folder, dtype)
         shutil.copy(final.with_name("config.yaml"), folder / RECIPE)

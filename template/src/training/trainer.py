@@ -19,7 +19,7 @@ from src.utils.device import autocast
 
 
 class NonFinite(Exception):
-    """A loss or gradient was NaN or infinite; from that step on none was taken."""
+    """A loss or gradient was NaN or infinite; from that step on the epoch took none."""
 
 
 @dataclass
@@ -28,7 +28,7 @@ class StepResult:
 
     loss: Tensor  # fp32 scalar: mean over the labelled tokens of all microbatches and ranks
     grad_norm: Tensor  # before clipping
-    finite: Tensor  # bool: whether both of the above are, and so the step was taken
+    finite: Tensor  # bool: whether both are (for fp16, whose scaler sees to the norm, the loss)
     labelled: int  # tokens with loss, all ranks
     tokens: int  # real tokens, all ranks
     processed: int  # real tokens and filler, all ranks
@@ -59,8 +59,8 @@ def train_epoch(
         scheduler: steps after each optimizer step.
         dtype: that matmuls run in, by autocast.
         skip_non_finite: go on after a step whose loss or gradient is not finite; it is never
-            taken. Else no later one is either: who reads `StepResult.finite` once in a while,
-            rather than wait for the GPU at each step, finds the weights as they were before it.
+            taken. Else no later one of the epoch is: who reads `StepResult.finite` once in a
+            while, rather than wait for the GPU at each step, finds the weights as they were.
         after_step: sees each result, and ends the epoch by returning True.
 
     Raises:

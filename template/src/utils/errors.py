@@ -50,5 +50,6 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # while loading: a training saves its state first
+        print("interrupted", file=sys.stderr)
         sys.exit(EXIT_SIGINT)

@@ -30,6 +30,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv(f"GIT_{role}_NAME", "Ada")
             patch.setenv(f"GIT_{role}_EMAIL", "ada@example.org")
         patch.setenv("HF_HUB_OFFLINE", "1")
+        # Where Python keeps no bytecode, each of the many processes would compile torch anew: keep
+        # it for the session, where no project sees it.
+        if os.environ.get("PYTHONDONTWRITEBYTECODE"):
+            patch.delenv("PYTHONDONTWRITEBYTECODE")
+            patch.setenv("PYTHONPYCACHEPREFIX", str(settings.with_name("bytecode")))
         yield
 
 

@@ -1,8 +1,10 @@
 """Answers are complete, without their prompt, and the same alone or in a batch."""
 
 import torch
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from src.models.generation import generate
+from src.models.model import load_trained, save_model
 
 
 def test_a_batch_of_prompts_gets_the_answers_each_gets_alone(make_model, tokenizer) -> None:
@@ -38,3 +40,14 @@ def test_generation_counts_new_tokens_and_returns_no_prompt(
     assert asked["max_new_tokens"] == 12 < asked["length"]
     assert asked["inference"]
     assert asked["eos_token_id"] == [tokenizer.eos_token_id]
+
+
+def test_a_model_that_knows_no_sdpa_is_loaded_and_answers(tmp_path, tokenizer) -> None:
+    config = Gemma2Config(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    save_model(AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "m", torch.float32)
+    model, saved = load_trained(tmp_path / "m", torch.device("cpu"))
+    assert model.config._attn_implementation == "eager"
+    assert isinstance(generate(model, saved, "Hi", max_length=2), str)

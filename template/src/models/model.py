@@ -104,7 +104,7 @@ def load_trained(
             make up for that rounding too.
 
     Returns:
-        The model in evaluation mode with sdpa attention, and its tokenizer.
+        The model in evaluation mode, and its tokenizer.
 
     Raises:
         UserError: the base is absent or gated, or a file is damaged.
@@ -116,8 +116,8 @@ def load_trained(
         quantization = quantization or trained.get("quantization")
     trust = trained.get("trust_remote_code", False)
     config = ModelConfig(name=name, quantization=quantization or "none", trust_remote_code=trust)
-    dtype = pick_dtype("auto", device)
-    model = _read_weights(config, device, dtype, attn_implementation="sdpa")
+    # In the attention that transformers picks: it understands padding and a cache.
+    model = _read_weights(config, device, pick_dtype("auto", device))
     with _explained(str(folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if adapter.is_file():

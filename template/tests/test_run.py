@@ -125,10 +125,13 @@ def test_early_stopping_ends_the_run_and_the_best_checkpoint_stays(train, monkey
 def test_a_finished_run_can_be_extended_and_its_first_result_stays(train):
     folder = train("data.eval=null", "training.max_steps=4")
     first = (folder / "final/model.safetensors").read_bytes()
+    for name in ("final-step-00000004", "final-step-00000004.2"):  # and .1 its owner has deleted
+        (folder / name).mkdir()
+        (folder / name / "kept").touch()
     train("data.eval=null", "training.max_steps=4", "training.resume=auto")
     assert (folder / "final/model.safetensors").read_bytes() == first, "nothing left to do"
     train("data.eval=null", "training.max_steps=8", "training.resume=auto")
-    assert (folder / "final-step-00000004/model.safetensors").read_bytes() == first
+    assert (folder / "final-step-00000004.1/model.safetensors").read_bytes() == first
     assert (folder / "final/model.safetensors").read_bytes() != first
 
 

@@ -178,9 +178,11 @@ def _save_final(
     if final.exists() and resumed_at == training.state.step:
         return  # nothing was left to train, so nothing has changed
     if final.exists():  # a finished run that goes on: its first result stays too
-        earlier = final.with_name(f"final-step-{resumed_at:08d}")
-        taken = len(list(final.parent.glob(f"{earlier.name}*")))
-        final.rename(earlier.with_suffix(f".{taken}") if taken else earlier)
+        earlier, number = final.with_name(f"final-step-{resumed_at:08d}"), 0
+        while earlier.exists():
+            number += 1
+            earlier = earlier.with_suffix(f".{number}")
+        final.rename(earlier)
     with new_folder(final) as folder:
         save_model(training.model, tokenizer, folder, dtype)
         shutil.copy(final.with_name("config.yaml"), folder / RECIPE)

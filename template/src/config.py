@@ -277,11 +277,13 @@ def _problems(error: ValidationError) -> list[tuple[str, str]]:
             # "constrained-str", and complains once of each: only the last counts.
             names = [name for name in names if name.isidentifier()]
         key = ".".join(names)
-        what = f"{item['input']!r} is not allowed: " + WORDS.get(
-            kind, item["msg"].replace("Input should be", "expected")
-        )
-        what = {"missing": "missing, and has no default"}.get(kind, what)
-        what = f"unknown key{_nearest(key)}" if kind == "extra_forbidden" else what
+        if kind == "extra_forbidden":
+            what = f"unknown key{_nearest(key)}"
+        elif kind == "missing":
+            what = "missing, and has no default"
+        else:
+            allowed = WORDS.get(kind, item["msg"].replace("Input should be", "expected"))
+            what = f"{item['input']!r} is not allowed: {allowed}"
         problems[key] = key, f"{key}: {what}"
     return list(problems.values())
 

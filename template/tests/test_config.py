@@ -113,6 +113,15 @@ def test_lora_can_be_switched_on_and_off_from_the_command_line() -> None:
     )
 
 
+def test_without_the_environment_a_reference_is_written_as_what_it_stands_for(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(Path(SMOKE).read_text().replace("outputs/smoke", "outputs/${model.init}"))
+    config, plain = load_config(file)
+    assert config.output_dir == plain["output_dir"] == "outputs/random"
+
+
 def test_a_secret_from_the_environment_is_never_written_down(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SECRET_NAME", "hf_canary")
     file = tmp_path / "c.yaml"

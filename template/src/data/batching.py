@@ -50,9 +50,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
         order = np.arange(len(lengths))
         if shuffle:
             np.random.default_rng(seed).shuffle(order)
-        plan: list[Any] = list(batched(order.tolist(), batch_size))
-        if packing:
-            plan = pack(lengths, order, max_length * batch_size)
+        budget = max_length * batch_size
+        plan = pack(lengths, order, budget) if packing else list(batched(order, batch_size))
         # One array of documents and where batches begin in it: lists are ten times the size.
         self._documents = np.fromiter(chain.from_iterable(plan), np.int64, len(order))
         counts = np.fromiter(map(len, plan), np.int64, len(plan))

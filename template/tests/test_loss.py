@@ -45,6 +45,12 @@ def test_the_chunked_loss_equals_the_full_one(monkeypatch, labels: int, bias: bo
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_head_of_zeros_is_plain(make_model) -> None:
+    model = make_model()
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    assert find_plain_head(model, CPU, torch.float32) is not None
+
+
 def test_a_head_that_is_more_than_a_linear_layer_is_noticed(make_model, data) -> None:
     model = make_model()
     plain, scaled = model.forward, 0.5

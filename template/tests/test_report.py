@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from conftest import metrics
+from conftest import chat, metrics
 from src.config import load_config
 from src.training import trainer
 from src.training.report import rewind_metrics
@@ -21,6 +21,21 @@ def test_a_run_leaves_what_it_promises(smoke: Path) -> None:
     assert lines[0]["loss"] > 5 > 0.1 > lines[-1]["loss"]
     assert lines[-1]["tokens"] == 1844 * 40
     assert (smoke / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_that_were_cut_or_left_out_are_counted_before_step_1(train, write_rows, capsys):
+    rows = [chat("q", "a"), chat("q", "word " * 60), chat("long " * 60, "a")]
+    train(
+        f"data.train={write_rows(*rows)}", "data.eval=null", "data.max_length=64",
+        "training.max_steps=1",
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "\n           2 rows cut at data.max_length=64\n" in shown
+    assert "\n           1 rows left out: nothing labelled remains of them\n" in shown
+    train("data.eval=null", "training.max_steps=1", output="whole")
+    shown = capsys.readouterr().out
+    assert "rows cut" not in shown
+    assert "left out" not in shown
 
 
 def test_a_run_whose_last_steps_were_all_skipped_ends_with_a_summary(train, monkeypatch, capsys):

@@ -55,11 +55,12 @@ def describe(
     fill = f"{real:.1%} of them real" if config.data.packing else "padded"
     epoch, rate = -(-len(train.sampler) // window), training.learning_rate
     ways = f"{training.scheduler} from {rate:g}, {training.warmup_steps} warm-up"
-    cut = f"{data.truncated:,} rows cut at data.max_length={length}" * bool(data.truncated)
-    out = f"{data.dropped:,} rows left out: nothing labelled remains" * bool(data.dropped)
+    cut = data.truncated and f"{data.truncated:,} rows cut at data.max_length={length}"
+    out = data.dropped and f"{data.dropped:,} rows left out: nothing labelled remains of them"
+    precision = str(dtype).removeprefix("torch.")
     for name, text in (
         ("model", f"{config.model.name}, {weights}: {kind} trained, {trainable:,} of {total:,}"),
-        ("", f"{str(dtype)[6:]} on {model.device.type}, {attention} attention"),
+        ("", f"{precision} on {model.device.type}, {attention} attention"),
         ("data", f"{len(data):,} rows, {tokens:,} tokens, {labelled:,} labelled"
          f" ({labelled / tokens:.0%}){to_evaluate}"),
         ("", cut),

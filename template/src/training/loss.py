@@ -87,9 +87,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-        targets: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
         # fp32: thousands of rows are added up, which bf16 would round at each step.
         dtypes = (hidden.dtype, torch.float32, torch.float32)
         grads = [

@@ -146,9 +146,8 @@ def _train(
 
 
 def _load(
-    source: str, config: Config, tokenizer: Tokenizer, device: torch.device,
-    shuffle: bool,
-) -> TokenLoader:  # fmt: skip
+    source: str, config: Config, tokenizer: Tokenizer, device: torch.device, shuffle: bool
+) -> TokenLoader:
     dataset = load_tokens(source, tokenizer, config.data.max_length, config.training.overfit)
     pin = device.type == "cuda"
     return TokenLoader(dataset, config, tokenizer.pad_token_id, shuffle, pin_memory=pin)
@@ -172,9 +171,8 @@ def _resume(training: Training, config: Config, output: Path, total_steps: int) 
 
 
 def _save_final(
-    training: Training, tokenizer: Tokenizer, dtype: torch.dtype, final: Path,
-    resumed_at: int,
-) -> None:  # fmt: skip
+    training: Training, tokenizer: Tokenizer, dtype: torch.dtype, final: Path, resumed_at: int
+) -> None:
     if final.exists() and resumed_at == training.state.step:
         return  # nothing was left to train, so nothing has changed
     if final.exists():  # a finished run that goes on: its first result stays too

@@ -176,10 +176,11 @@ def _lay_out(
     documents: list[Document], starts: Iterable[int], shape: tuple[int, int], pad_id: int
 ) -> dict[str, Any]:
     ids, labels = np.full(shape, pad_id), np.full(shape, IGNORE)
+    flat_ids, flat_labels = ids.reshape(-1), labels.reshape(-1)  # views
     for (_, document_ids, document_labels), at in zip(documents, starts, strict=False):
-        ids.flat[at : at + len(document_ids)] = document_ids
-        labels.flat[at : at + len(document_ids)] = document_labels
-        labels.flat[at] = IGNORE  # else the last token of the document before would predict it
+        flat_ids[at : at + len(document_ids)] = document_ids
+        flat_labels[at : at + len(document_ids)] = document_labels
+        flat_labels[at] = IGNORE  # else the last token of the document before would predict it
     batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
     return {**batch, "rows": [document.row for document in documents]}
 

@@ -236,6 +236,30 @@ def test_an_update_without_new_dependencies_leaves_the_lock_checked(
     run(*uv, "lock", "--check", cwd=project)
 
 
+def test_a_torch_for_an_older_cuda_survives_an_update(
+    earlier: Path, later: Path, tmp_path: Path
+) -> None:
+    # The README's commands, but for the first, which asks uv for the address, and the last.
+    readme = (later / "README.md").read_text()
+    recipe = readme.split("### An older driver")[1].split("```sh\n")[1].splitlines()[1:3]
+    project = shutil.copytree(earlier, tmp_path / "project")
+    address = "https://wheels.invalid/cu126"
+    run("sh", "-c", "\n".join([f"address={address}", *recipe]), cwd=project)
+    before = tomllib.loads((project / "pyproject.toml").read_text())["tool"]["uv"]
+    assert before["sources"] == {"torch": {"index": "pytorch"}}
+    assert before["index"] == [{"name": "pytorch", "url": address, "explicit": True}]
+    commit(project, "Take a torch for an older CUDA")
+    lock = (project / "uv.lock").read_bytes()
+    update(project)
+    text = (project / "pyproject.toml").read_text()
+    after = tomllib.loads(text)["tool"]["uv"]  # which conflict markers would break
+    assert {name: after[name] for name in ("sources", "index")} == {
+        name: before[name] for name in ("sources", "index")
+    }
+    assert '"torch>=2.11"' in text, "and the template's own change has arrived"
+    assert (project / "uv.lock").read_bytes() == lock
+
+
 def move_on(template: Path, project: Path, folder: Path) -> bytes:
     """Give a project a template of its own, with one more release; return the file it changed."""
     own = clone(template, folder)

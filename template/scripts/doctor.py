@@ -58,12 +58,11 @@ def _secrets() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     import torch
 
-    wanted = torch.version.cuda
-    if wanted is None:
-        yield "WARN", "this torch was built without CUDA: training runs on the CPU"
-    elif not torch.cuda.is_available():
-        driver = f"torch wants a driver for CUDA {wanted}; see nvidia-smi"
-        yield "WARN", f"no usable GPU ({driver}): only tiny models train on a CPU"
+    from src.utils.device import unusable_gpu
+
+    if not torch.cuda.is_available():
+        unusable = unusable_gpu()
+        yield ("FAIL", unusable) if unusable else ("WARN", "no GPU: only tiny models train here")
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         name = f"cuda:{index} {torch.cuda.get_device_name(index)}"
         free, total = (value / 2**30 for value in torch.cuda.mem_get_info(index))

@@ -4,10 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import scripts.doctor
 import scripts.inference
 from conftest import ROOT
+from src.utils import device
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,15 @@ def test_a_start_imports_nothing_that_a_run_may_not_need() -> None:
 def test_inference_refuses_what_is_no_model(tmp_path, refused, make, expected) -> None:
     (tmp_path / "final").mkdir()
     assert expected in refused(scripts.inference.main, str(make(tmp_path)), "hi")[0]
+
+
+def test_the_doctor_fails_a_gpu_that_torch_cannot_use(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "unusable_gpu", lambda: "an NVIDIA GPU is here, but its driver …")
+    with pytest.raises(SystemExit) as end:
+        scripts.doctor.main([])
+    assert end.value.code == 1
+    assert "FAIL an NVIDIA GPU is here, but its driver …" in capsys.readouterr().out
 
 
 def test_the_doctor_judges_and_advises(capsys, refused) -> None:

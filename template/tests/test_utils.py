@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from conftest import ROOT
-from src.utils.device import pick_dtype
+from src.utils import device
+from src.utils.device import pick_device, pick_dtype
+from src.utils.errors import UserError
 from src.utils.files import new_folder, write_text
 from src.utils.memory import clear_memory, gpu_memory, print_gpu_memory
 from src.utils.seed import set_seed
@@ -107,3 +109,56 @@ def test_a_text_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path, monkey
     write_text(path, "new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.fixture
+def old_gpu(monkeypatch, tmp_path) -> Path:
+    """A machine with an NVIDIA GPU whose driver is too old, as its files show it."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    version, node = tmp_path / "version", tmp_path / "nvidia0"
+    version.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.144.03  Wed\nGCC 12.2.0\n"
+    )
+    node.touch()
+    monkeypatch.setattr(device, "VERSION_FILES", (tmp_path / "absent", version))
+    monkeypatch.setattr(device, "DEVICE_FILES", (node,))
+    return version
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_a_gpu_whose_driver_is_too_old_is_not_passed_over(old_gpu, wanted) -> None:
+    with pytest.raises(UserError, match=r"driver 550.144.03, .*CUDA 13.2: install driver 580"):
+        pick_device(wanted)
+    assert pick_device("cpu").type == "cpu"
+
+
+def test_a_torch_without_cuda_and_a_gpu_that_does_not_start_are_told_apart(
+    old_gpu, monkeypatch
+) -> None:
+    old_gpu.write_text("580.95.05\n")
+    with pytest.raises(UserError, match="cannot start it: see nvidia-smi"):
+        pick_device("auto")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match="built without CUDA"):
+        pick_device("auto")
+
+
+def test_the_driver_is_asked_for_where_no_file_names_it(old_gpu, monkeypatch, tmp_path) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 535.12\necho 535.12\n")
+    smi.chmod(0o755)
+    old_gpu.unlink()
+    monkeypatch.setattr(device, "SMI", (str(tmp_path / "absent"), str(smi)))
+    assert device.nvidia_driver() == "535.12"
+
+
+def test_a_machine_without_a_gpu_trains_on_the_cpu(old_gpu, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden from this process
+    assert pick_device("auto").type == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(device, "DEVICE_FILES", ())  # a container that shows its host's driver
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="no NVIDIA GPU here"):
+        pick_device("cuda")

@@ -132,7 +132,9 @@ def walk_batches(rows: Path, model: Path) -> None:
     )
     tokenizer = load_tokenizer(config.model)
     data = load_tokens(str(rows), tokenizer, config.data.max_length)
-    loader = TokenLoader(data, config, tokenizer.pad_token_id, shuffle=True, pin_memory=False)
+    loader = TokenLoader(
+        data, config, tokenizer.pad_token_id, packing=True, shuffle=True, pin_memory=False
+    )
     batches = iter(loader)
     tokens = next(batches)["tokens"]
     print(time.perf_counter(), flush=True)

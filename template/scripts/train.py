@@ -1,9 +1,10 @@
-"""Train as a config says: `uv run scripts/train.py [CONFIG] [key=value ...]`.
+r"""Train as a config says: `uv run scripts/train.py [CONFIG] [key=value ...]`.
 
 CONFIG is a YAML file, configs/train.yaml if none is given. Overrides are its keys with dots:
   uv run scripts/train.py configs/smoke.yaml                         a minute on any CPU
   uv run scripts/train.py training.learning_rate=1e-4 lora.r=32      the real run, changed
-  uv run scripts/train.py lora=null model.quantization=none          full fine-tuning
+  uv run scripts/train.py lora=null model.quantization=none training.learning_rate=2e-5 \
+      training.optimizer=adamw8bit                                   full fine-tuning
   uv run scripts/train.py training.resume=auto                       go on where it stopped
   torchrun --nproc-per-node=8 scripts/train.py                       on eight GPUs
 All keys, their defaults and why: src/config.py

@@ -43,6 +43,7 @@ class ModelConfig(Section):
     # random: build the architecture that the local config describes, with fresh weights.
     init: Literal["pretrained", "random"] = "pretrained"
     # 4bit is QLoRA's NF4 with double quantisation: an 8B model's weights in 5.3 GiB, not 15.
+    # 8bit takes 8.5 GiB and is slower: bitsandbytes waits for the GPU in every layer.
     quantization: Literal["4bit", "8bit", "none"] = "none"
     # auto: bf16 on a GPU that has it, fp16 with a loss scaler on one that has not, fp32 on a CPU.
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -53,6 +54,8 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     # 1 recomputes every layer; k only each k-th, for memory that would otherwise go unused.
     gradient_checkpointing_every_n_layers: PositiveInt = 1
+    # Keep each layer's input in the host's memory: for very long rows, at some speed.
+    gradient_checkpointing_offload: bool = False
     # Compile each layer: minutes at the start, then about 15 % faster steps on a GPU.
     compile: bool = False
     # True executes Python code that the model's repository ships, with your rights.
@@ -71,7 +74,10 @@ class LoraConfig(Section):
     # Dropout keeps one more copy of each layer's input: about +50 % activation memory.
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     # all-linear: every linear layer but the head, which beats attention only (QLoRA, 2023).
+    # Of a mixture of experts PEFT adds experts and router, where it knows the architecture.
     target_modules: NotEmpty | Annotated[list[NotEmpty], Field(min_length=1)] = "all-linear"
+    # Parameters that are no layer: experts that all-linear does not reach, as training prints.
+    target_parameters: Annotated[list[NotEmpty], Field(min_length=1)] | None = None
 
 
 class DataConfig(Section):
@@ -84,7 +90,8 @@ class DataConfig(Section):
     eval: NotEmpty | None = None
     # Tokens of the longest document; longer ones are cut there, and counted.
     max_length: Annotated[int, Field(ge=8)] = 2048
-    # Lay documents end to end in one row of batch_size x max_length tokens: no padding.
+    # Lay documents end to end in one row of batch_size x max_length tokens: no padding. A model
+    # that cannot keep them apart (state-space, linear attention) gets padded rows all the same.
     packing: bool = True
     # Processes that build batches ahead. Tokens are memory-mapped; 0 is enough for most.
     num_workers: NotNegativeInt = 0
@@ -99,9 +106,10 @@ class TrainingConfig(Section):
     epochs: PositiveInt = 1
     # Stop after so many steps, whatever epochs says; null: no limit.
     max_steps: PositiveInt | None = None
-    # LoRA's usual rate, about ten times a full fine-tuning's.
+    # LoRA's usual rate, about ten times a full fine-tuning's: give 2e-5 with lora=null.
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
-    # adamw8bit keeps its moments paged and in 8 bits: worth it for full fine-tuning only.
+    # adamw8bit, for full fine-tuning: moments in 8 bits, and where matmuls run in bf16 weights in
+    # bf16 too, updated with stochastic rounding (torchao). 6 bytes a weight instead of 18.
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: NotNegativeInt = 0
@@ -162,6 +170,12 @@ class Config(Section):
             "model.init=pretrained, or model.quantization=none": bits != "none" and random,
             "lora: an adapter is saved without its base, and nobody could load random weights "
             "again; use model.init=pretrained, or lora=null": random and not full,
+            "model.gradient_checkpointing_offload: needs model.gradient_checkpointing=true": (
+                self.model.gradient_checkpointing_offload and not self.model.gradient_checkpointing
+            ),
+            "model.attention: varlen reads packed batches; set data.packing=true": (
+                self.model.attention == "varlen" and not self.data.packing
+            ),
             "training.patience: needs data.eval to measure progress on": self.training.patience
             and not (self.data.eval or self.training.overfit),
         }

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MambaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
 
 from conftest import packed
 from src.config import ModelConfig
@@ -57,26 +57,44 @@ def test_q_k_and_v_reach_the_kernel_in_the_one_dtype_of_autocast(
 ) -> None:
     # With fp32 weights, rotary embeddings make q and k fp32 and leave v in bf16: a CUDA kernel
     # refuses that, sdpa on a CPU does not mind. pytest -m gpu has the kernel itself.
-    seen, attend = set(), attention._attend_on_cpu
+    seen, attend = set(), attention._attend_by_document
 
     def spy(*args):
         seen.update(x.dtype for x in args[:3])
         return attend(*args)
 
-    monkeypatch.setattr(attention, "_attend_on_cpu", spy)
+    monkeypatch.setattr(attention, "_attend_by_document", spy)
     model = make_model(dtype=torch.bfloat16, **options)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     train_epoch(model, [packed(data, [0, 1])], optimizer, None, CPU, dtype=torch.bfloat16)
     assert seen == {torch.bfloat16}
 
 
-def test_mixed_dtypes_are_refused_on_every_device() -> None:
-    q, k, v = torch.randn(3, 1, 4, 8, 8)
-    bounds = torch.tensor([0, 8], dtype=torch.int32)
-    with pytest.raises(ValueError, match="not one dtype"):
-        varlen_attention(
-            torch.nn.Identity(), q, k, v.bfloat16(), None, max_length_q=8, cu_seq_lens_q=bounds
-        )
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"v": lambda x: x.bfloat16()}, "not of one dtype"),
+        ({k: lambda x: x.double() for k in "qkv"}, "not half precision"),
+        ({"v": lambda x: x[..., :8]}, r"head dimensions \(16, 16, 8\)"),
+        ({k: lambda x: x[..., :12] for k in "qkv"}, r"head dimensions \(12, 12, 12\)"),
+        ({k: lambda x: x.repeat(1, 1, 1, 17) for k in "qkv"}, r"head dimensions \(272, 272, 272\)"),
+        ({k: lambda x: x[:, :3] for k in "kv"}, "no multiple of key and value heads"),
+        ({"cu_seq_lens_q": lambda x: x.long()}, "not of int32"),
+        ({"cu_seq_lens_q": lambda x: x.to("meta")}, "not on one device"),
+        ({"scaling": lambda _: 0.0}, "a scale of 0.0"),
+        ({"sliding_window": lambda _: 0}, "a window of 0"),
+        ({"dropout": lambda _: 0.1}, "no dropout"),
+        ({"softcap": lambda _: 30.0}, "no cap"),
+        ({"s_aux": lambda _: torch.zeros(4)}, "no sinks"),
+    ],
+)
+def test_what_the_cuda_kernels_refuse_is_refused_on_every_device(change, reason) -> None:
+    options = dict(zip("qkv", torch.randn(3, 1, 4, 8, 16), strict=True))
+    options |= {"cu_seq_lens_q": torch.tensor([0, 8], dtype=torch.int32), "max_length_q": 8}
+    options |= {name: make(options.get(name)) for name, make in change.items()}
+    q, k, v = (options.pop(name) for name in "qkv")
+    with pytest.raises(ValueError, match=reason):
+        varlen_attention(torch.nn.Identity(), q, k, v, None, **options)
 
 
 def test_varlen_refuses_a_batch_that_is_not_packed(make_model) -> None:
@@ -120,25 +138,14 @@ def test_a_model_that_knows_no_sdpa_gets_an_attention_that_isolates_documents(
         at += len(ids)
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "fits"),
-    [
-        ((9, 0), torch.bfloat16, True),
-        ((7, 5), torch.float16, False),
-        ((9, 0), torch.float32, False),
-    ],
-)
-def test_varlen_is_chosen_where_the_gpu_has_its_kernel(
-    make_model, monkeypatch, capability, dtype, fits
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    config = make_model().config
-    assert attention._varlen_fits(config, torch.device("cuda"), dtype) == fits
+def test_varlen_is_not_tried_on_a_gpu_without_its_kernel(make_model, monkeypatch) -> None:
+    model = make_model()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(ValueError, match="flash attention needs a GPU of the Ampere"):
+        attention._try_varlen(model, torch.device("cuda"), torch.float16)
 
 
-def test_layers_that_carry_state_are_not_packed(tmp_path: Path, tokenizer) -> None:
-    folder = tmp_path / "mamba"
-    config = MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1, state_size=4)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    with pytest.raises(UserError, match=r"data.packing: mamba has layers that carry state"):
-        load_model(ModelConfig(name=str(folder)), None, tokenizer, CPU, torch.float32, packing=True)
+def test_varlen_is_refused_where_it_would_compute_something_else(tmp_path, tokenizer) -> None:
+    config = ModelConfig(name=str(gpt2(tmp_path, tokenizer)), attention="varlen")
+    with pytest.raises(UserError, match=r"model.attention: varlen: .* no dropout"):
+        load_model(config, None, tokenizer, CPU, torch.float32, packing=True)

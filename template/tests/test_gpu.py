@@ -1,5 +1,7 @@
 """What only a CUDA device can show: `uv run pytest -m gpu`."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -30,10 +32,17 @@ def batches(tokenizer, write_rows) -> list[dict]:
     ]
 
 
-def load(saved_model, tokenizer, lora: bool = True, dtype=torch.bfloat16, **model):
+def load(
+    saved_model,
+    tokenizer,
+    lora: bool = True,
+    dtype=torch.bfloat16,
+    trained_in=torch.float32,
+    **model,
+):
     config = ModelConfig(name=str(saved_model), **model)
     adapters = LoraConfig(r=4) if lora else None
-    return load_model(config, adapters, tokenizer, GPU, dtype, packing=True)
+    return load_model(config, adapters, tokenizer, GPU, dtype, True, trained_in)
 
 
 def take_steps(
@@ -69,14 +78,17 @@ def test_varlen_on_the_gpu_equals_the_cpu(heads, window):
         assert (a - b).norm() / a.norm() < 3e-2
 
 
-@pytest.mark.parametrize("quantization", ["none", "4bit", "8bit"])
+@pytest.mark.parametrize("quantization", ["full", "none", "4bit", "8bit"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_training_learns_in_bf16(
     saved_model, tokenizer, batches, quantization, checkpointing
 ):
+    # full: fp32 weights, whose q and k reach the kernel in bf16 by a cast of ours alone.
+    bits = quantization.replace("full", "none")
     model = load(
-        saved_model, tokenizer, quantization=quantization, gradient_checkpointing=checkpointing
-    )
+        saved_model, tokenizer, lora=quantization != "full", quantization=bits,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
     assert model.config._attn_implementation == "varlen"
     optimizer = make_optimizer(model, TrainingConfig(learning_rate=1e-2))
     losses = take_steps(model, batches, optimizer, epochs=10)
@@ -91,8 +103,12 @@ def test_evaluation_on_the_gpu_equals_the_cpu(saved_model, tokenizer, batches):
     assert found.loss == pytest.approx(expected.loss, rel=5e-3)
 
 
-def test_steps_wait_for_the_gpu_at_log_lines_only(saved_model, tokenizer, batches):
-    model = load(saved_model, tokenizer)
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_steps_wait_for_the_gpu_at_log_lines_only(
+    saved_model, tokenizer, batches, lora, checkpointing
+):
+    model = load(saved_model, tokenizer, lora, gradient_checkpointing=checkpointing)
     optimizer = make_optimizer(model, TrainingConfig())
     take_steps(model, batches, optimizer)  # warm up
 
@@ -135,12 +151,37 @@ def test_fp16_trains_with_the_scaler(saved_model, tokenizer, batches):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_paged_8bit_adamw_trains_all_weights(saved_model, tokenizer, batches):
-    model = load(saved_model, tokenizer, lora=False)
+def test_8bit_adamw_trains_bf16_weights(saved_model, tokenizer, batches):
+    model = load(saved_model, tokenizer, lora=False, trained_in=torch.bfloat16)
     settings = TrainingConfig(optimizer="adamw8bit", learning_rate=1e-3)
     optimizer = make_optimizer(model, settings)
     losses = take_steps(model, batches, optimizer, epochs=10)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_checkpoints_in_the_hosts_memory_change_no_loss(saved_model, tokenizer, batches):
+    results = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        model = load(
+            saved_model, tokenizer, gradient_checkpointing=True,
+            gradient_checkpointing_offload=offload,
+        )  # fmt: skip
+        results.append(take_steps(model, batches, make_optimizer(model, TrainingConfig())))
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_deterministic_run_that_was_stopped_ends_in_the_same_weights(train, optimizer):
+    options = ["device=cuda", "deterministic=true", f"training.optimizer={optimizer}"]
+    options += ["training.max_steps=10", "training.save_every=5"]
+    straight, twice = train(*options, output="straight"), train(*options, output="twice")
+    final = "final/model.safetensors"
+    assert (straight / final).read_bytes() == (twice / final).read_bytes()
+    shutil.rmtree(twice / "checkpoints/step-00000010")  # as if it had died after its first
+    shutil.rmtree(twice / "final")
+    train(*options, "training.resume=auto", output="twice")
+    assert (straight / final).read_bytes() == (twice / final).read_bytes()
 
 
 def test_compiled_layers_take_the_same_steps(saved_model, tokenizer, batches):

@@ -69,3 +69,34 @@ def test_a_head_that_is_more_than_a_linear_layer_is_noticed(make_model, data) ->
         p.data *= 50  # large logits, so that half of them is far from all of them
     model.forward = forward
     assert find_plain_head(model, CPU, torch.float32) is None
+
+
+@pytest.mark.parametrize("what", ["capped logits", "a scaled input"])
+def test_a_head_is_watched_rather_than_its_logits_compared(make_model, monkeypatch, what) -> None:
+    # On small random weights a cap of 30 changes nothing that a comparison could see.
+    model = make_model()
+    plain = model.forward
+    if what == "capped logits":
+
+        def forward(*args, **kwargs):
+            output = plain(*args, **kwargs)
+            output.logits = 30 * torch.tanh(output.logits / 30)
+            return output
+
+        monkeypatch.setattr(model, "forward", forward)
+    else:
+        model.lm_head.register_forward_pre_hook(lambda _, arguments: (arguments[0] * 1.1,))
+    assert find_plain_head(model, CPU, torch.float32) is None
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_head_of_its_own_computes_labelled_logits_only(make_model, data, lora: bool) -> None:
+    model = make_model(lora=lora)
+    batch, rows = packed(data, [0, 1, 2]), []
+    model.get_output_embeddings().register_forward_hook(
+        lambda _, __, logits: rows.append(logits.shape[:-1].numel())
+    )
+    loss = summed_loss(model, batch, None)
+    head = find_plain_head(model, CPU, torch.float32)
+    assert torch.allclose(loss, summed_loss(model, batch, head), rtol=1e-5)
+    assert rows[0] == len(batch["positions"]) < batch["input_ids"].numel()

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from src.config import TrainingConfig
-from src.training.optimizer import count_steps, make_optimizer, make_scheduler
+from src.training.optimizer import (
+    bytes_a_weight,
+    count_steps,
+    dtype_of_trained,
+    make_optimizer,
+    make_scheduler,
+)
 
 
 def rates(settings: TrainingConfig, done: int, steps: int = 12) -> list[float]:
@@ -50,3 +56,28 @@ def test_steps_are_counted_with_the_last_window_of_each_epoch() -> None:
     assert count_steps(settings, batches=9) == 9
     limited = TrainingConfig(gradient_accumulation_steps=4, epochs=3, max_steps=5)
     assert count_steps(limited, batches=9) == 5
+
+
+def test_8bit_adamw_moves_bf16_weights_by_less_than_bf16_can_tell_apart() -> None:
+    # 100 updates of 2e-6 on weights of 0.02, next to which bf16 knows only steps of 6e-5 and more:
+    # rounded to the nearest, none of them would leave a trace.
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(128, 64, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.constant_(layer.weight, 0.02)
+    start = layer.weight.detach().float().mean()
+    optimizer = make_optimizer(layer, TrainingConfig(optimizer="adamw8bit", learning_rate=2e-6))
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(100):
+            layer.weight.grad = torch.ones_like(layer.weight)
+            optimizer.step()
+    assert (layer.weight.float().mean() - start).item() == pytest.approx(-2e-4, rel=0.1)
+
+
+def test_weights_are_kept_in_bf16_only_where_they_are_rounded_stochastically() -> None:
+    half, whole = TrainingConfig(optimizer="adamw8bit"), TrainingConfig()
+    assert dtype_of_trained(half, torch.bfloat16) == torch.bfloat16
+    for settings, dtype in ((half, torch.float16), (half, torch.float32), (whole, torch.bfloat16)):
+        assert dtype_of_trained(settings, dtype) == torch.float32
+    # As src/config.py says.
+    assert bytes_a_weight(half, torch.bfloat16) == 6
+    assert bytes_a_weight(whole, torch.bfloat16) == 18

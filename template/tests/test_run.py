@@ -45,9 +45,12 @@ def test_qlora_on_a_saved_model_trains_and_its_adapter_answers(
     assert capsys.readouterr().out.strip() == "It is seven."
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_stopped_run_ends_in_the_same_weights_as_one_that_was_not(smoke, train, lora):
+@pytest.mark.parametrize("what", ["all weights", "8-bit AdamW", "lora"])
+def test_a_stopped_run_ends_in_the_same_weights_as_one_that_was_not(smoke, train, what):
     options = ["training.max_steps=10", "training.save_every=5", "training.log_every=5"]
+    lora = what == "lora"
+    if what == "8-bit AdamW":  # whose weights are bf16, rounded stochastically
+        options += ["training.optimizer=adamw8bit", "model.dtype=bf16"]
     if lora:
         options += [f"model.name={smoke / 'final'}", "model.init=pretrained", "lora.dropout=0.1"]
     straight = train(*options, output="straight")
@@ -188,7 +191,7 @@ def test_seeds_are_set_before_anything_can_start_cuda(train, monkeypatch):
     order = []
     for name in ("set_seed", "pick_device", "pick_dtype", "load_model"):
         real = getattr(run, name)
-        spy = lambda *a, _real=real, _name=name: order.append(_name) or _real(*a)  # noqa: E731
+        spy = lambda *a, _r=real, _n=name, **k: order.append(_n) or _r(*a, **k)  # noqa: E731
         monkeypatch.setattr(run, name, spy)
     train("training.max_steps=1", "data.eval=null")
     assert order[0] == "set_seed"

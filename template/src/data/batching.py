@@ -22,8 +22,6 @@ MODEL_INPUTS = (
     *("input_ids", "attention_mask", "position_ids"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 )
-
-
 FOR_THE_LOSS = (*MODEL_INPUTS, "positions", "targets")
 
 
@@ -112,17 +110,18 @@ class TokenLoader(DataLoader):
     sampler: TokenBudgetSampler  # ty: ignore[incompatible-mutable-override]
 
     def __init__(
-        self, dataset: TokenDataset, config: Config, pad_id: int, shuffle: bool, pin_memory: bool
-    ) -> None:
-        data, rows = config.data, config.training.batch_size
+        self, dataset: TokenDataset, config: Config, pad_id: int, packing: bool, shuffle: bool,
+        pin_memory: bool,
+    ) -> None:  # fmt: skip
+        data, rows, self.packing = config.data, config.training.batch_size, packing
         shape = {"max_length": data.max_length, "pad_id": pad_id}
         collate = partial(collate_padded, **shape)
-        if data.packing:
+        if packing:
             collate = partial(collate_packed, budget=rows * data.max_length, **shape)
         super().__init__(
             dataset,  # ty: ignore[invalid-argument-type] - it is indexed by lists
             sampler=TokenBudgetSampler(
-                dataset.lengths, data.max_length, rows, data.packing, config.seed, shuffle
+                dataset.lengths, data.max_length, rows, packing, config.seed, shuffle
             ),
             batch_size=None,  # the sampler's items are batches already
             collate_fn=collate,  # no closure: where workers are spawned, it is pickled
@@ -153,6 +152,16 @@ def collate_packed(
     batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.from_numpy(bounds))
     batch |= {"max_length_q": max_length, "max_length_k": max_length, "tokens": tokens}
     return with_targets({**batch, "position_ids": torch.from_numpy(positions)[None]})
+
+
+def short_row(*firsts: int) -> dict[str, Any]:
+    """A packed row of documents of eight tokens, to see what a model does with it.
+
+    Args:
+        firsts: the first token of each document; the others count up from there.
+    """
+    rows = [Document(0, ids, ids) for ids in (np.arange(first, first + 8) for first in firsts)]
+    return collate_packed(rows, budget=8 * len(rows), max_length=8, pad_id=0)
 
 
 def collate_padded(documents: list[Document], max_length: int, pad_id: int) -> dict[str, Any]:

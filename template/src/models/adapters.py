@@ -1,8 +1,8 @@
 """Put LoRA adapters on a model, new or saved ones, by PEFT."""
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -12,34 +12,57 @@ from transformers import PreTrainedModel
 from src.config import LoraConfig
 from src.utils.errors import UserError
 
-# PEFT 0.21 asks transformers 5.23 by a name that is deprecated: nothing that a user can mend.
-SILENT = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
+# They read these two weights past the layer, so that an adapter there learns nothing.
+MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     """Freeze the model and add adapters to train, in fp32 whatever the model's dtype is.
 
     Raises:
-        UserError: `lora.target_modules` names no layer that can be adapted.
+        UserError: `lora.target_modules` or `target_parameters` name nothing that can be adapted.
     """
     import peft
 
+    past = MAMBA if lora.target_modules == "all-linear" else ()
     adapter = peft.LoraConfig(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        target_modules=lora.target_modules, target_parameters=lora.target_parameters,
+        exclude_modules=["out_proj", "dt_proj"] if model.config.model_type in past else None,
     )  # fmt: skip
     try:
-        with SILENT():
+        with _silent():
             return cast(PreTrainedModel, peft.get_peft_model(model, adapter))
     except ValueError as error:
-        raise UserError(f"lora.target_modules: {str(error).splitlines()[0]}") from None
+        key = "parameters" if "target_parameters" in str(error) else "modules"
+        raise UserError(f"lora.target_{key}: {str(error).splitlines()[0]}") from None
+
+
+def adapted_names(model: nn.Module) -> list[str]:
+    """The layers that adapters were put on, by the last part of their names."""
+    places = {n.partition(".lora_A.")[0] for n, _ in model.named_parameters() if ".lora_A." in n}
+    return sorted({place.rpartition(".")[2] for place in places} - {"base_layer"})
+
+
+def frozen_experts(model: nn.Module) -> list[str]:
+    """Experts that no adapter reaches, as `lora.target_parameters` names them.
+
+    In transformers 5 the experts of a layer are one parameter of three dimensions and no
+    nn.Linear, so that `all-linear` passes them over where PEFT does not know the architecture.
+    """
+    found: dict[str, None] = {}
+    for place, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.ndim == 3 and not isinstance(module, nn.Conv1d) and "base_layer" not in place:
+                found[".".join([*place.split(".")[-2:], name])] = None
+    return list(found)
 
 
 def load_adapters(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Put saved adapters on the base that they were trained on."""
     from peft import PeftModel
 
-    with SILENT():
+    with _silent():
         return cast(PreTrainedModel, PeftModel.from_pretrained(model, folder))
 
 
@@ -53,3 +76,16 @@ def without_input_casts(model: nn.Module) -> AbstractContextManager:
     from peft.helpers import disable_input_dtype_casting
 
     return disable_input_dtype_casting(model)
+
+
+@contextmanager
+def _silent() -> Generator[None]:
+    """Without two warnings that no user can mend.
+
+    PEFT 0.21 asks transformers 5.23 by a name that is deprecated, and looks among the layers for
+    the experts that it adapts as parameters.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
+        yield

@@ -6,24 +6,35 @@ variable-length flash attention (no flash-attn package), on a CPU document by do
 """
 
 import inspect
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, PreTrainedModel
 
+from src.data.batching import MODEL_INPUTS, short_row, to_device
+from src.utils.device import autocast
 from src.utils.errors import UserError
+
+HALF = {torch.bfloat16, torch.float16}
+HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
 
 
 def varlen_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
     attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0,
     sliding_window: int | None = None, cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int = 0, **_: object,
+    max_length_q: int = 0, softcap: float | None = None, s_aux: Tensor | None = None,
+    kernel: Callable[..., Tensor] | None = None, **_: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention within each document of a packed row.
+
+    A CPU would compute much that the CUDA kernels refuse. So their contract holds on every
+    device, but for fp32, which CPUs train in and which is never given to `varlen` on a GPU.
 
     Args:
         module: the attention layer; unused, part of transformers' interface.
@@ -36,57 +47,83 @@ def varlen_attention(
         sliding_window: how many tokens a token sees, itself included; None: all before it.
         cu_seq_lens_q: int32, where documents begin, then the number of tokens.
         max_length_q: the longest document.
+        softcap: a cap on the scores (Gemma 2): must be None.
+        s_aux: attention sinks (gpt-oss): must be None.
+        kernel: what computes it; None: the CUDA kernel on a GPU, else a loop over documents.
 
     Returns:
         Shape (1, tokens, heads, head_dim), and None for the weights.
 
     Raises:
-        ValueError: the batch is not packed, as in generation: use sdpa there. Or the CUDA kernel
-            would refuse it; so that a CPU shows it, every device is held to that.
+        ValueError: the batch is not packed, as in generation: use sdpa there. Or the contract is
+            broken: one half-precision dtype for q, k and v, one head dimension, a multiple of 8
+            up to 256, int32 bounds, a positive scale, one device.
     """
     if cu_seq_lens_q is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
             "varlen attention reads packed batches only (one row, cu_seq_lens_q given); "
             'for anything else call model.set_attn_implementation("sdpa")'
         )
-    if dropout:
-        raise ValueError("varlen attention has no dropout; use model.attention=sdpa")
+    if dropout or softcap or s_aux is not None:
+        raise ValueError("varlen attention has no dropout, no cap on scores and no sinks")
     if torch.is_autocast_enabled(query.device.type):
         # As transformers' flash attention does. Rotary embeddings leave q and k in the dtype of
         # fp32 weights, and autocast casts nothing for a kernel that it does not know.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if not query.dtype == key.dtype == value.dtype:  # which a CPU would not mind
-        raise ValueError(f"q, k, v are {query.dtype}, {key.dtype}, {value.dtype}: not one dtype")
-    if query.is_cuda:
-        lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        return _attend_on_gpu(query, key, value, lengths, scaling, sliding_window), None
-    return _attend_on_cpu(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
+    _check_contract(query, key, value, cu_seq_lens_q, scaling, sliding_window)
+    kernel = kernel or (attend_by_kernel if query.is_cuda else _attend_by_document)
+    return kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
 
 
-def _attend_on_gpu(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple,
+def _check_contract(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None,
+    sliding_window: int | None,
+) -> None:  # fmt: skip
+    dtypes, width = (query.dtype, key.dtype, value.dtype), query.shape[-1]
+    if not dtypes[0] == dtypes[1] == dtypes[2]:
+        raise ValueError(f"varlen attention: q, k, v are {dtypes}, not of one dtype")
+    if dtypes[0] not in HALF and (query.is_cuda or dtypes[0] != torch.float32):
+        raise ValueError(f"varlen attention: {dtypes[0]} is not half precision")
+    if not width == key.shape[-1] == value.shape[-1] or width % 8 or width > 256:
+        widths = (width, key.shape[-1], value.shape[-1])
+        raise ValueError(
+            f"varlen attention: head dimensions {widths}, not one multiple of 8 <= 256"
+        )
+    if key.shape != value.shape or query.shape[1] % key.shape[1]:
+        raise ValueError("varlen attention: query heads are no multiple of key and value heads")
+    if bounds.dtype != torch.int32 or not bounds.is_contiguous():
+        raise ValueError(f"varlen attention: cu_seq_lens of {bounds.dtype}, not of int32 in a row")
+    if not query.device == key.device == value.device == bounds.device:
+        raise ValueError("varlen attention: q, k, v and cu_seq_lens are not on one device")
+    if scaling is not None and not scaling > 0:
+        raise ValueError(f"varlen attention: a scale of {scaling} is not above 0")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"varlen attention: a window of {sliding_window} tokens")
+
+
+def attend_by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int,
     scaling: float | None, sliding_window: int | None,
 ) -> Tensor:  # fmt: skip
-    from torch.nn.attention.varlen import varlen_attn
-
+    """Attend by torch: on cuDNN or flash attention, as it finds right for the GPU."""
     attend: Any = varlen_attn
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
     # (left, right): torch counts the tokens before this one, transformers counts this one too.
     options: dict[str, Any] = {"window_size": ((sliding_window or 0) - 1, 0), "scale": scaling}
-    if "enable_gqa" in inspect.signature(attend).parameters:
+    if HAS_GQA:
         options["enable_gqa"] = True
-    elif q.shape[1] != k.shape[1]:  # torch 2.11
+    elif q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return attend(q, k, v, *lengths, **options)[None]
+    return attend(q, k, v, bounds, bounds, longest, longest, **options)[None]
 
 
-def _attend_on_cpu(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor,
+def _attend_by_document(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int,
     scaling: float | None, sliding_window: int | None,
 ) -> Tensor:  # fmt: skip
-    bounds, pieces = cu_seq_lens.tolist(), []
-    for start, end in pairwise(bounds):
+    pieces = []
+    for start, end in pairwise(bounds.tolist()):
         if start == end:
             continue
         # Rounded up, so that few shapes occur: oneDNN compiles a bf16 kernel for each and keeps
@@ -115,51 +152,76 @@ def set_attention(
 ) -> None:
     """Give the model the attention of `model.attention`; `auto`: the first that is right for it.
 
+    With `packing` that is one which keeps documents apart, if the model has any: see
+    `isolates_documents`.
+
     Raises:
-        UserError: the model does not know it, or would let packed documents see each other.
+        UserError: the model does not know it, or `varlen` would compute something else.
     """
-    if packing and not _isolates_documents(model):
-        raise UserError(
-            f"data.packing: {model.config.model_type} has layers that carry state from one packed "
-            "document into the next; use data.packing=false"
-        )
-    if wanted == "varlen" and not packing:
-        raise UserError("model.attention: varlen reads packed batches; set data.packing=true")
-    names = [wanted]
+    names, usable, reason = [wanted], [], ""
     if wanted == "auto":  # Gemma 2 and gpt-oss, for example, know no sdpa
-        best = packing and _varlen_fits(model.config, device, dtype)
-        names = ["varlen"] * best + ["sdpa", "eager"]
+        names = ["varlen"] * packing + ["sdpa", "eager"]
     for name in names:
         try:
             model.set_attn_implementation(name)
+            if name == "varlen":
+                _try_varlen(model, device, dtype)
         except (ValueError, ImportError) as error:
-            if name == names[-1]:
-                what = f"model.attention: {wanted}: {str(error).splitlines()[0]}"
-                raise UserError(what) from None
+            reason = str(error).splitlines()[0]
         else:
-            return
+            if packing and isolates_documents(model, device, dtype):
+                return
+            reason = "reads packed documents only, and this model cannot keep them apart"
+            usable += [name] * (name != "varlen")
+    if not usable:
+        raise UserError(f"model.attention: {wanted}: {reason}")
+    model.set_attn_implementation(usable[0])
 
 
-def _isolates_documents(model: PreTrainedModel) -> bool:
-    """Whether every layer that mixes tokens is attention that the packed row's bounds reach.
+@torch.no_grad()
+def isolates_documents(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a packed document's logits are the same whatever document stands before it.
 
-    State-space and linear-attention layers carry their state across documents.
+    State-space and linear-attention layers carry their state along the row, and some models make
+    their masks without looking at positions (gpt-oss in transformers 5.23). So it is tried rather
+    than looked up. Only attention in chunks is refused by name: they are counted along the whole
+    row, and are too long for a short one to show.
     """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return model._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
+    if "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        return False
+    training, logits = model.training, []
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"), autocast(device, dtype):
+            for first in (0, 8):
+                row = to_device(short_row(first, 0), device, MODEL_INPUTS)
+                logits.append(model(**row, use_cache=False).logits[0, 8:].float())  # the second's
+    except ValueError:  # linear attention, where a kernel's package is missing, says so itself
+        return False
+    finally:
+        model.train(training)
+    one, other = logits
+    # Not equal: a mixture of experts adds up in another order for other neighbours.
+    return bool(((one - other).norm(dim=-1) <= 0.01 * one.norm(dim=-1)).all())
 
 
-def _varlen_fits(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `varlen` computes what this model's own attention would."""
-    config = config.get_text_config()
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    dropout = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    sinks = config.model_type.startswith("gpt_oss")
-    if device.type == "cuda":  # flash attention: Ampere and later, half precision, not too wide
-        ampere = torch.cuda.get_device_capability(device)[0] >= 8
-        if not (ampere and dtype != torch.float32 and head_dim <= 256):
-            return False
-    return not (dropout or softcap or sinks)
+@torch.no_grad()
+def _try_varlen(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Let the model read one short document by `varlen`, in training mode.
+
+    Head dimensions, dropout, caps and sinks are then judged by what a layer asks for, rather
+    than by the names that each family's configuration has for them.
+
+    Raises:
+        ValueError: the GPU, the dtype or one of the layers is not for it.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        raise ValueError("flash attention needs a GPU of the Ampere generation or later")
+    training, row = model.training, to_device(short_row(0), device, MODEL_INPUTS)
+    model.train()
+    try:
+        # Other dropout may draw random numbers, which the run's must not depend on.
+        with torch.random.fork_rng([device] * (device.type == "cuda")), autocast(device, dtype):
+            model(**row, use_cache=False)
+    finally:
+        model.train(training)

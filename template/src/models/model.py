@@ -52,11 +52,12 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
 def load_model(
     config: ModelConfig, lora: LoraConfig | None, tokenizer: Tokenizer,
     device: torch.device, dtype: torch.dtype, packing: bool,
+    trained_in: torch.dtype = torch.float32,
 ) -> PreTrainedModel:  # fmt: skip
     """Load or build the model, quantized or not, with adapters or all weights trainable.
 
-    Weights that train are fp32, so that small updates are not rounded away; `dtype` is what
-    matmuls run in, by autocast. Frozen weights are kept in `dtype` itself.
+    `dtype` is what matmuls run in, by autocast. Frozen weights are kept in it; all weights that
+    train are kept in `trained_in`, as bf16 would round small updates away, and adapters in fp32.
 
     `peft.prepare_model_for_kbit_training` is not used: it turns norms, embeddings and head to
     fp32, and with them every activation between layers (+18 GB on an 8B model).
@@ -68,7 +69,7 @@ def load_model(
     with _explained(config.name):
         hf_config = AutoConfig.from_pretrained(name, **trust)
     hf_config.use_cache = False  # with a cache, transformers no longer sees packed documents
-    weights = torch.float32 if lora is None else dtype
+    weights = trained_in if lora is None else dtype
     if config.init == "random":
         model = AutoModelForCausalLM.from_config(hf_config, dtype=weights, **trust).to(device)
     else:
@@ -85,7 +86,7 @@ def load_model(
     if lora is not None:
         model = add_adapters(model, lora)
     if config.gradient_checkpointing:
-        _checkpoint_layers(model, config.gradient_checkpointing_every_n_layers)
+        _checkpoint_layers(model, config)
     if config.compile:
         _compile_layers(model)
     return model
@@ -147,13 +148,28 @@ def save_model(
     tokenizer.save_pretrained(folder)
 
 
-def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """(trainable, all) parameters; a 4-bit weight counts as the weights it stands for."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        total += (getattr(parameter, "quant_state", None) or parameter).shape.numel()
-        trainable += parameter.numel() * parameter.requires_grad
-    return trainable, total
+def count_parameters(model: PreTrainedModel) -> tuple[int, int, int]:
+    """(trainable, quantized, all) parameters; a 4-bit weight counts as what it stands for."""
+    trainable = quantized = total = 0
+    for p in model.parameters():
+        count = (getattr(p, "quant_state", None) or p).shape.numel()
+        total += count
+        quantized += count * (p.dtype in {torch.uint8, torch.int8})
+        trainable += p.numel() * p.requires_grad
+    return trainable, quantized, total
+
+
+def count_before_loading(config: ModelConfig) -> int:
+    """How many parameters the model will have, from its config alone: seconds, no memory.
+
+    Raises:
+        UserError: as `load_model` does.
+    """
+    trust = {"trust_remote_code": config.trust_remote_code}
+    with _explained(config.name), torch.device("meta"):
+        described = AutoConfig.from_pretrained(_resolve(config.name), **trust)
+        model = AutoModelForCausalLM.from_config(described, **trust)
+    return model.num_parameters()
 
 
 def _resolve(name: str) -> str:
@@ -195,12 +211,16 @@ def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
         setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
-def _checkpoint_layers(model: PreTrainedModel, every_n_layers: int) -> None:
+def _checkpoint_layers(model: PreTrainedModel, config: ModelConfig) -> None:
     # transformers 5.23 renamed it; the old name warns there, and goes in 6.
     name = "activation_checkpointing_enable"
-    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable: Any = getattr(model, name, None) or model.gradient_checkpointing_enable
+    every, on_gpu = config.gradient_checkpointing_every_n_layers, model.device.type != "cpu"
+    # bitsandbytes' 8-bit matmul keeps its input where autograd's hooks do not see it: only the
+    # reentrant kind, which runs the first forward pass without a graph, frees it.
+    kind = {"use_reentrant": config.quantization == "8bit"}
     try:
-        enable(every_n_layers=every_n_layers)
+        enable(kind, every_n_layers=every, offload=config.gradient_checkpointing_offload and on_gpu)
     except ValueError as error:
         raise UserError(f"model.gradient_checkpointing: {error}") from None
 

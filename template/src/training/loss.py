@@ -5,16 +5,15 @@ Logits are the largest tensor of a fine-tuning step: 16,384 tokens x 128,256 wor
 positions go through the head, a chunk at a time.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.data import IGNORE
-from src.data.batching import MODEL_INPUTS, collate_packed, to_device
-from src.data.dataset import Document
+from src.data.batching import MODEL_INPUTS, short_row, to_device
 from src.utils.device import autocast
 
 CHUNK = 1024  # rows of logits at a time: 0.5 GiB in fp32 with a vocabulary of 128k
@@ -39,8 +38,8 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], head: PlainHead | None)
     inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
     positions, targets = batch["positions"], batch["targets"]
     if head is None:
-        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)  # (tokens, vocabulary)
-        return F.cross_entropy(logits[positions].float(), targets, reduction="sum")
+        logits = _logits_at(model, inputs, positions)
+        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
     hidden = head.backbone(**inputs, use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1)[positions]  # (labels, hidden)
     weight, bias = head.linear.weight, head.linear.bias
@@ -49,12 +48,25 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], head: PlainHead | None)
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets)
 
 
+def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+    """Logits of shape (labels, vocabulary), of these positions alone where the model offers it."""
+    base: Any = model
+    if hasattr(model, "peft_config"):
+        base = base.get_base_model()
+    packed = inputs["input_ids"].shape[0] == 1  # else the rows want different positions
+    if packed and "logits_to_keep" in inspect.signature(base.forward).parameters:
+        return model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
+    return model(**inputs, use_cache=False).logits.flatten(0, 1)[positions]
+
+
 @torch.no_grad()
 def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) -> PlainHead | None:
     """The model's backbone and head, if the head is nothing but a linear layer.
 
-    Some models scale or cap their logits (Gemma 2, Granite, Cohere) or adapt the head. Rather
-    than know them by name, compare both ways on eight tokens.
+    Some models scale or cap their logits (Gemma 2, Granite, Cohere), or scale what goes into the
+    head, or adapt it. Rather than know them by name, watch the head at work on eight tokens: its
+    input must be the backbone's last hidden state, and a ramp in place of its output, which is
+    large enough for any cap, must come out as the logits.
     """
     base: Any = model
     if hasattr(model, "peft_config"):
@@ -63,18 +75,26 @@ def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) 
     backbone = getattr(base, "base_model", base)
     if type(head) is not nn.Linear or backbone is base:
         return None
-    ids = np.arange(8) % head.out_features
-    batch = collate_packed([Document(0, ids, ids)], budget=8, max_length=8, pad_id=0)
-    inputs = to_device(batch, device, MODEL_INPUTS)
-    training = base.training
+    training, seen = base.training, {}
+    inputs = to_device(short_row(0), device, MODEL_INPUTS)
+    if base.config._attn_implementation != "varlen":  # linear attention refuses a packed row
+        inputs = {"input_ids": inputs["input_ids"]}
+
+    def watch(_: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        ramp = torch.linspace(-1000, 1000, logits.numel(), device=device, dtype=logits.dtype)
+        seen.update(hidden=arguments[0], ramp=ramp.view_as(logits))
+        return seen["ramp"]
+
     base.eval()
     # Eagerly: else eight tokens would be the first shape that a compiled layer sees.
     with torch.compiler.set_stance("force_eager"), autocast(device, dtype):
-        logits = base(**inputs, use_cache=False).logits.float()
-        plain = head(backbone(**inputs, use_cache=False).last_hidden_state).float()
+        with head.register_forward_hook(watch):
+            logits = base(**inputs, use_cache=False).logits
+        hidden = backbone(**inputs, use_cache=False).last_hidden_state.float()
     base.train(training)
-    same = bool((plain - logits).norm() <= 0.01 * logits.norm())  # both 0, from a head of zeros
-    return PlainHead(backbone, head) if same else None
+    same = (hidden - seen["hidden"].float()).norm() <= 0.01 * hidden.norm()
+    plain = bool(same) and torch.equal(logits.float(), seen["ramp"].float())
+    return PlainHead(backbone, head) if plain else None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

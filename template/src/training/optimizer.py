@@ -8,6 +8,29 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from src.config import TrainingConfig
 
+MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes a weight, for both
+
+
+def dtype_of_trained(settings: TrainingConfig, dtype: torch.dtype) -> torch.dtype:
+    """What weights are kept in that all train: bf16 where updates are rounded stochastically.
+
+    Rounded to the nearest, a bf16 weight of 0.02 loses every update below 3e-5, which is most of
+    full fine-tuning's; rounded up or down in proportion, it keeps them on average (Zamirai et
+    al. 2020, arXiv:2010.06192).
+    """
+    stochastic = settings.optimizer == "adamw8bit" and dtype == torch.bfloat16
+    return torch.bfloat16 if stochastic else torch.float32
+
+
+def bytes_a_weight(settings: TrainingConfig, dtype: torch.dtype) -> int:
+    """What full fine-tuning holds for each weight: itself, its gradient and its moments.
+
+    Under autocast an fp32 weight has a half-precision copy beside it.
+    """
+    kept = dtype_of_trained(settings, dtype)
+    copy = 2 if kept == torch.float32 != dtype else 0
+    return 2 * kept.itemsize + MOMENTS[settings.optimizer] + copy
+
 
 def make_optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW on the trainable parameters; weight decay on matrices only.
@@ -21,9 +44,9 @@ def make_optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.Op
     ]
     groups = [group for group in groups if group["params"]]
     if settings.optimizer == "adamw8bit":
-        from bitsandbytes.optim import PagedAdamW8bit
+        from torchao.optim import AdamW8bit
 
-        return PagedAdamW8bit(groups, lr=settings.learning_rate)
+        return AdamW8bit(groups, lr=settings.learning_rate, bf16_stochastic_round=True)
     # fused: one kernel for all parameters, and it can skip a step without asking the CPU.
     return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 

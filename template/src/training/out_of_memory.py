@@ -46,6 +46,8 @@ def next_settings(config: Config) -> list[str]:
         changes.append("model.gradient_checkpointing=true (now false; a fifth slower)")
     elif every > 1:
         changes.append(f"model.gradient_checkpointing_every_n_layers=1 (now {every})")
+    elif size == 1 and not model.gradient_checkpointing_offload:
+        changes.append("model.gradient_checkpointing_offload=true (now false; slower)")
     if full and training.optimizer == "adamw":
         changes.append("training.optimizer=adamw8bit (now adamw)")
     if size > 1:

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -18,8 +19,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from src.config import Config
 from src.data import IGNORE
 from src.data.batching import TokenLoader
+from src.models.adapters import adapted_names, frozen_experts
 from src.models.model import count_parameters
 from src.training.checkpoint import TrainState
+from src.training.optimizer import bytes_a_weight
 from src.training.speed import Speed
 from src.training.tracking import Tracker, tracking_uri
 from src.training.trainer import StepResult
@@ -27,7 +30,7 @@ from src.utils import distributed
 from src.utils.environment import from_root
 from src.utils.errors import Interrupted
 from src.utils.files import write_text
-from src.utils.memory import gpu_memory
+from src.utils.memory import GIB, gpu_memory
 
 
 def say(text: str) -> None:
@@ -43,36 +46,57 @@ def describe(
 ) -> None:  # fmt: skip
     """The arithmetic of the run, before step 1."""
     training, data, length = config.training, train.dataset, config.data.max_length
-    trainable, total = count_parameters(model)
+    trainable, quantized, total = count_parameters(model)
     attention = model.config._attn_implementation
-    bits = config.model.quantization.replace("none", "not quantized")
+    bits = f"{config.model.quantization} ({quantized / total:.0%} of it)"
+    bits = bits if quantized else "not quantized"
     weights = "random weights" if config.model.init == "random" else bits
     kind = f"LoRA r={config.lora.r}" if config.lora else "all weights"
     tokens, labelled = int(data.lengths.sum()), data.labelled_tokens
     to_evaluate = f"; {len(evaluation.dataset):,} rows to evaluate on" if evaluation else ""
     window, world = training.gradient_accumulation_steps, distributed.WORLD_SIZE
     real = tokens / (train.sampler.batches * training.batch_size * length)
-    fill = f"{real:.1%} of them real" if config.data.packing else "padded"
+    fill = f"{real:.1%} of them real" if train.packing else "padded"
     epoch, rate = -(-len(train.sampler) // window), training.learning_rate
     ways = f"{training.scheduler} from {rate:g}, {training.warmup_steps} warm-up"
     cut = data.truncated and f"{data.truncated:,} rows cut at data.max_length={length}"
     out = data.dropped and f"{data.dropped:,} rows left out: nothing labelled remains of them"
     precision = str(dtype).removeprefix("torch.")
+    held = total * bytes_a_weight(training, dtype) / GIB if config.lora is None else 0
+    apart = f"not packed: in {model.config.model_type} packed documents would see each other"
     for name, text in (
         ("model", f"{config.model.name}, {weights}: {kind} trained, {trainable:,} of {total:,}"),
         ("", f"{precision} on {model.device.type}, {attention} attention"),
+        ("", config.lora and f"adapters on {', '.join(adapted_names(model))}"),
+        ("", held > 0.1 and f"{held:.1f} GiB for weights, gradients and moments"),
         ("data", f"{len(data):,} rows, {tokens:,} tokens, {labelled:,} labelled"
          f" ({labelled / tokens:.0%}){to_evaluate}"),
         ("", cut),
         ("", out),
         ("batch", f"{training.batch_size} x {length} tokens x {window} accumulated x {world} "
          f"process{'es' * (world > 1)}, {fill}"),
+        ("", config.data.packing and not train.packing and apart),
         ("schedule", f"{total_steps:,} steps, {epoch:,} an epoch; {ways}"),
         ("speed", f"{speed.per_token / 1e9:.3g} GFLOP a token; a matmul does "
          f"{speed.matmul / 1e12:.3g} TFLOP/s here, of which mfu is the share in use"),
     ):  # fmt: skip
         if text:
             say(f"{name:<10} {text}")
+    for warning in _warnings(config, model):
+        say(f"warning: {warning}")
+
+
+def _warnings(config: Config, model: PreTrainedModel) -> Iterator[str]:
+    """What is allowed, and seldom meant."""
+    rate, pretrained = config.training.learning_rate, config.model.init == "pretrained"
+    if config.lora is None and pretrained and rate > 1e-4:
+        yield f"training.learning_rate={rate:g} suits LoRA; full fine-tuning takes about 2e-5"
+    _, quantized, total = count_parameters(model)
+    if 0 < quantized < total / 2:
+        bits, share = config.model.quantization, quantized / total
+        yield f"{bits} reaches {share:.0%} of the weights: layers, but no parameters of experts"
+    if config.lora and (names := ", ".join(frozen_experts(model))):
+        yield f"no adapter reaches the experts; lora.target_parameters=[{names}] adds some"
 
 
 def show_example(train: TokenLoader, tokenizer: Tokenizer) -> None:

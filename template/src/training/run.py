@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
 from src.data.batching import TokenLoader
-from src.data.dataset import load_tokens
+from src.data.dataset import TokenDataset, load_tokens
 from src.data.rows import read_rows
+from src.models.attention import isolates_documents
 from src.models.generation import generate
 from src.models.model import RECIPE, load_model, load_tokenizer, save_model
 from src.training import report
@@ -26,7 +28,13 @@ from src.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from src.training.optimizer import count_steps, make_optimizer, make_scheduler
+from src.training.feasibility import check_feasible
+from src.training.optimizer import (
+    count_steps,
+    dtype_of_trained,
+    make_optimizer,
+    make_scheduler,
+)
 from src.training.out_of_memory import explain_out_of_memory
 from src.training.signals import StopSignal
 from src.training.speed import measure_speed
@@ -63,12 +71,15 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
     device = own_device(pick_device(config.device))
     dtype, settings = pick_dtype(config.model.dtype, device), config.training
     with process_group(device), _only_run_in(from_root(config.output_dir)) as output:
+        check_feasible(config, device, dtype)
         tokenizer = load_tokenizer(config.model)
-        train = _load(config.data.train, config, tokenizer, device, shuffle=True)
-        # What is overfitted is what must be learnt: evaluate on it too.
-        other = config.data.train if settings.overfit else config.data.eval
-        evaluation = _load(other, config, tokenizer, device, shuffle=False) if other else None
-        model = load_model(config.model, config.lora, tokenizer, device, dtype, config.data.packing)
+        documents = _read_data(config, tokenizer)
+        model = load_model(
+            config.model, config.lora, tokenizer, device, dtype, config.data.packing,
+            trained_in=dtype_of_trained(settings, dtype),
+        )  # fmt: skip
+        packing = config.data.packing and isolates_documents(model, device, dtype)
+        train, evaluation = _make_loaders(documents, config, tokenizer.pad_token_id, packing)
         # bf16 has fp32's range: only fp16's gradients need scaling.
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         identity = identify(config, train.dataset.fingerprint, WORLD_SIZE)
@@ -145,12 +156,23 @@ def _train(
             state.epoch, state.position = state.epoch + 1, 0
 
 
-def _load(
-    source: str, config: Config, tokenizer: Tokenizer, device: torch.device, shuffle: bool
-) -> TokenLoader:
-    dataset = load_tokens(source, tokenizer, config.data.max_length, config.training.overfit)
-    pin = device.type == "cuda"
-    return TokenLoader(dataset, config, tokenizer.pad_token_id, shuffle, pin_memory=pin)
+def _read_data(config: Config, tokenizer: Tokenizer) -> tuple[TokenDataset, TokenDataset | None]:
+    """Documents to train on, and to evaluate on."""
+    data, overfit = config.data, config.training.overfit
+    # What is overfitted is what must be learnt: evaluate on it too.
+    other = data.train if overfit else data.eval
+    train = load_tokens(data.train, tokenizer, data.max_length, overfit)
+    return train, load_tokens(other, tokenizer, data.max_length, overfit) if other else None
+
+
+def _make_loaders(
+    documents: tuple[TokenDataset, TokenDataset | None], config: Config, pad_id: int, packing: bool
+) -> tuple[TokenLoader, TokenLoader | None]:
+    """Batches of both, in memory that a GPU copies from without being waited for."""
+    pinned = torch.cuda.is_available() and config.device != "cpu"
+    make = partial(TokenLoader, config=config, pad_id=pad_id, packing=packing, pin_memory=pinned)
+    train, evaluation = documents
+    return make(train, shuffle=True), make(evaluation, shuffle=False) if evaluation else None
 
 
 def _resume(training: Training, config: Config, output: Path, total_steps: int) -> int:

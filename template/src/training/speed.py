@@ -60,7 +60,7 @@ def measure_speed(
     attended = (lengths.astype(float) ** 2).sum() / lengths.sum() / 2
     heads = config.num_hidden_layers * config.num_attention_heads * head_dim
     per_token += 3 * 4 * heads * attended
-    return Speed(per_token, _flops(head), _matmul_rate(device, dtype))
+    return Speed(per_token, _flops(head), matmul_rate(device, dtype))
 
 
 def _flops(linear: nn.Linear) -> float:
@@ -68,7 +68,8 @@ def _flops(linear: nn.Linear) -> float:
     return (6 if linear.weight.requires_grad else 4) * linear.in_features * linear.out_features
 
 
-def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on this device, now."""
     size, rounds = (8192, 10) if device.type == "cuda" else (768, 5)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     # Random, as zeros draw less power and multiply faster; a generator of its own, so that

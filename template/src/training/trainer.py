@@ -128,7 +128,7 @@ def train_step(
         loss, norm, finite, labelled, processed=sum(b["input_ids"].numel() for b in window) * world,
         tokens=int(distributed.all_sum(sum(b["tokens"] for b in window))),
         microbatches=len(window), rows=[row for b in window for row in b.get("rows", [])],
-        learning_rate=optimizer.param_groups[0]["lr"], waited=waited,
+        learning_rate=float(optimizer.param_groups[0]["lr"]), waited=waited,
     )  # fmt: skip
 
 
@@ -146,7 +146,9 @@ def _update(
         vars(optimizer).update(found_inf=(~finite).float(), grad_scale=None)
         optimizer.step()
     elif bool(finite):
-        optimizer.step()
+        # 8-bit AdamW compiles itself, for which a machine without a GPU may lack a compiler.
+        with torch.compiler.set_stance("default" if finite.is_cuda else "force_eager"):
+            optimizer.step()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,11 @@ def load_environment() -> None:
     # An unset tracker sends usage statistics; an offline first run must not try.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # bitsandbytes warns, when imported, that a CPU kernel of the hub is missing: not needed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # torchao, which PEFT imports where it is installed, makes torch warn of a deprecated call.
+    for library in ("bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    # And Python, when it first compiles torchao 0.18, of an escape sequence in a docstring.
+    warnings.filterwarnings("ignore", category=SyntaxWarning, module=".*torchao")
 
 
 def from_root(path: str) -> Path:

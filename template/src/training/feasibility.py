@@ -1,0 +1,42 @@
+"""Refuse a run that cannot work on this device, before its weights are fetched."""
+
+import torch
+
+from src.config import Config
+from src.models.model import count_before_loading
+from src.training.optimizer import bytes_a_weight
+from src.training.speed import matmul_rate
+from src.utils.errors import UserError
+from src.utils.memory import GIB
+
+MOST_ON_A_CPU = 2e9  # parameters; above, a step takes minutes and an epoch weeks
+
+
+def check_feasible(config: Config, device: torch.device, dtype: torch.dtype) -> None:
+    """Check the model's size against a CPU's speed, or full fine-tuning against a GPU's memory.
+
+    Raises:
+        UserError: with the figures, and what would work.
+    """
+    training, name = config.training, config.model.name
+    if device.type == "cpu" and config.device == "auto":
+        count = count_before_loading(config.model)
+        tokens = training.batch_size * config.data.max_length * training.gradient_accumulation_steps
+        if count > MOST_ON_A_CPU:
+            minutes = 4 * count * tokens / matmul_rate(device, dtype) / 60
+            raise UserError(
+                f"device: no GPU here, and {name} has {count / 1e9:.1f} billion parameters: a step "
+                f"would take about {minutes:,.0f} minutes on this CPU. Use a GPU or a smaller "
+                "model, or say device=cpu to do it all the same"
+            )
+    if device.type == "cuda" and config.lora is None:
+        count = count_before_loading(config.model)
+        needed = count * bytes_a_weight(training, dtype) / GIB
+        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        if needed > total:
+            less = "training.optimizer=adamw8bit, " * (training.optimizer == "adamw")
+            raise UserError(
+                f"lora=null: the weights of {name}, their gradients and moments take "
+                f"{needed:.0f} GiB, and this GPU has {total:.0f}: try {less}lora.r=16, or a "
+                "smaller model"
+            )

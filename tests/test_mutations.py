@@ -32,6 +32,20 @@ def put_an_answer_into_python(template: Path) -> None:
     (template / "src/utils/seed.py").open("a").write("NAME = '{{ project_name }}'\n")
 
 
+def hand_the_kernel_what_autocast_left(template: Path) -> None:
+    cast = "query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)"
+    replace(template / "src/models/attention.py", cast, "pass")
+
+
+def wait_for_the_gpu_within_a_step(template: Path) -> None:
+    replace(template / "src/training/trainer.py", "loss += share.detach()", "loss += share.item()")
+
+
+def leave_a_tensor_on_the_cpu(template: Path) -> None:
+    bounds = 'k: v if k == "cu_seq_lens_q" else v.to(device, non_blocking=True)'
+    replace(template / "src/data/batching.py", "k: v.to(device, non_blocking=True)", bounds)
+
+
 def replace(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
@@ -72,3 +86,29 @@ def test_a_mistake_is_caught(mistake: Callable[[Path], None], guard: str, tmp_pa
     # 1: the test ran and failed. A test that is gone or cannot be collected ends with 2, 4 or 5.
     output = run(*command, cwd=repository, code=1).stdout
     assert "1 failed" in output
+
+
+# Mistakes that a CPU forgives and a GPU does not: a step on tensors without data shows them.
+WALKS = [
+    (
+        hand_the_kernel_what_autocast_left,
+        "test_a_step_reads_no_value_and_multiplies_in_half_precision[full-",
+    ),
+    (
+        wait_for_the_gpu_within_a_step,
+        "test_a_step_reads_no_value_and_multiplies_in_half_precision[full-",
+    ),
+    (leave_a_tensor_on_the_cpu, "test_everything_that_a_forward_pass_makes_is_on_the_gpu[full]"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "guard"), WALKS, ids=[m.__name__ for m, _ in WALKS])
+def test_a_mistake_that_only_a_gpu_would_show_is_caught(
+    mistake: Callable[[Path], None], guard: str, tmp_path: Path
+) -> None:
+    template = shutil.copytree(snapshot().name, tmp_path / "repository") / "template"
+    command = (sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider")
+    tests = ("tests/test_walk.py", "-k", guard.partition("[")[0] + " and full")
+    mistake(template)
+    output = run(*command, *tests, cwd=template, code=1).stdout
+    assert f"FAILED tests/test_walk.py::{guard}" in output

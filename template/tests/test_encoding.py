@@ -45,12 +45,12 @@ def test_only_the_assistant_and_its_stop_token_carry_loss(tokenizer) -> None:
 
 
 def test_a_template_without_generation_marks_is_masked_by_its_turns(chatml) -> None:
-    assert labelled_text(chatml, TWO_TURNS) == "First answer.<|im_end|>\nSecond answer.<|im_end|>\n"
+    assert labelled_text(chatml, TWO_TURNS) == "First answer.<|im_end|>Second answer.<|im_end|>"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(chatml) -> None:
+def test_a_template_that_leaves_turns_out_is_refused(chatml) -> None:
     chatml.chat_template = "{% for m in messages %}{% if loop.last or m.role != 'assistant' %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    with pytest.raises(UserError, match=r"row 1: the chat template rewrites message 3"):
+    with pytest.raises(UserError, match=r"row 1: the chat template leaves out message 3"):
         encode([TWO_TURNS], chatml)
 
 

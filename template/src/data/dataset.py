@@ -22,7 +22,7 @@ from src.utils.files import new_folder, write_text
 ROWS_AT_ONCE = 1000  # the tokenizer runs a list of texts in parallel
 IDS, LABELS, LENGTHS, FACTS = "input_ids.bin", "labels.bin", "lengths.bin", "facts.json"
 # Who edits these makes other tokens: part of a cache's name, so that nobody has to empty it.
-CODE = ("rows.py", "encoding.py", "dataset.py")
+CODE = ("rows.py", "chat.py", "encoding.py", "dataset.py")
 
 
 class Document(NamedTuple):

@@ -1,11 +1,9 @@
 """A row becomes token ids and labels: what the assistant says carries loss, and nothing else."""
 
-import re
-from typing import Any
-
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.data import IGNORE
+from src.data.chat import Span, render, turn_ends
 from src.data.rows import Row
 from src.utils.errors import UserError
 
@@ -47,55 +45,14 @@ def encode(
     return result
 
 
-def _render(row: Row, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+def _render(row: Row, tokenizer: Tokenizer) -> tuple[str, list[Span]]:
     """The row as one text, and the (start, end) character spans that carry loss."""
     if "text" in row:
         prefix = tokenizer.bos_token if tokenizer("")["input_ids"] else ""
         text = (prefix or "") + row["text"] + tokenizer.eos_token
         return text, [(0, len(text))]
-    messages = row["messages"]
-    template = str(tokenizer.chat_template)
-    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        # The template's author marks what the assistant says; only this function tells where.
-        options: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        rendered: Any = render_jinja_template(
-            [messages], chat_template=template, return_assistant_tokens_mask=True, **options
-        )
-        texts, spans = rendered
-        return texts[0], spans[0]
-    return _render_by_prefix(messages, tokenizer)
-
-
-def _render_by_prefix(
-    messages: list[dict], tokenizer: Tokenizer
-) -> tuple[str, list[tuple[int, int]]]:
-    """Find each assistant's turn as what it adds to the rendering of the turns before it."""
-
-    def text_of(count: int, prompt: bool) -> str:
-        return chat_text(tokenizer, messages[:count], prompt)
-
-    whole, spans = text_of(len(messages), prompt=False), []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = text_of(number, prompt=True), text_of(number + 1, prompt=False)
-        if not (after.startswith(before) and whole.startswith(after)):
-            # Templates that cut earlier reasoning, for example.
-            raise ValueError(
-                f"the chat template rewrites message {number + 1} when others follow, so what "
-                "the assistant said cannot be found in it; set model.chat_template to a "
-                "template that marks it with {% generation %}"
-            )
-        spans.append((len(before), len(after)))
-    return whole, spans
-
-
-def chat_text(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
-    """The conversation as the chat template writes it."""
-    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    text, spans, _ = render(row["messages"], row.get("tools"), tokenizer)
+    return text, spans
 
 
 def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
@@ -106,11 +63,9 @@ def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
     """
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template:
-        word = "answer"
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]
-        text = chat_text(tokenizer, messages, add_generation_prompt=False)
-        after = tokenizer(text.rpartition(word)[2], add_special_tokens=False)["input_ids"]
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        if after and after[0] in special and after[0] not in ids:
-            ids.append(after[0])
+        try:
+            tokens = turn_ends(tokenizer, str(tokenizer.chat_template)).tokens
+        except ValueError:
+            return ids
+        ids += [i for i in map(tokenizer.convert_tokens_to_ids, tokens) if i not in ids]
     return ids

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from src.data.encoding import chat_text, stop_token_ids
+from src.data.chat import chat_text
+from src.data.encoding import stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

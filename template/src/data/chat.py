@@ -1,0 +1,278 @@
+"""A conversation as one text, and where in it the assistant speaks, whatever the template does.
+
+Chat templates trim and rewrite turns, drop earlier reasoning, and differ in how a turn ends. So
+nothing is assumed of them: a conversation is rendered twice, once with a marker in place of each
+message's text. What stands around the markers is the template's, what replaces them the row's.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+Message = dict[str, Any]
+Span = tuple[int, int]  # of characters: start and end
+
+MARK = re.compile(r"Qzx(\d+)xzQ")  # letters and digits: templates neither trim nor escape them
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Look something up.",
+        "parameters": {"type": "object", "properties": {"at": {"type": "string"}}},
+    },
+}
+
+
+class NotFound(ValueError):
+    """What the assistant said cannot be found in the rendered text."""
+
+
+class Rendered(NamedTuple):
+    """A conversation as the model sees it."""
+
+    text: str
+    spans: list[Span]  # what the model has to produce
+    prompted: bool  # whether each of them follows all that the generation prompt writes
+
+
+def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokenizer) -> Rendered:
+    """The conversation as one text, and the spans of it that carry loss.
+
+    A span begins where the generation prompt would end, and ends with the token that ends the
+    turn: reasoning that stands in the text, the answer and tool calls lie in it, headers do not.
+
+    Raises:
+        NotFound: the template leaves out or changes what the assistant said, or does not end it.
+        ValueError: the template refuses the conversation.
+    """
+    if re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
+        return _as_marked_by_its_author(messages, tools, tokenizer)
+    ends = turn_ends(tokenizer, str(tokenizer.chat_template))
+    text, places, marked = _locate(messages, tools, tokenizer)
+    spans, prompted = [], True
+    for number, message in enumerate(messages):
+        calls, own = message.get("tool_calls") or [], places.get(number)
+        said = message["role"] == "assistant" and _parts(message)[1]
+        if said and not own:
+            raise NotFound(f"the chat template leaves out message {number + 1}")
+        if message["role"] != "assistant" or not (said or calls):
+            continue
+        before = max((end for n, (_, end) in places.items() if n < number), default=0)
+        after = min((start for n, (start, _) in places.items() if n > number), default=len(text))
+        prompt = ""
+        if number:
+            prompt = MARK.split(chat_text(tokenizer, marked[:number], True, tools))[-1]
+        start = before + len(_shared(text[before : own[0] if own else after], prompt))
+        for token in ends.special.finditer(text, before, after):
+            if token.start() < start < token.end():  # never within one
+                start = token.start()
+        if not all(_name(call) in text[start:after] for call in calls):
+            raise NotFound(f"the chat template leaves out the tool calls of message {number + 1}")
+        prompted = prompted and start == before + len(prompt)
+        end = own[1] if own else start
+        if closing := (ends.of_calls if calls else ends.of_answers).search(text, end, after):
+            end = closing.end()
+        elif after == len(text):  # the last turn, whose end would be the next turn's beginning
+            text += ends.appended
+            end = len(text)
+        else:
+            raise NotFound(f"the chat template does not end message {number + 1}")
+        spans.append((start, end))
+    return Rendered(text, spans, prompted)
+
+
+def chat_text(
+    tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool,
+    tools: list[dict] | None = None,
+) -> str:  # fmt: skip
+    """The conversation as the chat template writes it.
+
+    Raises:
+        ValueError: the template refuses it, in its own words.
+    """
+    from jinja2 import TemplateError
+
+    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tools": tools}
+    reason = ""
+    for arguments in (json.loads, json.dumps):  # most templates want an object, some want text
+        try:
+            shown = [_with_arguments(message, arguments) for message in messages]
+            return str(tokenizer.apply_chat_template(shown, tokenize=False, **options))
+        except TypeError as error:
+            reason = str(error)
+        except TemplateError as error:
+            reason = str(error)
+            break
+    raise ValueError(f"the chat template refuses it: {reason}")
+
+
+def knows_tools(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template writes the tools that it is given."""
+    return "Look something up." in chat_text(tokenizer, [_user("?")], True, [TOOL])
+
+
+@dataclass(frozen=True)
+class TurnEnds:
+    """How a template ends the assistant's turns.
+
+    Attributes:
+        special: a pattern of the tokenizer's special tokens.
+        of_answers, of_calls: patterns of the tokens that end an answer, and calls of tools.
+        appended: what the last turn of a conversation lacks: the beginning of the next turn,
+            where that is what ends one (GLM), or EOS, where there is nothing.
+        tokens: all of them.
+    """
+
+    special: re.Pattern[str]
+    of_answers: re.Pattern[str]
+    of_calls: re.Pattern[str]
+    appended: str
+    tokens: tuple[str, ...]
+
+
+@lru_cache(maxsize=16)
+def turn_ends(tokenizer: Tokenizer, template: str) -> TurnEnds:
+    """Read off two short conversations how this template ends a turn.
+
+    Args:
+        tokenizer: whose special tokens the template writes.
+        template: its `chat_template`; part of the cache's key.
+    """
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    special = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or "$^")
+    answer, eos = [{"role": "assistant", "content": "Qzx1xzQ"}], str(tokenizer.eos_token)
+    last, inner = _tails(tokenizer, answer, [_user("Qzx2xzQ")], None)
+    final, following = special.findall(last), special.findall(inner)
+    shared = _shared(final, following)
+    appended = ""
+    if shared:
+        answers = {shared[-1]}
+    elif final and following:  # gpt-oss: <|return|> at the end, <|end|> elsewhere
+        answers = {final[0], following[0]}
+    elif following:  # GLM: the next turn's first token
+        answers = {following[0]}
+        appended = inner[len(_shared(last, inner)) : inner.index(following[0])] + following[0]
+    else:
+        answers, appended = {*final[:1]} or {eos}, "" if final else eos
+    calls = _ends_of_calls(tokenizer, special, own=not appended) or answers
+    patterns = ("|".join(map(re.escape, sorted(each))) for each in (answers, calls))
+    of_answers, of_calls = map(re.compile, patterns)
+    return TurnEnds(special, of_answers, of_calls, appended, tuple(sorted(answers | calls)))
+
+
+def _ends_of_calls(tokenizer: Tokenizer, special: re.Pattern[str], own: bool) -> set[str]:
+    function = {"name": "look", "arguments": {"at": "Qzx1xzQ"}}
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": function}],
+    }
+    result = {"role": "tool", "name": "look", "content": "Qzx2xzQ"}
+    try:
+        last, inner = _tails(tokenizer, [call], [result], [TOOL])
+    except ValueError:
+        return set()  # a template without tools
+    final, following = special.findall(last), special.findall(inner)
+    shared = _shared(final, following)
+    if own:
+        return {(shared or final)[-1]} if final else set()
+    return {*following[len(shared) :][:1]}
+
+
+def _tails(
+    tokenizer: Tokenizer, said: list[Message], then: list[Message], tools: list[dict] | None
+) -> tuple[str, str]:
+    """What follows the marker in `said`: at the end of a conversation, and before another turn."""
+    last, inner = (
+        MARK.split(chat_text(tokenizer, [_user("?"), *said, *more], False, tools))
+        for more in ([], then)
+    )
+    if len(last) < 3:
+        raise NotFound("the chat template leaves out or changes what the assistant says")
+    return last[2], inner[2] if len(inner) > 4 else last[2]  # which some leave out later
+
+
+def _locate(
+    messages: list[Message], tools: list[dict] | None, tokenizer: Tokenizer
+) -> tuple[str, dict[int, Span], list[Message]]:
+    """The text, where each message's content stands in it, and the messages with markers."""
+    marked, contents = [], {}
+    for number, message in enumerate(messages):
+        head, content, tail = _parts(message)
+        if content:
+            contents[number] = content
+            message = message | {"content": f"{head}Qzx{number}xzQ{tail}"}
+        marked.append(message)
+    text = chat_text(tokenizer, messages, False, tools)
+    first, *rest = MARK.split(chat_text(tokenizer, marked, False, tools))
+    places, at = {}, len(first)
+    found = text.startswith(first)
+    for number, literal in zip(map(int, rest[::2]), rest[1::2], strict=True):
+        end = at + len(contents[number])
+        exact = text.startswith(contents[number], at) and text.startswith(literal, end)
+        if not exact and messages[number]["role"] != "assistant" and literal:
+            end = text.find(literal, at)  # a tool's result as JSON, for example
+        found = found and (exact or end >= at)
+        if not found:
+            raise NotFound(f"the chat template changes what message {number + 1} says")
+        places[number], at = (at, end), end + len(literal)
+    if not found or at != len(text):
+        raise NotFound("the chat template writes other text around what was said")
+    return text, places, marked
+
+
+def _parts(message: Message) -> tuple[str, str, str]:
+    """A message's content without the white space around it, and without inline reasoning."""
+    content, head = message.get("content") or "", ""
+    if message["role"] == "assistant" and "</think>" in content:
+        head, mark, content = content.rpartition("</think>")
+        head += mark
+    said = content.strip()
+    before = content[: len(content) - len(content.lstrip())]
+    return head + before, said, content[len(before) + len(said) :]
+
+
+def _as_marked_by_its_author(
+    messages: list[Message], tools: list[dict] | None, tokenizer: Tokenizer
+) -> Rendered:
+    """By the template's own {% generation %} marks; only this function tells where they are."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    options: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    rendered: Any = render_jinja_template(
+        [messages], tools=cast(Any, tools), chat_template=str(tokenizer.chat_template),
+        return_assistant_tokens_mask=True, **options,
+    )  # fmt: skip
+    texts, spans = rendered
+    return Rendered(texts[0], spans[0], prompted=True)
+
+
+def _with_arguments(message: Message, convert: Any) -> Message:
+    """A message whose tool calls have their arguments as an object, or as JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        if isinstance(function.get("arguments"), str) == (convert is json.loads):
+            function = function | {"arguments": convert(function["arguments"])}
+        calls.append({"type": "function", **call, "function": function})
+    return message | {"tool_calls": calls}
+
+
+def _name(call: dict) -> str:
+    return str(call.get("function", call).get("name", ""))
+
+
+def _shared[Sequence: (str, list[str])](one: Sequence, other: Sequence) -> Sequence:
+    """The longest common beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))]
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}

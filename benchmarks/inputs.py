@@ -115,9 +115,6 @@ def measure_matmul() -> float:
 def walk_batches(rows: Path, model: Path) -> None:
     """Prepare rows as scripts/train.py does, and walk one epoch; print the clock at both ends."""
     from src.config import Config
-    from src.data.rows import check_source
-
-    check_source("data.train", str(rows))
     from src.data.batching import TokenLoader
     from src.data.dataset import load_tokens
     from src.models.model import load_tokenizer
@@ -131,7 +128,7 @@ def walk_batches(rows: Path, model: Path) -> None:
         }
     )
     tokenizer = load_tokenizer(config.model)
-    data = load_tokens(str(rows), tokenizer, config.data.max_length)
+    data = load_tokens(str(rows), tokenizer, config.data)
     loader = TokenLoader(
         data, config, tokenizer.pad_token_id, packing=True, shuffle=True, pin_memory=False
     )

@@ -25,6 +25,10 @@ def _whole(value: Any) -> Any:
 PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 NotNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 NotEmpty = Annotated[str, Field(min_length=1)]
+Sources = NotEmpty | Annotated[list[NotEmpty], Field(min_length=1)]
+ColumnName = Literal[
+    "messages", "prompt", "completion", "instruction", "input", "output", "text", "tools", "system"
+]
 
 
 class Section(BaseModel):
@@ -83,13 +87,21 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """Where rows come from and how they become batches."""
 
-    # A .jsonl, .json, .csv or .parquet file (relative to the project's root), or a hub id,
-    # optionally with a split: "org/name:train".
-    train: NotEmpty
-    # The same, or null for no evaluation.
-    eval: NotEmpty | None = None
-    # Tokens of the longest document; longer ones are cut there, and counted.
+    # A .jsonl, .json, .csv or .parquet file, also .gz or .zst (relative to the project's root; *
+    # stands for several), or a hub id with configuration and split: "org/name:main:train".
+    train: Sources
+    # The same; or a share of the training rows, such as 0.02; or null for no evaluation.
+    eval: Sources | Annotated[float, Field(gt=0, lt=1)] | None = None
+    # Where your columns have other names: {prompt: my_question, completion: my_answer}.
+    columns: dict[ColumnName, NotEmpty] | None = None
+    # Rows that cannot be read: stop and name them, or leave them out, counted and written down.
+    bad_rows: Literal["stop", "skip"] = "stop"
+    # drop: without reasoning (<think> or reasoning_content); template: as the template keeps it.
+    thinking: Literal["template", "drop"] = "template"
+    # Tokens of the longest document. A longer text becomes several documents.
     max_length: Annotated[int, Field(ge=8)] = 2048
+    # A longer conversation is cut there, or left out; both are counted.
+    too_long: Literal["cut", "drop"] = "cut"
     # Lay documents end to end in one row of batch_size x max_length tokens: no padding. A model
     # that cannot keep them apart (state-space, linear attention) gets padded rows all the same.
     packing: bool = True
@@ -272,6 +284,7 @@ WORDS = {
     "string_type": "text is expected (quote it, if YAML took it for something else)",
     "int_type": "a whole number is expected",
     "float_type": "a number is expected",
+    "list_type": "text is expected, or a list of texts",
     "bool_type": "true or false is expected",
     "model_type": "a section of keys is expected",
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from src.config import Config, ModelConfig
 from src.data.rows import check_source
+from src.data.sources import expand
 from src.utils.environment import from_root
 from src.utils.errors import UserError
 
@@ -21,12 +22,13 @@ def check_run(config: Config) -> None:
         UserError: with all problems that were found.
     """
     problems = list(_model_problems(config.model))
-    sources = {config.data.train: "data.train"}
-    if config.data.eval is not None:
-        sources.setdefault(config.data.eval, "data.eval")
-    for source, key in sources.items():
+    checked = set()
+    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         try:
-            check_source(key, source)
+            for source in expand(sources) if isinstance(sources, str | list) else ():
+                if source not in checked:
+                    checked.add(source)
+                    check_source(key, source, config.data)
         except UserError as error:
             problems += error.problems
     problems += _output_problems(config)

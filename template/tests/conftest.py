@@ -98,10 +98,16 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture
 def data(tokenizer, write_rows):
     """Twelve documents of very different lengths and label counts."""
+    rows = [chat("why? " * (n % 5), "because " * (1 + n * n % 11)) for n in range(12)]
+    return tokens(write_rows(*rows), tokenizer, max_length=64)
+
+
+def tokens(source: str, tokenizer, limit: int | None = None, **data: Any):
+    """The tokens of a source: `tokens(path, tokenizer, max_length=64)`."""
+    from src.config import DataConfig
     from src.data.dataset import load_tokens
 
-    rows = [chat("why? " * (n % 5), "because " * (1 + n * n % 11)) for n in range(12)]
-    return load_tokens(write_rows(*rows), tokenizer, max_length=64)
+    return load_tokens(source, tokenizer, DataConfig(train=source, **data), limit)
 
 
 def packed(data, indices: list[int], budget: int = 256) -> dict[str, Any]:

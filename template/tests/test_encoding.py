@@ -6,7 +6,6 @@ from transformers import AutoTokenizer
 from conftest import ROOT
 from src.data import IGNORE
 from src.data.encoding import encode, stop_token_ids
-from src.utils.errors import UserError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -24,7 +23,7 @@ def chatml():
 
 
 def labelled_text(tokenizer, row: dict) -> str:
-    ((ids, labels),) = encode([row], tokenizer)
+    ((ids, labels, _),) = encode([row], tokenizer)
     assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
     return tokenizer.decode([label for label in labels if label != IGNORE])
 
@@ -50,26 +49,25 @@ def test_a_template_without_generation_marks_is_masked_by_its_turns(chatml) -> N
 
 def test_a_template_that_leaves_turns_out_is_refused(chatml) -> None:
     chatml.chat_template = "{% for m in messages %}{% if loop.last or m.role != 'assistant' %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    with pytest.raises(UserError, match=r"row 1: the chat template leaves out message 3"):
-        encode([TWO_TURNS], chatml)
+    assert encode([TWO_TURNS], chatml) == ["the chat template leaves out message 3"]
 
 
 def test_text_rows_carry_loss_everywhere_and_end_with_the_stop_token(tokenizer) -> None:
-    ((ids, labels),) = encode([{"text": "Once upon"}], tokenizer)
+    ((ids, labels, _),) = encode([{"text": "Once upon"}], tokenizer)
     assert tokenizer.decode(ids) == "Once upon<|end|>"
     assert labels == [IGNORE, *ids[1:]], "nothing predicts the first token"
 
 
 def test_there_is_exactly_one_bos(tokenizer) -> None:
     for row in (TWO_TURNS, {"text": "Once"}):
-        ((ids, _),) = encode([row], tokenizer)
+        ((ids, _, _),) = encode([row], tokenizer)
         # This tokenizer adds none by itself; its template writes one.
         assert ids.count(tokenizer.bos_token_id) == ("messages" in row)
 
 
 def test_what_generation_is_given_is_a_prefix_of_what_was_trained(tokenizer) -> None:
     messages = TWO_TURNS["messages"]
-    ((ids, labels),) = encode([{"messages": messages[:3]}], tokenizer)
+    ((ids, labels, _),) = encode([{"messages": messages[:3]}], tokenizer)
     prompt = tokenizer.apply_chat_template(
         messages[:2], add_generation_prompt=True, return_dict=True
     )["input_ids"]

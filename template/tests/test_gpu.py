@@ -5,10 +5,9 @@ import shutil
 import pytest
 import torch
 
-from conftest import chat
+from conftest import chat, tokens
 from src.config import LoraConfig, ModelConfig, TrainingConfig
 from src.data.batching import collate_packed
-from src.data.dataset import load_tokens
 from src.models.attention import varlen_attention
 from src.models.model import load_model
 from src.training.optimizer import make_optimizer
@@ -25,7 +24,7 @@ GPU = torch.device("cuda")
 @pytest.fixture
 def batches(tokenizer, write_rows) -> list[dict]:
     rows = [chat("why? " * (n % 7), "because " * (1 + n % 9)) for n in range(32)]
-    data = load_tokens(write_rows(*rows), tokenizer, max_length=64)
+    data = tokens(write_rows(*rows), tokenizer, max_length=64)
     return [
         collate_packed(data[list(range(n, n + 8))], budget=512, max_length=64, pad_id=2)
         for n in range(0, 32, 8)

@@ -1,5 +1,6 @@
 """What people read of a run is there, whole, and true."""
 
+import json
 from pathlib import Path
 
 from conftest import chat, metrics
@@ -30,12 +31,25 @@ def test_rows_that_were_cut_or_left_out_are_counted_before_step_1(train, write_r
         "training.max_steps=1",
     )  # fmt: skip
     shown = capsys.readouterr().out
-    assert "\n           2 rows cut at data.max_length=64\n" in shown
+    assert "\n           read 3 as messages\n" in shown
+    assert "\n           2 rows cut: longer than data.max_length=64\n" in shown
     assert "\n           1 rows left out: nothing labelled remains of them\n" in shown
     train("data.eval=null", "training.max_steps=1", output="whole")
     shown = capsys.readouterr().out
     assert "rows cut" not in shown
     assert "left out" not in shown
+
+
+def test_rows_that_were_left_out_as_unusable_are_kept_with_the_run(train, write_rows, capsys):
+    rows = write_rows(*[chat("q", "a")] * 3, {"x": 1}, chat("q", ""), "{")
+    folder = train(
+        f"data.train={rows}", "data.eval=null", "data.bad_rows=skip", "training.max_steps=1"
+    )
+    shown = capsys.readouterr().out
+    assert "2 rows left out as unusable: left_out.jsonl in the output folder says why" in shown
+    assert "1 rows left out: nothing to learn from" in shown
+    kept = [json.loads(line) for line in (folder / "left_out.jsonl").read_text().splitlines()]
+    assert [each["place"] for each in kept] == [f"{rows}:4", f"{rows}:6"]
 
 
 def test_a_run_whose_last_steps_were_all_skipped_ends_with_a_summary(train, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Each row that training cannot use is named: file, line and reason."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -8,10 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import chat
-from src.data.rows import check_source, read_rows
+from src.config import DataConfig
+from src.data import rows
+from src.data.rows import Tally, check_source, read_rows
+from src.data.sources import expand
 from src.utils.errors import UserError
 
-GOOD = chat("question", "answer")
+GOOD, DATA = chat("question", "answer"), DataConfig(train="rows")
 
 
 @pytest.mark.parametrize(
@@ -25,26 +29,115 @@ GOOD = chat("question", "answer")
         ({"messages": ["hi"]}, "message 1 must be an object"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "message 1: `role` is 'bot', not system"),
         ({"messages": [{"role": "user"}]}, "message 1: `content` is missing"),
-        ({"messages": [{"role": "user", "content": None}]}, "message 1: `content` must be text, not null"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "nothing to learn from: no assistant"),
-        ({"prompt": "x"}, "`completion` is missing"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1: `content` is missing"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1: `content` has parts that are no text"),
+        ({**GOOD, "tools": "{"}, "`tools` is not valid JSON"),
+        ({**GOOD, "tools": "{}"}, "`tools` must be a list"),
+        ({"prompt": "x"}, "`completion` is missing; it has `prompt`"),
+        ({"output": "x"}, "`instruction` is missing; it has `output`"),
         ({"prompt": "x", "completion": 5}, "`completion` must be text, not a number"),
-        ({"prompt": "x", "completion": " "}, "`completion` is empty: there is nothing to learn"),
-        ({"text": None}, "`text` must be text, not null"),
-        ({"text": ""}, "`text` is empty"),
+        ({"text": None}, "has no columns; a row needs"),
+        ({"text": 5}, "`text` must be text, not a number"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named_by_file_line_and_reason(write_rows, bad, reason: str) -> None:
     file = write_rows(GOOD, "", bad, GOOD)
     with pytest.raises(UserError) as error:
-        check_source("data.train", file)
+        check_source("data.train", file, DATA)
     assert len(error.value.problems) == 1
     assert error.value.problems[0].startswith(f"{file}:3: {reason}"), error.value.problems
 
 
+ASKED = [{"role": "user", "content": "q"}]
+ANSWERED = [{"role": "assistant", "content": "a"}]
+PLAIN = [*ASKED, *ANSWERED]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": PLAIN}, PLAIN),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PLAIN),
+        ({"prompt": "q", "completion": "a"}, PLAIN),
+        ({"prompt": ASKED, "completion": ANSWERED}, PLAIN),
+        ({"question": "q", "answer": "a", "id": 7}, PLAIN),
+        ({"instruction": "q", "input": "", "output": "a"}, PLAIN),
+        ({"instruction": "q", "input": "i", "output": "a"}, [{"role": "user", "content": "q\n\ni"}, *ANSWERED]),
+        ({"prompt": "q", "response": "a", "system": "s"}, [{"role": "system", "content": "s"}, *PLAIN]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, *ANSWERED]}, PLAIN),
+        # What Parquet fills in where a row lacks a key of another one.
+        ({"messages": [{"role": "user", "content": "q", "tool_calls": None}, *ANSWERED], "text": None}, PLAIN),
+        ({"messages": [*ASKED, {"role": "assistant", "content": "a", "tool_calls": []}]}, PLAIN),
+    ],
+)  # fmt: skip
+def test_rows_of_every_common_shape_become_conversations(write_rows, row, messages) -> None:
+    tally = Tally()
+    (read,) = read_rows(write_rows(row), DATA, tally)
+    assert read["messages"] == messages
+    assert sum(tally.read_as.values()) == 1
+
+
+def test_tools_and_calls_of_them_are_kept(write_rows) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    call = {"function": {"name": "look", "arguments": "{}"}}
+    turns = [*ASKED, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "r"}]
+    for tools in ([tool], json.dumps([tool])):
+        (row,) = read_rows(write_rows({"messages": turns, "tools": tools}), DATA)
+        assert row["tools"] == [tool]
+        assert row["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def test_columns_of_other_names_are_mapped_and_a_wrong_name_is_told(write_rows) -> None:
+    file = write_rows({"q": "x", "a": "y"})
+    data = DataConfig(train=file, columns={"prompt": "q", "completion": "a"})
+    assert [m["content"] for m in next(read_rows(file, data))["messages"]] == ["x", "y"]
+    data = DataConfig(train=file, columns={"prompt": "question", "completion": "a"})
+    expected = r"rows.jsonl:1: data.columns.prompt: no column `question`; it has `q`, `a`"
+    with pytest.raises(UserError, match=expected):
+        list(read_rows(file, data))
+
+
+def test_a_shape_of_ones_own_goes_through_adapt(write_rows, monkeypatch) -> None:
+    file = write_rows({"frage": "x", "antwort": "y"})
+    monkeypatch.setattr(
+        rows, "adapt", lambda raw: {"prompt": raw["frage"], "completion": raw["antwort"]}
+    )
+    assert next(read_rows(file, DATA))["messages"][1] == {"role": "assistant", "content": "y"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "x", "completion": " "}, {"question": "", "answer": "y"}, {"text": ""},
+        {"messages": ASKED}, chat("q", "  "),
+    ],
+)  # fmt: skip
+def test_rows_without_anything_to_learn_from_are_left_out_and_counted(write_rows, row) -> None:
+    tally = Tally()
+    assert len(list(read_rows(write_rows(GOOD, row, GOOD), DATA, tally))) == 2
+    assert (tally.empty, tally.unusable) == (1, [])
+
+
+def test_bad_rows_are_left_out_and_kept_with_their_reasons_if_wanted(write_rows) -> None:
+    file, tally = write_rows(GOOD, "{not json", {"x": 1}, GOOD), Tally()
+    assert len(list(read_rows(file, DataConfig(train=file, bad_rows="skip"), tally))) == 2
+    assert [each["place"] for each in tally.unusable] == [f"{file}:2", f"{file}:3"]
+    assert tally.unusable[1]["reason"].startswith("has `x`; a row needs")
+    assert tally.unusable[1]["row"] == {"x": 1}
+
+
+def test_reasoning_is_dropped_if_wanted(write_rows) -> None:
+    turn = {"role": "assistant", "content": "<think>\nhm\n</think>\n\na", "reasoning_content": "hm"}
+    file = write_rows({"messages": [*ASKED, turn]})
+    (row,) = read_rows(file, DataConfig(train=file, thinking="drop"))
+    assert row["messages"] == PLAIN
+    (row,) = read_rows(file, DATA)
+    assert row["messages"][1] == turn
+
+
 def test_all_bad_rows_are_reported_up_to_a_limit(write_rows) -> None:
     with pytest.raises(UserError) as error:
-        list(read_rows(write_rows(*[{"x": 1}] * 50)))
+        list(read_rows(write_rows(*[{"x": 1}] * 50), DATA))
     assert len(error.value.problems) == 21
 
 
@@ -52,44 +145,71 @@ def test_a_byte_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
     file = tmp_path / "latin.jsonl"
     file.write_bytes(json.dumps(GOOD).encode() + b'\n{"text": "caf\xe9"}\n')
     with pytest.raises(UserError, match=r"latin.jsonl:2: not UTF-8"):
-        check_source("data.train", str(file))
+        check_source("data.train", str(file), DATA)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
 def test_an_empty_or_missing_file_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="no such file"):
-        check_source("data.train", str(tmp_path / name))
+        check_source("data.train", str(tmp_path / name), DATA)
     if name.endswith("parquet"):
         pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / name)
     else:
         (tmp_path / name).write_text("")
     with pytest.raises(UserError, match="no rows"):
-        check_source("data.train", str(tmp_path / name))
+        check_source("data.train", str(tmp_path / name), DATA)
+
+
+def messages(file: str) -> list:
+    return [row["messages"] for row in read_rows(file, DATA)]
+
+
+def test_a_pattern_names_several_files_in_order_and_a_folder_is_told_so(tmp_path: Path) -> None:
+    for n in (2, 10, 1):
+        (tmp_path / f"part-{n:02}.jsonl").write_text("")
+    found = expand([str(tmp_path / "part-*.jsonl"), "org/name:main:train"])
+    assert [Path(name).name for name in found] == [
+        "part-01.jsonl",
+        "part-02.jsonl",
+        "part-10.jsonl",
+        "name:main:train",
+    ]
+    with pytest.raises(UserError, match="no file fits this pattern"):
+        expand(str(tmp_path / "*.csv"))
+    with pytest.raises(UserError, match=r"a folder; name the files in it, e.g. .*/\*.jsonl"):
+        check_source("data.train", str(tmp_path), DATA)
 
 
 def test_the_same_rows_come_from_every_format(tmp_path: Path, write_rows) -> None:
-    rows = [{"prompt": f"q, {n}", "completion": f'a "{n}"\nb'} for n in range(3)]
-    expected = list(read_rows(write_rows(*rows)))
-    (tmp_path / "r.json").write_text(json.dumps(rows))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
+    raw = [{"prompt": f"q, {n}", "completion": f'a "{n}"\nb'} for n in range(3)]
+    expected = messages(write_rows(*raw))
+    (tmp_path / "r.json").write_text(json.dumps(raw))
+    pq.write_table(pa.Table.from_pylist(raw), tmp_path / "r.parquet")
     import csv
 
     with (tmp_path / "r.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, raw[0])
         writer.writeheader()
-        writer.writerows(rows)
-    for name in ("r.json", "r.parquet", "r.csv"):
-        assert list(read_rows(str(tmp_path / name))) == expected, name
+        writer.writerows(raw)
+    for name, content in (("r.jsonl", "rows.jsonl"), ("r.json", "r.json"), ("r.csv", "r.csv")):
+        plain = (tmp_path / content).read_bytes()
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(plain))
+        with pa.CompressedOutputStream(str(tmp_path / f"{name}.zst"), "zstd") as stream:
+            stream.write(plain)
+    packed = [path.name for path in tmp_path.iterdir() if path.suffix in {".gz", ".zst"}]
+    for name in ("r.json", "r.parquet", "r.csv", *packed):
+        assert messages(str(tmp_path / name)) == expected, name
+    assert len(packed) == 6
 
 
 def test_a_csv_row_with_too_many_cells_is_named(tmp_path: Path) -> None:
     file = tmp_path / "r.csv"
     file.write_text("prompt,completion\na,b\na,b,c\n")
     with pytest.raises(UserError, match=r"r.csv:3: more cells than the header"):
-        check_source("data.train", str(file))
+        check_source("data.train", str(file), DATA)
 
 
 def test_a_broken_parquet_file_says_so(tmp_path: Path) -> None:
     (tmp_path / "r.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match="not a Parquet file"):
-        check_source("data.train", str(tmp_path / "r.parquet"))
+        check_source("data.train", str(tmp_path / "r.parquet"), DATA)

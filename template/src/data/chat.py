@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Message = dict[str, Any]
@@ -94,8 +95,6 @@ def chat_text(
     Raises:
         ValueError: the template refuses it, in its own words.
     """
-    from jinja2 import TemplateError
-
     options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tools": tools}
     reason = ""
     for arguments in (json.loads, json.dumps):  # most templates want an object, some want text
@@ -243,10 +242,13 @@ def _as_marked_by_its_author(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     options: dict[str, Any] = dict(tokenizer.special_tokens_map)
-    rendered: Any = render_jinja_template(
-        [messages], tools=cast(Any, tools), chat_template=str(tokenizer.chat_template),
-        return_assistant_tokens_mask=True, **options,
-    )  # fmt: skip
+    try:
+        rendered: Any = render_jinja_template(
+            [messages], tools=cast(Any, tools), chat_template=str(tokenizer.chat_template),
+            return_assistant_tokens_mask=True, **options,
+        )  # fmt: skip
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses it: {error}") from None
     texts, spans = rendered
     return Rendered(texts[0], spans[0], prompted=True)
 

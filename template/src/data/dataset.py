@@ -4,25 +4,30 @@ import hashlib
 import json
 import os
 from array import array
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import batched, chain, islice
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from src.config import DataConfig
 from src.data import IGNORE
 from src.data.encoding import encode
-from src.data.rows import is_file, load_hub, read_rows
-from src.utils.environment import from_root
+from src.data.rows import MAX_PROBLEMS, Row, Tally, read_rows
+from src.data.sources import Unreadable, expand, fingerprint
 from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder, write_text
 
 ROWS_AT_ONCE = 1000  # the tokenizer runs a list of texts in parallel
 IDS, LABELS, LENGTHS, FACTS = "input_ids.bin", "labels.bin", "lengths.bin", "facts.json"
+LEFT_OUT = "left_out.jsonl"
+Part = Literal["all", "train", "eval"]
 # Who edits these makes other tokens: part of a cache's name, so that nobody has to empty it.
-CODE = ("rows.py", "chat.py", "encoding.py", "dataset.py")
+CODE = ("sources.py", "rows.py", "chat.py", "encoding.py", "dataset.py")
 
 
 class Document(NamedTuple):
@@ -33,23 +38,33 @@ class Document(NamedTuple):
     labels: np.ndarray
 
 
+@dataclass
+class Facts:
+    """What became of the rows that were read."""
+
+    read_as: dict[str, int] = field(default_factory=dict)  # rows of each shape
+    empty: int = 0  # rows left out: nothing to learn from
+    unusable: int = 0  # rows left out with data.bad_rows=skip: see left_out.jsonl
+    unprompted: int = 0  # rows that lack what the generation prompt writes
+    truncated: int = 0  # conversations cut at data.max_length, or left out: data.too_long
+    split: int = 0  # texts that became several documents
+    dropped: int = 0  # rows with no label left after that
+    labelled_tokens: int = 0  # labels that carry loss, over all documents
+    fingerprint: str = ""  # a hash of all tokens and labels
+
+
 class TokenDataset:
     """Documents as tokens, memory-mapped: a million rows cost no more memory than a thousand.
 
     Attributes:
         lengths: tokens of each document after truncation, shape (documents,), int32.
-        truncated: how many documents were cut at `max_length`.
-        dropped: how many had no label left after that; they are not part of the dataset.
-        labelled_tokens: labels that carry loss, over all documents.
-        fingerprint: a hash of all tokens and labels.
+        facts: what became of the rows.
+        left_out: a file of the rows that were left out as unusable, and why.
     """
 
     def __init__(self, folder: Path) -> None:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        self.truncated: int = facts["truncated"]
-        self.dropped: int = facts["dropped"]
-        self.labelled_tokens: int = facts["labelled_tokens"]
-        self.fingerprint: str = facts["fingerprint"]
+        self.facts = Facts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
+        self.left_out = folder / LEFT_OUT
         self.lengths = np.fromfile(folder / LENGTHS, np.int32)
         self._folder = folder
         self._bounds = np.concatenate([[0], self.lengths.cumsum(dtype=np.int64)])
@@ -73,48 +88,49 @@ class TokenDataset:
 
 
 def load_tokens(
-    source: str, tokenizer: Tokenizer, max_length: int, limit: int | None = None
-) -> TokenDataset:
-    """Read, check and tokenise a file or a hub dataset, or reuse what an earlier run made.
+    sources: str | list[str], tokenizer: Tokenizer, data: DataConfig, limit: int | None = None,
+    part: Part = "all",
+) -> TokenDataset:  # fmt: skip
+    """Read, check and tokenise files or hub datasets, or reuse what an earlier run made.
 
     Of several processes that want the same tokens one makes them, and the others wait.
 
     Args:
-        source: `data.train` or `data.eval`.
+        sources: `data.train` or `data.eval`.
         tokenizer: a fast tokenizer with a chat template.
-        max_length: documents are cut after so many tokens.
+        data: how rows are read, and how long documents are.
         limit: use the first so many rows only.
+        part: of the rows, where `data.eval` is a share of them: by their content, so that equal
+            rows are never in both.
 
     Raises:
         UserError: rows that cannot be used, or none from which anything can be learnt.
         RunError: the tokens cannot be written: no room, or no right to.
     """
+    names = expand(sources)
     vocabulary = tokenizer.backend_tokenizer.to_str()
-    folder = _cache_folder(source, vocabulary, tokenizer.chat_template, max_length, limit)
+    made_with = (vocabulary, tokenizer.chat_template, limit, part, part != "all" and data.eval)
+    made_with += (data.columns, data.bad_rows, data.thinking, data.max_length, data.too_long)
+    folder = _cache_folder(names, *made_with)
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name(f".{folder.name}.lock")):
                 if not folder.exists():
-                    _tokenise(folder, source, tokenizer, max_length, limit)
+                    _tokenise(folder, names, tokenizer, data, limit, part)
         except OSError as error:
             why = f"{error.strerror or error}; HF_HOME in .env can name another disk"
             raise RunError(f"{folder}: tokens cannot be written: {why}") from None
     return TokenDataset(folder)
 
 
-def _cache_folder(source: str, *made_with: object) -> Path:
+def _cache_folder(names: list[str], *made_with: object) -> Path:
     """A folder named by a hash of all that its tokens are made from."""
     digest = hashlib.sha256(repr(made_with).encode())
     for name in CODE:
         digest.update(Path(__file__).with_name(name).read_bytes())
-    if is_file(source):
-        path = from_root(source)
-        digest.update(path.suffix.encode())  # which decides how the bytes are read
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    else:
-        digest.update(load_hub(source)._fingerprint.encode())
+    for name in names:
+        digest.update(fingerprint(name))
     # As huggingface_hub finds it, so that one setting moves all caches to a large disk.
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
@@ -122,32 +138,70 @@ def _cache_folder(source: str, *made_with: object) -> Path:
 
 
 def _tokenise(
-    path: Path, source: str, tokenizer: Tokenizer, max_length: int, limit: int | None
-) -> None:
+    path: Path, names: list[str], tokenizer: Tokenizer, data: DataConfig, limit: int | None,
+    part: Part,
+) -> None:  # fmt: skip
     """Write a folder of tokens, labels and lengths laid end to end, int32, and their facts."""
-    read = truncated = labelled = 0
-    lengths, digest = array("i"), hashlib.sha256()
+    facts, tally, lengths, digest = Facts(), Tally(), array("i"), hashlib.sha256()
+    rows = chain.from_iterable(read_rows(name, data, tally) for name in names)
+    if part != "all":
+        rows = (row for row in rows if _is_for_evaluation(row, data.eval) == (part == "eval"))
     with new_folder(path) as folder:
         with (folder / IDS).open("wb") as ids_file, (folder / LABELS).open("wb") as labels_file:
-            for rows in batched(islice(read_rows(source), limit), ROWS_AT_ONCE):
-                encoded = encode(list(rows), tokenizer, read + 1, source)
-                read += len(rows)
-                truncated += sum(len(ids) > max_length for ids, _ in encoded)
-                cut = [(ids[:max_length], labels[:max_length]) for ids, labels in encoded]
-                kept = [(ids, labels) for ids, labels in cut if labels.count(IGNORE) < len(labels)]
-                lengths.extend(len(ids) for ids, _ in kept)
-                labelled += sum(len(labels) - labels.count(IGNORE) for _, labels in kept)
+            for some in batched(islice(rows, limit), ROWS_AT_ONCE):
+                documents = list(_documents(list(some), tokenizer, data, facts, tally))
+                lengths.extend(len(ids) for ids, _ in documents)
                 for column, file in enumerate((ids_file, labels_file)):
-                    tokens = array("i", chain.from_iterable(pair[column] for pair in kept))
+                    tokens = array("i", chain.from_iterable(pair[column] for pair in documents))
                     tokens.tofile(file)
                     digest.update(tokens)
         if not lengths:
             raise UserError(
-                f"{source}: nothing to learn from: in all {read} rows the first {max_length} "
-                "tokens hold no assistant text; raise data.max_length"
+                f"{', '.join(names)}: nothing to learn from: in all rows the first "
+                f"{data.max_length} tokens hold no assistant text; raise data.max_length"
             )
         (folder / LENGTHS).write_bytes(lengths)
         digest.update(lengths)
-        facts = {"source": source, "truncated": truncated, "dropped": read - len(lengths)}
-        facts |= {"labelled_tokens": labelled, "fingerprint": digest.hexdigest()[:32]}
-        write_text(folder / FACTS, json.dumps(facts, indent=1))
+        facts.read_as, facts.empty, facts.unusable = tally.read_as, tally.empty, len(tally.unusable)
+        facts.fingerprint = digest.hexdigest()[:32]
+        left_out = "".join(json.dumps(each, default=str) + "\n" for each in tally.unusable)
+        write_text(folder / LEFT_OUT, left_out)
+        write_text(folder / FACTS, json.dumps(asdict(facts), indent=1))
+
+
+def _documents(
+    rows: list[Row], tokenizer: Tokenizer, data: DataConfig, facts: Facts, tally: Tally
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids and labels of documents, none longer than `data.max_length`."""
+    problems, length = [], data.max_length
+    for row, encoded in zip(rows, encode(rows, tokenizer), strict=True):
+        if isinstance(encoded, Unreadable):
+            problems.append(f"{row['place']}: {encoded}")
+            tally.unusable.append({"place": row["place"], "reason": encoded, "row": row})
+            continue
+        ids, labels, prompted = encoded
+        facts.unprompted += not prompted
+        pieces = [(ids, labels)]
+        if len(ids) > length and "text" in row:  # all of it is worth reading
+            facts.split += 1
+            pieces = [
+                (ids[n : n + length], labels[n : n + length]) for n in range(0, len(ids), length)
+            ]
+        elif len(ids) > length:
+            facts.truncated += 1
+            pieces = [(ids[:length], labels[:length])] if data.too_long == "cut" else []
+        for piece in pieces:
+            learnt = len(piece[1]) - piece[1].count(IGNORE)
+            facts.labelled_tokens += learnt
+            facts.dropped += not learnt
+            if learnt:
+                yield piece
+    if problems and data.bad_rows == "stop":
+        share = f"{len(problems)} of {len(rows)} rows cannot be written by the chat template"
+        raise UserError(*problems[:MAX_PROBLEMS], f"{share}; data.bad_rows=skip leaves them out")
+
+
+def _is_for_evaluation(row: Row, share: object) -> bool:
+    content = json.dumps({k: v for k, v in row.items() if k != "place"}, sort_keys=True)
+    number = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest())
+    return isinstance(share, float) and number < share * 2**64

@@ -1,16 +1,24 @@
 """A row becomes token ids and labels: what the assistant says carries loss, and nothing else."""
 
+from typing import NamedTuple
+
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.data import IGNORE
-from src.data.chat import Span, render, turn_ends
+from src.data.chat import Rendered, render, turn_ends
 from src.data.rows import Row
-from src.utils.errors import UserError
+from src.data.sources import Unreadable
 
 
-def encode(
-    rows: list[Row], tokenizer: Tokenizer, first_row: int = 1, source: str = "rows"
-) -> list[tuple[list[int], list[int]]]:
+class Encoded(NamedTuple):
+    """A row as tokens."""
+
+    ids: list[int]
+    labels: list[int]  # of the same length
+    prompted: bool  # whether each answer follows all that the generation prompt writes
+
+
+def encode(rows: list[Row], tokenizer: Tokenizer) -> list[Encoded | Unreadable]:
     """Token ids and labels of each row; only what the assistant says carries a label.
 
     The whole conversation is tokenised once, as one text, because tokens of pieces need not be
@@ -18,41 +26,40 @@ def encode(
     stop token that ends the turn included. Position 0 never is: nothing predicts it.
 
     Returns:
-        Per row (input_ids, labels), two lists of equal length.
+        One for each row; `Unreadable` where the chat template cannot write it.
     """
-    texts, spans = [], []
-    for number, row in enumerate(rows, first_row):
-        try:
-            text, turns = _render(row, tokenizer)
-        except ValueError as error:
-            raise UserError(f"{source}: row {number}: {error}") from None
-        texts.append(text)
-        spans.append(turns)
+    rendered = [_render(row, tokenizer) for row in rows]
+    texts = [each.text for each in rendered if isinstance(each, Rendered)]
     # The template has written BOS and EOS already: a second BOS is the classic mistake.
     encoded = tokenizer(
         texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
-    )
-    result = []
-    for text, turns, ids, offsets in zip(
-        texts, spans, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
-        spoken = bytearray(len(text) + 1)  # 1 where a character is the assistant's
-        for start, end in turns:
+    ) if texts else {"input_ids": [], "offset_mapping": []}  # fmt: skip
+    tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    result: list[Encoded | Unreadable] = []
+    for row in rendered:
+        if isinstance(row, Unreadable):
+            result.append(row)
+            continue
+        ids, offsets = next(tokens)
+        spoken = bytearray(len(row.text) + 1)  # 1 where a character is the assistant's
+        for start, end in row.spans:
             spoken[start:end] = b"\1" * (end - start)
         labels = [i if spoken[at] else IGNORE for i, (at, _) in zip(ids, offsets, strict=True)]
         labels[:1] = [IGNORE]
-        result.append((ids, labels))
+        result.append(Encoded(ids, labels, row.prompted))
     return result
 
 
-def _render(row: Row, tokenizer: Tokenizer) -> tuple[str, list[Span]]:
+def _render(row: Row, tokenizer: Tokenizer) -> Rendered | Unreadable:
     """The row as one text, and the (start, end) character spans that carry loss."""
     if "text" in row:
         prefix = tokenizer.bos_token if tokenizer("")["input_ids"] else ""
-        text = (prefix or "") + row["text"] + tokenizer.eos_token
-        return text, [(0, len(text))]
-    text, spans, _ = render(row["messages"], row.get("tools"), tokenizer)
-    return text, spans
+        text = f"{prefix or ''}{row['text']}{tokenizer.eos_token}"
+        return Rendered(text, [(0, len(text))], prompted=True)
+    try:
+        return render(row["messages"], row.get("tools"), tokenizer)
+    except ValueError as error:
+        return Unreadable(str(error))
 
 
 def stop_token_ids(tokenizer: Tokenizer) -> list[int]:

@@ -1,38 +1,65 @@
-"""Read rows from files or the hub, and say file and line of each one that training cannot use.
+"""Raw rows of any common shape become conversations or texts; what cannot is named, or left out."""
 
-`datasets` reads JSON too, but reports neither file nor line, and turns a missing key into None.
-"""
-
-import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from src.utils.environment import PROJECT_ROOT, from_root
+from src.config import DataConfig
+from src.data.sources import Unreadable, check_exists, is_file, raw_rows
 from src.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-ROLES = ("system", "user", "assistant", "tool")
-SHAPES = "`messages`, `prompt` and `completion`, or `text`"
-MAX_PROBLEMS = 20  # of one file: enough to see a pattern, few enough to read
+MAX_PROBLEMS = 20  # of one source: enough to see a pattern, few enough to read
 FIRST_ROWS = 100  # what is looked at before a start
+ROLES = {
+    **{name: name for name in ("system", "user", "assistant", "tool")},
+    **{"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"},
+    **{"function": "tool", "observation": "tool", "function_response": "tool"},
+}
+# Columns of a question and its answer, as datasets call them; the first pair that is there counts.
+PAIRS = (
+    *(("prompt", "completion"), ("prompt", "response"), ("question", "answer")),
+    *(("instruction", "output"), ("instruction", "response")),
+)
+CONVERSATIONS = ("messages", "conversations", "conversation")
+SHAPES = "`messages`, `prompt` and `completion`, `instruction` and `output`, or `text`"
+THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
-# A row as `read_rows` yields it: either {"messages": [...]} or {"text": "..."}.
+# A row as `read_rows` yields it: {"messages": [...], "tools": [...]} or {"text": "..."}, with its
+# "place" for messages to the user.
 Row = dict[str, Any]
-Places = Iterator[tuple[str, Any]]  # pairs of a place in the file (":3" is its line) and a raw row
 
 
-def is_file(source: str) -> bool:
-    """Whether `data.train` names a file rather than a dataset on the hub."""
-    return source.endswith(tuple(READERS)) or from_root(source).exists()
+class Empty(str):
+    """Why there is nothing to learn from a row."""
+
+    __slots__ = ()
 
 
-def check_source(key: str, source: str) -> None:
+@dataclass
+class Tally:
+    """What was read: how many rows, of which shapes, and which were left out."""
+
+    read_as: dict[str, int] = field(default_factory=dict)  # rows of each shape
+    empty: int = 0  # nothing to learn from
+    unusable: list[dict[str, Any]] = field(default_factory=list)  # with data.bad_rows=skip
+
+
+def adapt(raw: dict[str, Any]) -> dict[str, Any]:
+    """Turn a row of your own shape into one that training reads: this function is yours to edit.
+
+    Args:
+        raw: a row as it stands in the file.
+
+    Returns:
+        The row with `messages`, with `prompt` and `completion`, or with `text`.
+    """
+    return raw
+
+
+def check_source(key: str, source: str, data: DataConfig) -> None:
     """Look at a local file and its first rows, before anything heavy is imported.
 
     All rows are read when they are tokenised; of a hub dataset only the name is looked at here.
@@ -40,32 +67,36 @@ def check_source(key: str, source: str) -> None:
     Raises:
         UserError: the file is missing or empty, or rows cannot be used: file, line and reason.
     """
-    if not is_file(source):
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
-            raise UserError(f"{key}: {source}: neither a {', '.join(READERS)} file nor a hub id")
-    elif not from_root(source).is_file():
-        where = f"paths are relative to the project, {PROJECT_ROOT}"
-        raise UserError(f"{key}: {source}: no such file ({where})")
-    elif not list(islice(read_rows(source), FIRST_ROWS)):
+    check_exists(key, source)
+    if is_file(source) and not list(islice(read_rows(source, data), FIRST_ROWS)):
         raise UserError(f"{source}: no rows; {key} needs at least one of {SHAPES}")
 
 
-def read_rows(source: str) -> Iterator[Row]:
-    """Yield normalised rows of a file or hub dataset, in order, one at a time.
+def read_rows(source: str, data: DataConfig, tally: Tally | None = None) -> Iterator[Row]:
+    """Yield the usable rows of a file or hub dataset, in order, one at a time.
 
-    `prompt` and `completion` become a user's and an assistant's turn, so that training and
-    `scripts/inference.py` speak through one chat template.
+    Rows without anything to learn from are left out and counted.
+
+    Args:
+        source: one file or hub id.
+        data: how rows are read: `columns`, `thinking`, `bad_rows`.
+        tally: counts what was read.
 
     Raises:
-        UserError: after the last row, or the twentieth bad one: a line per bad row.
+        UserError: after the last row, or the twentieth bad one: a line per bad row. Not with
+            `bad_rows: skip`, which puts them into the tally.
     """
-    problems: list[str] = []
-    for place, raw in _raw_rows(source):
-        row = raw if isinstance(raw, Unreadable) else _normalise(raw)
-        if isinstance(row, str):
+    tally, problems = tally or Tally(), []
+    for place, raw in raw_rows(source):
+        row = raw if isinstance(raw, Unreadable) else _read(raw, data, tally)
+        if isinstance(row, Empty):
+            tally.empty += 1
+        elif not isinstance(row, Unreadable):
+            yield row | {"place": f"{source}{place}"}
+        elif data.bad_rows == "skip":
+            tally.unusable.append({"place": f"{source}{place}", "reason": str(row), "row": raw})
+        else:
             problems.append(f"{source}{place}: {row}")
-        elif not problems:
-            yield row
         if len(problems) >= MAX_PROBLEMS:
             problems.append(f"{source}: stopped reading after {MAX_PROBLEMS} bad rows")
             break
@@ -73,142 +104,114 @@ def read_rows(source: str) -> Iterator[Row]:
         raise UserError(*problems)
 
 
-class Unreadable(str):
-    """Stands where a row should be, and says why there is none."""
-
-    __slots__ = ()
-
-
-def _raw_rows(source: str) -> Places:
-    if not is_file(source):
-        yield from _numbered(load_hub(source))
-        return
-    path = from_root(source)
-    if path.suffix not in READERS:
-        found = path.suffix or "a folder"
-        raise UserError(f"{source}: {found} is not one of {', '.join(READERS)}")
-    try:
-        yield from READERS[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 text ({error.reason}); re-save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror or error})") from None
-
-
-def _numbered(rows: Iterable[Any]) -> Places:
-    return ((f": row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _jsonl(path: Path) -> Places:
-    # As bytes: one that is not UTF-8 then names its own line, not the whole file.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                row = Unreadable(f"not UTF-8 ({error.reason}); re-save the file as UTF-8")
-            except ValueError as error:
-                row = Unreadable(f"not valid JSON: {getattr(error, 'msg', error)}")
-            yield f":{number}", row
-
-
-def _json(path: Path) -> Places:
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        rows = json.loads(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        yield f":{error.lineno}", Unreadable(f"not valid JSON: {error.msg}")
-        return
-    if not isinstance(rows, list):
-        rows = [Unreadable("a .json file holds a list of rows; one row a line is .jsonl")]
-    yield from _numbered(rows)
-
-
-def _csv(path: Path) -> Places:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            if None in row:
-                row = Unreadable("more cells than the header has; quote commas in text")
-            yield f":{reader.line_num}", row
-
-
-def _parquet(path: Path) -> Places:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
-        yield from _numbered(row for batch in batches for row in batch.to_pylist())
-    except pa.ArrowInvalid as error:
-        yield "", Unreadable(f"not a Parquet file ({str(error).splitlines()[0]})")
-
-
-READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-
-
-def load_hub(source: str) -> "Dataset":
-    """A split of a dataset on the hub, or in its cache.
-
-    Raises:
-        UserError: there is no such dataset or split, or this process may not see it.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    name, _, split = source.partition(":")
-    try:
-        return load_dataset(name, split=split or "train")
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        why = f"not found on the hub and not in its cache ({str(error).splitlines()[0]})"
-        raise UserError(f"{source}: {why}; a private one needs HF_TOKEN in .env") from None
-    except ValueError as error:  # an unknown split, or a dataset of several configurations
-        raise UserError(f"{source}: {str(error).splitlines()[0]}") from None
-
-
-def _normalise(raw: Any) -> Row | str:
+def _read(raw: Any, data: DataConfig, tally: Tally) -> Row | Unreadable | Empty:
     """The row in one of its two forms, or what is wrong with it."""
     if not isinstance(raw, dict):
-        return f"a row is an object with {SHAPES}, not {_kind(raw)}"
-    if raw.get("messages") is not None:
-        return _not_messages(raw["messages"]) or {"messages": raw["messages"]}
-    if "prompt" in raw or "completion" in raw:
-        turns = {"prompt": "user", "completion": "assistant"}
-        return next(filter(None, (_not_text(key, raw) for key in turns)), None) or {
-            "messages": [{"role": role, "content": raw[key]} for key, role in turns.items()]
-        }
-    if "text" in raw:
-        return _not_text("text", raw) or {"text": raw["text"]}
-    return f"has {', '.join(f'`{k}`' for k in raw) or 'no keys'}; a row needs {SHAPES}"
+        return Unreadable(f"a row is an object with {SHAPES}, not {_kind(raw)}")
+    for ours, theirs in (data.columns or {}).items():
+        if theirs not in raw:
+            return Unreadable(f"data.columns.{ours}: no column `{theirs}`; it has {_names(raw)}")
+        raw = raw | {ours: raw[theirs]}
+    row = {key: value for key, value in adapt(raw).items() if value is not None}
+    shape, read = _read_shape(row, data)
+    if shape and not isinstance(read, Unreadable | Empty):
+        tally.read_as[shape] = tally.read_as.get(shape, 0) + 1
+    return read
 
 
-def _not_messages(messages: Any) -> str | None:
-    if not isinstance(messages, list) or not messages:
-        return "`messages` must be a list with at least one message"
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            return f"message {number} must be an object with `role` and `content`"
-        if message.get("role") not in ROLES:
-            return f"message {number}: `role` is {message.get('role')!r}, not {' | '.join(ROLES)}"
-        wrong = _not_text("content", message, may_be_empty=True)
-        if wrong and not message.get("tool_calls"):
-            return f"message {number}: {wrong}"
+def _read_shape(row: Row, data: DataConfig) -> tuple[str, Row | Unreadable | Empty]:
+    for key in CONVERSATIONS:
+        if key in row:
+            return key, _conversation(key, row[key], row, data)
+    for asked, answered in PAIRS:
+        if asked in row and answered in row:
+            return f"{asked} and {answered}", _pair(asked, answered, row, data)
+    if "text" in row:
+        if not isinstance(row["text"], str):
+            return "", Unreadable(f"`text` must be text, not {_kind(row['text'])}")
+        empty = Empty("`text` is empty")
+        return "text", {"text": row["text"]} if row["text"].strip() else empty
+    lonely = next((pair for pair in PAIRS for name in pair if name in row), None)
+    missing = [name for name in lonely or () if name not in row]
+    if missing:
+        return "", Unreadable(f"`{missing[0]}` is missing; it has {_names(row)}")
+    return "", Unreadable(f"has {_names(row)}; a row needs {SHAPES}")
+
+
+def _pair(asked: str, answered: str, row: Row, data: DataConfig) -> Row | Unreadable | Empty:
+    """A question and its answer, each a text or a list of messages, as a conversation."""
+    turns: list[Any] = []
+    if isinstance(system := row.get("system"), str) and system.strip():
+        turns.append({"role": "system", "content": system})
+    for key, role in ((asked, "user"), (answered, "assistant")):
+        value = row[key]
+        if isinstance(value, list):
+            turns += value
+            continue
+        if not isinstance(value, str):
+            return Unreadable(f"`{key}` must be text, not {_kind(value)}")
+        if not value.strip():
+            return Empty(f"`{key}` is empty")
+        if key == "instruction" and str(row.get("input", "")).strip():
+            value = f"{value}\n\n{row['input']}"  # Alpaca's second half of a question
+        turns.append({"role": role, "content": value})
+    return _conversation(asked, turns, row, data)
+
+
+def _conversation(key: str, turns: Any, row: Row, data: DataConfig) -> Row | Unreadable | Empty:
+    if not isinstance(turns, list) or not turns:
+        return Unreadable(f"`{key}` must be a list with at least one message")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        message = _message(turn, data)
+        if isinstance(message, str):
+            return Unreadable(f"message {number}{message}")
+        messages.append(message)
     spoken = (m for m in messages if m["role"] == "assistant")
-    if not any((m.get("content") or "").strip() or m.get("tool_calls") for m in spoken):
-        return "nothing to learn from: no assistant message with text"
-    return None
+    if not any(m["content"].strip() or m.get("tool_calls") for m in spoken):
+        return Empty("no assistant message with text")
+    tools = row.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    except ValueError as error:
+        return Unreadable(f"`tools` is not valid JSON: {getattr(error, 'msg', error)}")
+    if not isinstance(tools, list | None):
+        return Unreadable(f"`tools` must be a list, not {_kind(tools)}")
+    return {"messages": messages, "tools": tools or None}
 
 
-def _not_text(key: str, row: dict, may_be_empty: bool = False) -> str | None:
-    if key not in row:
-        return f"`{key}` is missing"
-    if not isinstance(row[key], str):
-        return f"`{key}` must be text, not {_kind(row[key])}"
-    if not (may_be_empty or row[key].strip()):
-        return f"`{key}` is empty: there is nothing to learn from"
-    return None
+def _message(turn: Any, data: DataConfig) -> dict[str, Any] | str:
+    """A message with `role` and text as `content`, or what is wrong with it."""
+    if not isinstance(turn, dict):
+        return " must be an object with `role` and `content`"
+    turn = {k: v for k, v in turn.items() if v is not None}  # Parquet fills what a row lacks
+    said = turn.pop("from", None)  # ShareGPT's names
+    role = ROLES.get(turn.get("role", said))
+    if role is None:
+        return f": `role` is {turn.get('role', said)!r}, not {' | '.join(list(ROLES)[:4])}"
+    content = turn.get("content", turn.pop("value", None))
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            return ": `content` has parts that are no text, such as images"
+        content = "".join(parts)
+    if content is None and turn.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        wrong = "is missing" if content is None else f"must be text, not {_kind(content)}"
+        return f": `content` {wrong}"
+    if data.thinking == "drop" and role == "assistant":
+        content = THINKING.sub("", content)
+        turn = {k: v for k, v in turn.items() if k not in {"reasoning_content", "thinking"}}
+    if not turn.get(
+        "tool_calls", True
+    ):  # an empty list is no call, and some templates test the key
+        turn.pop("tool_calls")
+    return turn | {"role": role, "content": content}
+
+
+def _names(row: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}`" for name in row) or "no columns"
 
 
 def _kind(value: Any) -> str:

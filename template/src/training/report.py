@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -16,9 +16,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from src.config import Config
+from src.config import Config, DataConfig
 from src.data import IGNORE
 from src.data.batching import TokenLoader
+from src.data.dataset import Facts
 from src.models.adapters import adapted_names, frozen_experts
 from src.models.model import count_parameters
 from src.training.checkpoint import TrainState
@@ -52,15 +53,14 @@ def describe(
     bits = bits if quantized else "not quantized"
     weights = "random weights" if config.model.init == "random" else bits
     kind = f"LoRA r={config.lora.r}" if config.lora else "all weights"
-    tokens, labelled = int(data.lengths.sum()), data.labelled_tokens
+    tokens, labelled = int(data.lengths.sum()), data.facts.labelled_tokens
     to_evaluate = f"; {len(evaluation.dataset):,} rows to evaluate on" if evaluation else ""
     window, world = training.gradient_accumulation_steps, distributed.WORLD_SIZE
     real = tokens / (train.sampler.batches * training.batch_size * length)
     fill = f"{real:.1%} of them real" if train.packing else "padded"
     epoch, rate = -(-len(train.sampler) // window), training.learning_rate
     ways = f"{training.scheduler} from {rate:g}, {training.warmup_steps} warm-up"
-    cut = data.truncated and f"{data.truncated:,} rows cut at data.max_length={length}"
-    out = data.dropped and f"{data.dropped:,} rows left out: nothing labelled remains of them"
+    shapes = ", ".join(f"{n:,} as {shape}" for shape, n in data.facts.read_as.items())
     precision = str(dtype).removeprefix("torch.")
     held = total * bytes_a_weight(training, dtype) / GIB if config.lora is None else 0
     apart = f"not packed: in {model.config.model_type} packed documents would see each other"
@@ -71,8 +71,8 @@ def describe(
         ("", held > 0.1 and f"{held:.1f} GiB for weights, gradients and moments"),
         ("data", f"{len(data):,} rows, {tokens:,} tokens, {labelled:,} labelled"
          f" ({labelled / tokens:.0%}){to_evaluate}"),
-        ("", cut),
-        ("", out),
+        ("", f"read {shapes}"),
+        *(("", line) for line in data_notes(data.facts, config.data)),
         ("batch", f"{training.batch_size} x {length} tokens x {window} accumulated x {world} "
          f"process{'es' * (world > 1)}, {fill}"),
         ("", config.data.packing and not train.packing and apart),
@@ -84,6 +84,28 @@ def describe(
             say(f"{name:<10} {text}")
     for warning in _warnings(config, model):
         say(f"warning: {warning}")
+
+
+def data_notes(facts: Facts, data: DataConfig) -> Iterator[str]:
+    """What became of rows that are not simply trained on, a line each."""
+    length, cut = data.max_length, "cut" if data.too_long == "cut" else "left out"
+    for count, what in (
+        (facts.truncated, f"{cut}: longer than data.max_length={length}"),
+        (facts.split, f"split: texts longer than data.max_length={length}"),
+        (facts.dropped, "left out: nothing labelled remains of them"),
+        (facts.empty, "left out: nothing to learn from"),
+        (facts.unusable, "left out as unusable: left_out.jsonl in the output folder says why"),
+        (facts.unprompted, "answer without what the generation prompt ends with, e.g. <think>"),
+    ):
+        if count:
+            yield f"{count:,} rows {what}"
+
+
+def keep_left_out(loaders: Iterable[TokenLoader | None], folder: Path) -> None:
+    """Write down in the run's folder which rows were left out as unusable."""
+    files = [loader.dataset.left_out.read_bytes() for loader in loaders if loader]
+    if content := b"".join(files):
+        (folder / "left_out.jsonl").write_bytes(content)
 
 
 def _warnings(config: Config, model: PreTrainedModel) -> Iterator[str]:

@@ -16,6 +16,7 @@ from src.config import Config
 from src.data.batching import TokenLoader
 from src.data.dataset import TokenDataset, load_tokens
 from src.data.rows import read_rows
+from src.data.sources import expand
 from src.models.attention import isolates_documents
 from src.models.generation import generate
 from src.models.model import RECIPE, load_model, load_tokenizer, save_model
@@ -82,7 +83,7 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         train, evaluation = _make_loaders(documents, config, tokenizer.pad_token_id, packing)
         # bf16 has fp32's range: only fp16's gradients need scaling.
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        identity = identify(config, train.dataset.fingerprint, WORLD_SIZE)
+        identity = identify(config, train.dataset.facts.fingerprint, WORLD_SIZE)
         optimizer = make_optimizer(model, settings)
         training = Training(model, optimizer, scaler, identity)
         total_steps = count_steps(settings, len(train.sampler))
@@ -96,6 +97,7 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         recorder = report.Recorder(config, written, training.state, total_steps, speed)
         # From here on there is something to lose: a signal now waits for the end of a step.
         with StopSignal(command) as stop, recorder, explain_out_of_memory(config, training):
+            on_main(report.keep_left_out, [train, evaluation], output)
             _train(training, train, evaluation, config, recorder, stop)
             on_main(_save_final, training, tokenizer, dtype, output / "final", resumed_at)
         if settings.overfit:
@@ -159,10 +161,14 @@ def _train(
 def _read_data(config: Config, tokenizer: Tokenizer) -> tuple[TokenDataset, TokenDataset | None]:
     """Documents to train on, and to evaluate on."""
     data, overfit = config.data, config.training.overfit
-    # What is overfitted is what must be learnt: evaluate on it too.
-    other = data.train if overfit else data.eval
-    train = load_tokens(data.train, tokenizer, data.max_length, overfit)
-    return train, load_tokens(other, tokenizer, data.max_length, overfit) if other else None
+    if overfit is not None:  # what is overfitted is what must be learnt: evaluate on it too
+        train = load_tokens(data.train, tokenizer, data, overfit)
+        return train, train
+    if isinstance(data.eval, int | float):
+        train = load_tokens(data.train, tokenizer, data, part="train")
+        return train, load_tokens(data.train, tokenizer, data, part="eval")
+    train = load_tokens(data.train, tokenizer, data)
+    return train, None if data.eval is None else load_tokens(data.eval, tokenizer, data)
 
 
 def _make_loaders(
@@ -211,7 +217,8 @@ def _save_final(
 
 def _prove_overfitted(config: Config, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     """Ask for the first answer that was learnt: mask, template and stop token in one look."""
-    messages = next(read_rows(config.data.train)).get("messages", [])
+    first = expand(config.data.train)[0]
+    messages = next(read_rows(first, config.data)).get("messages", [])
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         return  # plain text asks nothing

@@ -1,0 +1,198 @@
+"""Raw rows of files and hub datasets, each with its place: the file and the line.
+
+`datasets` reads JSON too, but reports neither file nor line, and turns a missing key into None.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.utils.environment import PROJECT_ROOT, from_root
+from src.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Places = Iterator[tuple[str, Any]]  # pairs of a place in the file (":3" is its line) and a raw row
+COMPRESSED = (".gz", ".zst")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")  # org/name[:configuration][:split]
+
+
+class Unreadable(str):
+    """Stands where a row should be, and says why there is none."""
+
+    __slots__ = ()
+
+
+def expand(sources: str | list[str]) -> list[str]:
+    """Files and hub ids one by one: a pattern such as data/*.jsonl becomes the files that fit it.
+
+    Raises:
+        UserError: no file fits a pattern.
+    """
+    found: list[str] = []
+    for source in [sources] if isinstance(sources, str) else sources:
+        if not any(sign in source for sign in "*?["):
+            found.append(source)
+            continue
+        paths = sorted(glob(str(from_root(source)), recursive=True))
+        if not paths:
+            raise UserError(f"{source}: no file fits this pattern")
+        relative = (Path(path) for path in paths)
+        found += [
+            str(p.relative_to(PROJECT_ROOT) if p.is_relative_to(PROJECT_ROOT) else p)
+            for p in relative
+        ]
+    return found
+
+
+def is_file(source: str) -> bool:
+    """Whether a source names a file rather than a dataset on the hub."""
+    return _reader(Path(source)) is not None or from_root(source).exists()
+
+
+def check_exists(key: str, source: str) -> None:
+    """Check that a file is there; of a hub dataset only the name is looked at.
+
+    Raises:
+        UserError: it is not, or this is neither a file nor a hub id.
+    """
+    if not is_file(source):
+        if not HUB_ID.fullmatch(source):
+            raise UserError(f"{key}: {source}: neither a {', '.join(READERS)} file nor a hub id")
+    elif not from_root(source).is_file():
+        where = f"paths are relative to the project, {PROJECT_ROOT}"
+        if from_root(source).is_dir():
+            where = f"a folder; name the files in it, e.g. {source.rstrip('/')}/*.jsonl"
+        raise UserError(f"{key}: {source}: no such file ({where})")
+
+
+def raw_rows(source: str) -> Places:
+    """Every row of one source as it stands there, or `Unreadable`.
+
+    Raises:
+        UserError: the whole file cannot be read, or there is no such dataset.
+    """
+    if not is_file(source):
+        yield from _numbered(load_hub(source))
+        return
+    path = from_root(source)
+    reader = _reader(path)
+    if reader is None:
+        raise UserError(f"{source}: {path.suffix or 'this'} is not one of {', '.join(READERS)}")
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not UTF-8 text ({error.reason}); re-save it as UTF-8") from None
+    except (OSError, EOFError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{source}: cannot be read ({why})") from None
+
+
+def fingerprint(source: str) -> bytes:
+    """A hash of what a source holds."""
+    if not is_file(source):
+        return load_hub(source)._fingerprint.encode()
+    path = from_root(source)
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").digest()
+    return "".join(path.suffixes).encode() + content  # which decide how the bytes are read
+
+
+def load_hub(source: str) -> "Dataset":
+    """A split of a dataset on the hub, or in its cache: `org/name[:configuration][:split]`.
+
+    Raises:
+        UserError: there is no such dataset or split, or this process may not see it.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    name, *more = source.split(":")
+    configuration, split = more[:-1], more[-1] if more else "train"
+    try:
+        return load_dataset(name, *configuration, split=split)
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        why = f"not found on the hub and not in its cache ({str(error).splitlines()[0]})"
+        raise UserError(f"{source}: {why}; a private one needs HF_TOKEN in .env") from None
+    except ValueError as error:  # an unknown split, or a dataset of several configurations
+        hint = "; write name:configuration:split" if "onfig" in str(error) else ""
+        raise UserError(f"{source}: {str(error).splitlines()[0]}{hint}") from None
+
+
+def _reader(path: Path) -> Callable[[Path], Places] | None:
+    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return READERS.get(plain.suffix)
+
+
+def _open(path: Path) -> Any:
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    if path.suffix == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
+    return path.open("rb")
+
+
+def _numbered(rows: Iterable[Any]) -> Places:
+    return ((f": row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _jsonl(path: Path) -> Places:
+    # As bytes: one that is not UTF-8 then names its own line, not the whole file.
+    with _open(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                row = Unreadable(f"not UTF-8 ({error.reason}); re-save the file as UTF-8")
+            except ValueError as error:
+                row = Unreadable(f"not valid JSON: {getattr(error, 'msg', error)}")
+            yield f":{number}", row
+
+
+def _json(path: Path) -> Places:
+    with _open(path) as file:
+        text = file.read().decode("utf-8-sig")
+    try:
+        rows = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        yield f":{error.lineno}", Unreadable(f"not valid JSON: {error.msg}")
+        return
+    if not isinstance(rows, list):
+        rows = [Unreadable("a .json file holds a list of rows; one row a line is .jsonl")]
+    yield from _numbered(rows)
+
+
+def _csv(path: Path) -> Places:
+    csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row:
+                row = Unreadable("more cells than the header has; quote commas in text")
+            yield f":{reader.line_num}", row
+
+
+def _parquet(path: Path) -> Places:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
+        yield from _numbered(row for batch in batches for row in batch.to_pylist())
+    except pa.ArrowInvalid as error:
+        yield "", Unreadable(f"not a Parquet file ({str(error).splitlines()[0]})")
+
+
+READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

@@ -12,7 +12,7 @@ All keys, their defaults and why: src/config.py
 
 import sys
 
-from src.utils.environment import PROJECT_ROOT, load_environment
+from src.utils.environment import load_environment
 from src.utils.errors import run_script
 from src.utils.imports import quick_imports
 
@@ -23,12 +23,10 @@ def main(arguments: list[str]) -> None:
         print(__doc__.strip())
         return
     load_environment()
-    from src.config import load_config
+    from src.config import from_command_line
     from src.preflight import check_run
 
-    named = bool(arguments) and "=" not in arguments[0] and not arguments[0].startswith("-")
-    path = arguments[0] if named else str(PROJECT_ROOT / "configs" / "train.yaml")
-    config, plain = load_config(path, arguments[1:] if named else arguments)
+    config, plain = from_command_line(arguments)
     check_run(config)
     if sys.stderr.isatty():
         print("loading torch …", end="\r", file=sys.stderr, flush=True)

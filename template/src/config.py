@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from src.utils.environment import PROJECT_ROOT
 from src.utils.errors import UserError
 
 
@@ -229,6 +230,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
         raise UserError(*(f"{where(key)}: {what}" for key, what in _problems(error))) from None
     written, plain = OmegaConf.to_container(merged, resolve=False), config.model_dump()
     return config, _as_written(plain, written) if "oc.env" in str(written) else plain
+
+
+def from_command_line(arguments: list[str]) -> tuple[Config, dict]:
+    """The config that `[CONFIG] [key=value ...]` means; CONFIG is configs/train.yaml if not given.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    named = bool(arguments) and "=" not in arguments[0] and not arguments[0].startswith("-")
+    path = arguments[0] if named else str(PROJECT_ROOT / "configs" / "train.yaml")
+    return load_config(path, arguments[1:] if named else arguments)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

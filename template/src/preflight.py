@@ -15,8 +15,12 @@ ADAPTER = "adapter_config.json"
 TRACES = ("metrics.jsonl", "checkpoints", "final")  # that a run leaves in its folder
 
 
-def check_run(config: Config) -> None:
+def check_run(config: Config, output: bool = True) -> None:
     """Check the model's folder, the first rows of local data, and the output folder.
+
+    Args:
+        config: of the run.
+        output: whether a run will write into the output folder.
 
     Raises:
         UserError: with all problems that were found.
@@ -31,7 +35,7 @@ def check_run(config: Config) -> None:
                     check_source(key, source, config.data)
         except UserError as error:
             problems += error.problems
-    problems += _output_problems(config)
+    problems += _output_problems(config) if output else ()
     if problems:
         raise UserError(*problems)
 

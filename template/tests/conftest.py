@@ -15,6 +15,8 @@ import pytest
 # Before any library reads them. Offline, so that a test that would download fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# cuBLAS reads it when CUDA starts, which may be long before a test wants a deterministic run.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as load_environment does
 # Tokens are cached under HF_HOME: the user's own cache stays as it is.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")

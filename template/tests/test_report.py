@@ -46,7 +46,7 @@ def test_rows_that_were_left_out_as_unusable_are_kept_with_the_run(train, write_
         f"data.train={rows}", "data.eval=null", "data.bad_rows=skip", "training.max_steps=1"
     )
     shown = capsys.readouterr().out
-    assert "2 rows left out as unusable: left_out.jsonl in the output folder says why" in shown
+    assert "2 rows left out as unusable: left_out.jsonl says why" in shown
     assert "1 rows left out: nothing to learn from" in shown
     kept = [json.loads(line) for line in (folder / "left_out.jsonl").read_text().splitlines()]
     assert [each["place"] for each in kept] == [f"{rows}:4", f"{rows}:6"]

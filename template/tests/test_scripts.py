@@ -8,7 +8,8 @@ import torch
 
 import scripts.doctor
 import scripts.inference
-from conftest import ROOT
+import scripts.look
+from conftest import ROOT, SMOKE, chat
 from src.utils import device
 
 
@@ -76,3 +77,26 @@ def test_the_doctor_judges_and_advises(capsys, refused) -> None:
     assert end.value.code == any(line.startswith("FAIL") for line in lines)
     assert any(line.startswith("OK   torch ") for line in lines)
     assert refused(scripts.doctor.main, "now") == ["doctor takes no arguments, not now"]
+
+
+def test_a_look_at_the_data_tells_what_training_would_see(write_rows, tmp_path, capsys) -> None:
+    rows = [chat(f"q{n}", f"a{n}") for n in range(8)]
+    train = write_rows(*rows, rows[0], chat("q", ""), chat("long", "word " * 200))
+    other = write_rows(chat("new", "b"), rows[3], name="eval.jsonl")
+    (tmp_path / "out/final").mkdir(parents=True)  # a finished run is no reason not to look
+    scripts.look.main([
+        SMOKE, f"data.train={train}", f"data.eval={other}", f"output_dir={tmp_path / 'out'}"
+    ])  # fmt: skip
+    shown = capsys.readouterr().out
+    for line in (
+        "data.train 10 documents, read 10 as messages",
+        "1 rows cut: longer than data.max_length=128",
+        "1 rows left out: nothing to learn from",
+        "1 documents repeat another one",
+        "data.eval  2 documents, read 2 as messages",
+        "1 documents are in data.train too",
+        "[a0<|end|>]",
+    ):
+        assert line in shown, line
+    assert shown.count("--- document") == 3
+    assert "longest 128" in shown

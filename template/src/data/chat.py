@@ -66,7 +66,7 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
         after = min((start for n, (start, _) in places.items() if n > number), default=len(text))
         prompt = ""
         if number:
-            prompt = MARK.split(chat_text(tokenizer, marked[:number], True, tools))[-1]
+            prompt = _skeleton(marked[:number], tools, tokenizer, prompt=True)[-1]
         start = before + len(_shared(text[before : own[0] if own else after], prompt))
         for token in ends.special.finditer(text, before, after):
             if token.start() < start < token.end():  # never within one
@@ -109,6 +109,7 @@ def chat_text(
     raise ValueError(f"the chat template refuses it: {reason}")
 
 
+@lru_cache(maxsize=16)
 def knows_tools(tokenizer: Tokenizer) -> bool:
     """Whether the chat template writes the tools that it is given."""
     return "Look something up." in chat_text(tokenizer, [_user("?")], True, [TOOL])
@@ -207,7 +208,7 @@ def _locate(
             message = message | {"content": f"{head}Qzx{number}xzQ{tail}"}
         marked.append(message)
     text = chat_text(tokenizer, messages, False, tools)
-    first, *rest = MARK.split(chat_text(tokenizer, marked, False, tools))
+    first, *rest = _skeleton(marked, tools, tokenizer, prompt=False)
     places, at = {}, len(first)
     found = text.startswith(first)
     for number, literal in zip(map(int, rest[::2]), rest[1::2], strict=True):
@@ -222,6 +223,24 @@ def _locate(
     if not found or at != len(text):
         raise NotFound("the chat template writes other text around what was said")
     return text, places, marked
+
+
+def _skeleton(
+    marked: list[Message], tools: list[dict] | None, tokenizer: Tokenizer, prompt: bool
+) -> tuple[str, ...]:
+    """The template's own text between the markers, and their numbers in between.
+
+    Conversations of as many turns share theirs, unless there is reasoning or a call of a tool:
+    rendering takes longer than tokenising, and so is not repeated.
+    """
+    key = json.dumps([marked, tools], default=str)
+    return _skeleton_of(key, tokenizer, str(tokenizer.chat_template), prompt)
+
+
+@lru_cache(maxsize=256)
+def _skeleton_of(key: str, tokenizer: Tokenizer, _template: str, prompt: bool) -> tuple[str, ...]:
+    marked, tools = json.loads(key)
+    return tuple(MARK.split(chat_text(tokenizer, marked, prompt, tools)))
 
 
 def _parts(message: Message) -> tuple[str, str, str]:

@@ -14,8 +14,9 @@ import numpy as np
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from src.config import DataConfig
+from src.config import Config, DataConfig
 from src.data import IGNORE
+from src.data.chat import knows_tools
 from src.data.encoding import encode
 from src.data.rows import MAX_PROBLEMS, Row, Tally, read_rows
 from src.data.sources import Unreadable, expand, fingerprint
@@ -45,6 +46,7 @@ class Facts:
     read_as: dict[str, int] = field(default_factory=dict)  # rows of each shape
     empty: int = 0  # rows left out: nothing to learn from
     unusable: int = 0  # rows left out with data.bad_rows=skip: see left_out.jsonl
+    toolless: int = 0  # rows whose tools the chat template does not write
     unprompted: int = 0  # rows that lack what the generation prompt writes
     truncated: int = 0  # conversations cut at data.max_length, or left out: data.too_long
     split: int = 0  # texts that became several documents
@@ -85,6 +87,21 @@ class TokenDataset:
         """A whole batch at a time, as the sampler asks for it."""
         spans = [(row, slice(self._bounds[row], self._bounds[row + 1])) for row in rows]
         return [Document(row, self._ids[span], self._labels[span]) for row, span in spans]
+
+
+def load_documents(
+    config: Config, tokenizer: Tokenizer
+) -> tuple[TokenDataset, TokenDataset | None]:
+    """A run's documents to train on and to evaluate on, as `load_tokens` makes them."""
+    data, overfit = config.data, config.training.overfit
+    if overfit is not None:  # what is overfitted is what must be learnt: evaluate on it too
+        train = load_tokens(data.train, tokenizer, data, overfit)
+        return train, train
+    if isinstance(data.eval, int | float):
+        train = load_tokens(data.train, tokenizer, data, part="train")
+        return train, load_tokens(data.train, tokenizer, data, part="eval")
+    train = load_tokens(data.train, tokenizer, data)
+    return train, None if data.eval is None else load_tokens(data.eval, tokenizer, data)
 
 
 def load_tokens(
@@ -181,6 +198,7 @@ def _documents(
             continue
         ids, labels, prompted = encoded
         facts.unprompted += not prompted
+        facts.toolless += bool(row.get("tools")) and not knows_tools(tokenizer)
         pieces = [(ids, labels)]
         if len(ids) > length and "text" in row:  # all of it is worth reading
             facts.split += 1

@@ -6,7 +6,6 @@ import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,10 +15,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from src.config import Config, DataConfig
-from src.data import IGNORE
+from src.config import Config
 from src.data.batching import TokenLoader
-from src.data.dataset import Facts
+from src.data.look import data_notes, show_document
 from src.models.adapters import adapted_names, frozen_experts
 from src.models.model import count_parameters
 from src.training.checkpoint import TrainState
@@ -86,21 +84,6 @@ def describe(
         say(f"warning: {warning}")
 
 
-def data_notes(facts: Facts, data: DataConfig) -> Iterator[str]:
-    """What became of rows that are not simply trained on, a line each."""
-    length, cut = data.max_length, "cut" if data.too_long == "cut" else "left out"
-    for count, what in (
-        (facts.truncated, f"{cut}: longer than data.max_length={length}"),
-        (facts.split, f"split: texts longer than data.max_length={length}"),
-        (facts.dropped, "left out: nothing labelled remains of them"),
-        (facts.empty, "left out: nothing to learn from"),
-        (facts.unusable, "left out as unusable: left_out.jsonl in the output folder says why"),
-        (facts.unprompted, "answer without what the generation prompt ends with, e.g. <think>"),
-    ):
-        if count:
-            yield f"{count:,} rows {what}"
-
-
 def keep_left_out(loaders: Iterable[TokenLoader | None], folder: Path) -> None:
     """Write down in the run's folder which rows were left out as unusable."""
     files = [loader.dataset.left_out.read_bytes() for loader in loaders if loader]
@@ -123,13 +106,7 @@ def _warnings(config: Config, model: PreTrainedModel) -> Iterator[str]:
 
 def show_example(train: TokenLoader, tokenizer: Tokenizer) -> None:
     """The first document as the model sees it, what carries loss between [ and ]."""
-    (document,) = train.dataset[[0]]
-    pairs = zip(document.input_ids.tolist(), document.labels.tolist(), strict=True)
-    shown = ""
-    for labelled, run_of in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
-        text = str(tokenizer.decode([token for token, _ in run_of]))
-        shown += f"[{text}]" if labelled else text
-    shown = shown.replace("\n", "\\n")
+    shown = show_document(train.dataset[[0]][0], tokenizer).replace("\n", "\\n")
     say("example    " + (shown if len(shown) <= 300 else f"{shown[:300]} …"))
 
 

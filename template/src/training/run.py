@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
 from src.data.batching import TokenLoader
-from src.data.dataset import TokenDataset, load_tokens
+from src.data.dataset import TokenDataset, load_documents
 from src.data.rows import read_rows
 from src.data.sources import expand
 from src.models.attention import isolates_documents
@@ -74,7 +74,7 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
     with process_group(device), _only_run_in(from_root(config.output_dir)) as output:
         check_feasible(config, device, dtype)
         tokenizer = load_tokenizer(config.model)
-        documents = _read_data(config, tokenizer)
+        documents = load_documents(config, tokenizer)
         model = load_model(
             config.model, config.lora, tokenizer, device, dtype, config.data.packing,
             trained_in=dtype_of_trained(settings, dtype),
@@ -156,19 +156,6 @@ def _train(
         )  # fmt: skip
         if not finished():
             state.epoch, state.position = state.epoch + 1, 0
-
-
-def _read_data(config: Config, tokenizer: Tokenizer) -> tuple[TokenDataset, TokenDataset | None]:
-    """Documents to train on, and to evaluate on."""
-    data, overfit = config.data, config.training.overfit
-    if overfit is not None:  # what is overfitted is what must be learnt: evaluate on it too
-        train = load_tokens(data.train, tokenizer, data, overfit)
-        return train, train
-    if isinstance(data.eval, int | float):
-        train = load_tokens(data.train, tokenizer, data, part="train")
-        return train, load_tokens(data.train, tokenizer, data, part="eval")
-    train = load_tokens(data.train, tokenizer, data)
-    return train, None if data.eval is None else load_tokens(data.eval, tokenizer, data)
 
 
 def _make_loaders(

@@ -1,0 +1,524 @@
+"""The stages of gpu.py: what each does in its own process, and what it reports.
+
+Of the project they call `load_tokenizer`, `load_model`, `load_trained`, `make_optimizer`,
+`train_epoch`, `generate`, `collate_packed` and `Document`; everything else is its scripts.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import operator
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compare import CUDA_CASES, LLAMA_8B, Bench, flops_per_token
+
+if TYPE_CHECKING:
+    from gpu import Campaign
+
+TINY = LLAMA_8B | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+TINY |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+LLAMA_1B = LLAMA_8B | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+MIXED, PLAIN = "LoRA, mixed documents", "LoRA, whole documents"
+
+
+def run_smoke(c: Campaign) -> None:
+    """The smoke run learns its rows by heart."""
+    started = time.perf_counter()
+    final = c.smoke_model()
+    c.record("smoke training, imports included", time.perf_counter() - started, "s")
+    question = "What does LoRA train?"
+    script, flags = str(c.project / "scripts" / "inference.py"), ["--device", c.device]
+    answer = c.call([sys.executable, script, str(final), question, *flags]).strip()
+    right = answer == _questions(c)[question]
+    c.record("the sample's answer comes back", int(right), goal="== 1", note=repr(answer))
+
+
+def _questions(c: Campaign) -> dict[str, str]:
+    rows = map(json.loads, (c.project / "data" / "sample.jsonl").read_text().splitlines())
+    chats = [row["messages"] for row in rows if len(row.get("messages", ())) == 2]
+    return {question["content"]: answer["content"] for question, answer in chats}
+
+
+def run_tests(c: Campaign) -> None:
+    """The project's own tests marked `gpu`; where time runs out, those that were done."""
+    folder = c.project / "tests"
+    files = [str(path) for path in folder.glob("test_*.py") if "mark.gpu" in path.read_text()]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p"]
+    command += ["no:cacheprovider", "-W", "ignore::pytest.PytestUnknownMarkWarning", *files]
+    needing = {"bitsandbytes": ("4bit", "8bit"), "torchao": ("adamw8bit", "8bit_adamw")}
+    absent = [name for name in needing if not find_spec(name)]
+    if absent:
+        command += ["-k", " and ".join(f"not {word}" for name in absent for word in needing[name])]
+    log = c.work / "pytest.txt"
+    with log.open("w") as file, suppress(subprocess.TimeoutExpired):
+        limit = max(c.left() - 5, 1)
+        subprocess.run(command, stdout=file, stderr=file, cwd=c.project, timeout=limit)
+    text = log.read_text()
+    done = re.findall(r"^\S+?::(.+?) (PASSED|SKIPPED|FAILED|ERROR)\b", text, re.MULTILINE)
+    bad = [name for name, word in done if word in {"FAILED", "ERROR"}]
+    counts = {kind: sum(word == kind for _, word in done) for kind in ("PASSED", "SKIPPED")}
+    found = re.search(r"collected (\d+) items", text)
+    whole = re.search(r"^=+ .* in [\d.]+s", text, re.MULTILINE)
+    notes = [f"{counts['SKIPPED']} skipped", *(f"none that needs {name}" for name in absent)]
+    if not whole:
+        notes.append(f"cut off after {len(done)} of {found[1] if found else '?'}")
+    c.record("gpu tests passed", counts["PASSED"], note=", ".join(notes))
+    c.record("gpu tests failed", len(bad), goal="== 0", note=", ".join(bad))
+    if bad or not done:
+        print(text, file=sys.stderr)
+    if not (counts["PASSED"] or (c.cpu and done)):
+        raise RuntimeError(f"no test passed: {(text.splitlines() or ['no output'])[-1]}")
+
+
+def run_deterministic(c: Campaign) -> None:
+    """Two runs with `deterministic=true` end in the same bits."""
+    outputs = [c.work / "deterministic" / name for name in "ab"]
+    options = ("deterministic=true", "training.max_steps=30", "training.save_every=30")
+    with ThreadPoolExecutor() as pool:  # at once: imports take most of the time
+        list(pool.map(lambda output: c.call(c.smoke(output, *options)), outputs))
+    c.record("largest difference of two runs", _difference(*outputs), goal="== 0")
+
+
+def _difference(one: Path, other: Path) -> float:
+    """Of the trained weights in the last checkpoints of two runs, fp32 as they are trained."""
+    from safetensors.torch import load_file
+
+    last = [max(run.glob("checkpoints/step-*")) / "weights.safetensors" for run in (one, other)]
+    if last[0].read_bytes() == last[1].read_bytes():
+        return 0.0
+    first, second = map(load_file, last)
+    return max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
+
+
+def run_resume(c: Campaign) -> None:
+    """A run killed between checkpoints goes on to the weights of one that was not."""
+    base = ("model.init=pretrained", f"model.name={c.smoke_model()}")
+    variants = {
+        "full, adamw": (),
+        "LoRA": ("lora.r=8", *base),
+        "full, adamw8bit": ("lora=null", "training.optimizer=adamw8bit"),
+    }
+    if not find_spec("torchao"):
+        c.record("full, adamw8bit", status="skipped", note="no torchao")
+        del variants["full, adamw8bit"]
+
+    def differ(name: str) -> float:
+        options = ("deterministic=true", "training.max_steps=60", *variants[name])
+        options += ("training.save_every=10", "training.log_every=1")
+        straight, killed = (c.work / "resume" / name / end for end in ("straight", "killed"))
+        c.call(c.smoke(straight, *options))
+        _kill_after(15, c.smoke(killed, *options), killed / "metrics.jsonl", c.project)
+        c.call(c.smoke(killed, *options, "training.resume=auto"))
+        return _difference(straight, killed)
+
+    with ThreadPoolExecutor() as pool:
+        for name, future in [(name, pool.submit(differ, name)) for name in variants]:
+            what, goal = f"largest difference after kill -9, {name}", "== 0"
+            if error := future.exception():  # the other variants still count
+                print(error, file=sys.stderr)
+                c.record(what, goal=goal, note=str(error).splitlines()[0])
+            else:
+                c.record(what, future.result(), goal=goal)
+
+
+def _kill_after(step: int, command: list[str], metrics: Path, folder: Path) -> None:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=folder, **quiet)
+    while process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
+            process.kill()
+        time.sleep(0.001)
+    if process.returncode != -signal.SIGKILL:
+        raise RuntimeError(f"exit {process.returncode} before it could be killed at step {step}")
+
+
+def load(c: Campaign, shape: dict[str, Any], r: int = 16, **model: Any) -> Any:
+    """A random model with adapters, by the project's own `load_model`."""
+    import torch
+
+    from src.config import LoraConfig, ModelConfig
+    from src.models.model import load_model, load_tokenizer
+
+    folder, device = c.work / f"shape-{shape['hidden_size']}", torch.device(c.device)
+    config = ModelConfig(name=str(folder), init="random", **model)
+    kind = _register_llama(device, in_4bit=config.quantization == "4bit")
+    kind(**shape, bos_token_id=0, eos_token_id=1, pad_token_id=2).save_pretrained(folder)
+    tokenizer = load_tokenizer(ModelConfig(name="configs/tiny"))
+    lora = LoraConfig(r=r)
+    model = load_model(config, lora, tokenizer, device, torch.bfloat16, packing=True)
+    if (attention := model.config._attn_implementation) != "varlen":
+        raise RuntimeError(f"attention is {attention}: no figure would be that of packed documents")
+    return model
+
+
+def _register_llama(device: Any, in_4bit: bool) -> Any:
+    """Name a Llama that `from_config` makes on the GPU, in 4 bits as `from_pretrained` makes it.
+
+    A CPU takes minutes for 8 billion random weights, and bitsandbytes quantizes saved ones only.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    class RandomConfig(LlamaConfig):
+        model_type = "random_llama"
+
+    class RandomLlama(LlamaForCausalLM):
+        config_class = RandomConfig
+
+        def __init__(self, config: RandomConfig) -> None:
+            with device:
+                super().__init__(config)
+            linears = [n for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)]
+            for name in linears if in_4bit else ():  # the head stays as it is
+                self.model.set_submodule(name, _in_4bit(self.model.get_submodule(name)))
+            self.is_loaded_in_4bit = in_4bit  # which PEFT asks
+
+    AutoConfig.register("random_llama", RandomConfig, exist_ok=True)
+    AutoModelForCausalLM.register(RandomConfig, RandomLlama, exist_ok=True)
+    return RandomConfig
+
+
+def _in_4bit(linear: Any) -> Any:
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    kind = {"compress_statistics": True, "quant_type": "nf4"}
+    size = (linear.in_features, linear.out_features)
+    small = Linear4bit(*size, bias=False, compute_dtype=torch.bfloat16, device="meta", **kind)
+    weight = Params4bit(linear.weight.data, module=small, **kind)
+    small.weight = weight.to(linear.weight.device)  # this quantizes
+    return small
+
+
+def clear() -> None:
+    """Give back what no variable names any more, and start the peak anew."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # pinned memory, by powers of two, of checkpoints held there
+        torch.cuda.reset_peak_memory_stats()
+
+
+def documents(vocabulary: int, longest: int, budget: int, mixed: bool) -> Iterator[dict]:
+    """Packed rows without end, every token labelled: lengths log-normal, or all the longest."""
+    import numpy as np
+
+    from inputs import SEED
+    from src.data.batching import collate_packed
+    from src.data.dataset import Document
+
+    rng = np.random.default_rng(SEED)
+    while True:
+        row, free = [], budget
+        while free:
+            drawn = int(rng.lognormal(np.log(longest / 8), 1)) if mixed else longest
+            ids = rng.integers(3, vocabulary, min(max(drawn, 16), longest, free), np.int32)
+            row.append(Document(len(row), ids, ids))
+            free -= len(ids)
+        yield collate_packed(row, budget=budget, max_length=longest, pad_id=2)
+
+
+@dataclass
+class Steps:
+    """What some steps took, the first ones apart."""
+
+    rate: float  # tokens a second: the median
+    seconds: float  # of a step: the mean
+    before: float  # what the first ones took beyond that: warming up, or compiling
+    peak: float  # GiB allocated, 0 on a CPU
+
+
+def train(c: Campaign, model: Any, rows: Iterator[dict], first: int = 3, count: int = 8) -> Steps:
+    """Take steps with the project's own loop, which is not made to wait for the GPU meanwhile."""
+    import torch
+
+    from src.config import TrainingConfig
+    from src.training.optimizer import make_optimizer
+    from src.training.trainer import train_epoch
+
+    def mark() -> Any:
+        if c.cpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def pinned(row: dict[str, Any]) -> dict[str, Any]:  # as the project's loader makes it
+        if c.cpu:
+            return row
+        return {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+
+    def seconds(start: Any, end: Any) -> float:
+        return end - start if c.cpu else start.elapsed_time(end) / 1e3
+
+    clear()
+    results, marks = [], [mark()]
+    count = min(count, 3) if c.cpu else count
+
+    def after(step: Any) -> bool:
+        results.append((step.tokens, step.finite))
+        marks.append(mark())
+        return False
+
+    steps = (pinned(next(rows)) for _ in range(first + count))
+    optimizer = make_optimizer(model, TrainingConfig())
+    train_epoch(model, steps, optimizer, None, c.device, dtype=torch.bfloat16, after_step=after)
+    if not all(bool(finite) for _, finite in results):
+        raise RuntimeError("a loss or a gradient is not finite")
+    taken = [seconds(a, b) for a, b in pairwise(marks)]
+    mean = statistics.mean(taken[first:])
+    rates = [tokens / s for (tokens, _), s in zip(results, taken, strict=True)][first:]
+    peak = 0.0 if c.cpu else torch.cuda.max_memory_allocated() / 2**30
+    return Steps(statistics.median(rates), mean, sum(taken[:first]) - first * mean, peak)
+
+
+def speed(c: Campaign, name: str, model: Any, mixed: bool = True, first: int = 3) -> Steps:
+    """Train on microbatches of 2 x 4096 tokens, and report it."""
+    shape = TINY if c.cpu else LLAMA_8B
+    rows = documents(shape["vocab_size"], c.longest, 2 * c.longest, mixed)
+    found = train(c, model, rows, first)
+    facts = {"step_ms": 1e3 * found.seconds} | ({} if c.cpu else {"peak_gib": found.peak})
+    matmul = next((row["value"] for row in c.rows() if row["unit"] == "TFLOP/s"), None)
+    if matmul:
+        row = next(documents(shape["vocab_size"], c.longest, 2 * c.longest, mixed))
+        lengths = row["cu_seq_lens_q"].diff().double()
+        length = float((lengths**2).sum() / lengths.sum())  # which attention sees, on average
+        facts["share"] = found.rate * flops_per_token(shape, length) / (matmul * 1e12)
+    if "compiled" in name:
+        from torch._dynamo.utils import counters
+
+        facts |= {"compile_s": found.before, "graphs": counters["stats"]["unique_graphs"]}
+        facts |= {"graph_breaks": sum(counters["graph_break"].values())}
+    c.record(name, found.rate, "tokens/s", **facts)
+    return found
+
+
+def run_lora(c: Campaign) -> None:
+    """LoRA on bf16 weights, against what this GPU multiplies at."""
+    from inputs import measure_matmul
+
+    shape = TINY if c.cpu else LLAMA_8B
+    if not c.cpu:
+        c.record("bf16 matmul", measure_matmul(), "TFLOP/s")
+    # First what takes the least memory, in case the other does not fit.
+    speed(c, f"{MIXED}, checkpointing", load(c, shape, gradient_checkpointing=True))
+    model = load(c, shape)
+    speed(c, MIXED, model)
+    speed(c, PLAIN, model, mixed=False)
+    share = next((row.get("share") for row in c.rows() if row["name"] == PLAIN), None)
+    if share is not None:
+        c.record("LoRA, share of the ceiling", share, goal=">= 0.60")
+
+
+def run_qlora(c: Campaign) -> None:
+    """LoRA on 4-bit weights."""
+    from peft.tuners.lora.bnb import Linear4bit
+
+    shape = TINY if c.cpu else LLAMA_8B
+    model = load(c, shape, quantization="4bit", gradient_checkpointing=True)
+    adapted = sum(isinstance(module, Linear4bit) for module in model.modules())
+    if adapted != 7 * shape["num_hidden_layers"]:
+        raise RuntimeError(f"PEFT took {adapted} layers for 4-bit ones")
+    length = c.longest // 2
+    found = train(c, model, documents(shape["vocab_size"], length, 4 * length, True), 2, 3)
+    if not c.cpu:
+        c.record("4-bit, checkpointing, 4 x 2048: peak", found.peak, "GiB", goal="< 16")
+    speed(c, f"4-bit {MIXED}, checkpointing", model)
+    del model
+    clear()
+    found = speed(c, f"4-bit {MIXED}", load(c, shape, quantization="4bit"))
+    for row in c.rows():
+        if row["name"] == MIXED:
+            c.record("4-bit/bf16 tokens/s", found.rate / row["value"], goal=">= 0.95")
+
+
+def run_compile(c: Campaign) -> None:
+    """The same with compiled layers; what compiling took stands apart."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    names = {row["name"]: row["value"] for row in c.rows()}
+    needed = 0.0
+    for bits, name in (("none", MIXED), ("4bit", f"4-bit {MIXED}")):
+        missing = "no bitsandbytes" if bits != "none" and not find_spec("bitsandbytes") else ""
+        if missing or c.left() < 1.2 * needed:
+            why = missing or f"{c.left():.0f} s left, bf16 took {needed:.0f}"
+            c.record(f"{name}, compiled", status="skipped", note=why)
+            continue
+        started = time.perf_counter()
+        torch._dynamo.reset()
+        counters.clear()
+        model = load(c, TINY if c.cpu else LLAMA_8B, quantization=bits, compile=True)
+        found = speed(c, f"{name}, compiled", model, first=8)
+        needed = time.perf_counter() - started
+        if name in names:
+            c.record(f"{name}, compiled/not", found.rate / names[name])
+        del model
+        clear()
+
+
+def run_trl(c: Campaign) -> None:
+    """The project against TRL's packing: the same width, 8 layers, the same rows."""
+    bench = Bench(c.work / "trl", c.project, c.device, [])
+    bench.environment["PYTHONPATH"] = f"{bench.project}{os.pathsep}{os.environ['PYTHONPATH']}"
+    shape = LLAMA_8B | {"num_hidden_layers": 8}
+    case = replace(next(x for x in CUDA_CASES if x.name == "LoRA, chats"), steps=15)
+    if c.cpu:
+        shape, case = TINY | {"vocab_size": 16_384}, replace(case, rows=100, max_length=64, steps=5)
+    model = str(bench.folder / "model")
+    bench.make("tokenizer", model, str(bench.project / "configs" / "chat_template.j2"))
+    bench.make("model", model, json.dumps(shape), c.device)
+    bench.make("rows", str(bench.rows(case)), case.kind, str(case.rows))
+    found = []
+    for side in ("ours", "packing"):
+        cache = Path(tempfile.mkdtemp(prefix=f"{side}-", dir=bench.folder))
+        measured = bench._train(side, case, cache, case.steps)
+        peak = {} if c.cpu else {"peak_gib": measured.peak}
+        label = f"{shape['num_hidden_layers']} layers, {case.name}: {side}"
+        c.record(label, measured.tokens_per_second, "tokens/s", start_s=measured.cold, **peak)
+        found.append(measured)
+    ours, theirs = found
+    ratio = ours.tokens_per_second / theirs.tokens_per_second
+    c.record("tokens/s against TRL's packing", ratio, goal=">= 1.15")
+    if not c.cpu:
+        c.record("peak against TRL's packing", ours.peak / theirs.peak, goal="<= 0.8")
+
+
+def run_generate(c: Campaign) -> None:
+    """A batch of prompts is answered as each prompt alone; how fast both are."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from src.models.generation import generate
+    from src.models.model import load_trained
+
+    asked = sorted(_questions(c), key=len)
+    prompts = [asked[n * (len(asked) - 1) // 7] for n in range(8)]  # the shortest to the longest
+    model, tokenizer = load_trained(c.smoke_model(), torch.device(c.device))
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        together = generate(model, tokenizer, prompts, 64)
+        alone = [generate(model, tokenizer, prompt, 64) for prompt in prompts]
+        equal = sum(map(operator.eq, together, alone))
+        goal = "== 8" if dtype == torch.float32 else ""  # bf16 may round a tie either way
+        c.record(f"8 prompts as one by one, {str(dtype)[6:]}", equal, "equal", goal)
+    config = LlamaConfig(**(TINY if c.cpu else LLAMA_1B), bos_token_id=0, eos_token_id=1)
+    with torch.device(c.device):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    for size in (1, 8):
+        generate(model, tokenizer, prompts[:size], 4)
+        calls.clear()
+        started = time.perf_counter()
+        generate(model, tokenizer, prompts[:size], 8 if c.cpu else 128)
+        rate = size * len(calls) / (time.perf_counter() - started)
+        c.record(f"random 1B, batch of {size}", rate, "tokens/s")
+
+
+def run_longest(c: Campaign) -> None:
+    """How long one document may be for a 4-bit LoRA r=32, a card's memory being given."""
+    from transformers import PreTrainedModel as Model
+
+    name = "activation_checkpointing_enable"  # of transformers 5.23 and later
+    enable = getattr(Model, name, None) or Model.gradient_checkpointing_enable
+    can_offload = "offload" in inspect.signature(enable).parameters
+    cards = {12: 3, 24: 2, 80: 1}  # GiB, and a part of the time: the goal's has the most
+    parts = 2 * sum(cards.values())
+    for offload in (True, False):
+        what = f"longest document, {'checkpoints in host memory' if offload else 'checkpointing'}"
+        if offload and not can_offload:
+            note = f"transformers {version('transformers')} has no offload"
+            c.record(what, status="skipped", note=note)
+            parts -= sum(cards.values())
+            continue
+        options = {"gradient_checkpointing": True, "gradient_checkpointing_offload": offload}
+        model = load(c, TINY if c.cpu else LLAMA_8B, 32, quantization="4bit", **options)
+        short = c.longest // 4  # kernels that are loaded now are not taken for activations
+        train(c, model, documents(model.config.vocab_size, short, short, mixed=False), 1, 1)
+        clear()
+        tried: dict[int, tuple[float, float]] = {}
+        for gib, part in cards.items():
+            limit = 0.0 if c.cpu else _card_of(gib)
+            until, parts = time.time() + (c.left() - 5) * part / parts, parts - part
+            length, note = _search(c, model, tried, limit, until)
+            if not length:
+                c.record(f"{what}, {gib} GiB", status="skipped", note=note)
+                continue
+            goal = ">= 22000" if gib == 12 else ""
+            c.record(f"{what}, {gib} GiB", length, "tokens", goal, note)
+        del model
+        _card_of(1000)
+
+
+def _card_of(gib: int) -> float:
+    """Let torch have what a card of this size would leave it, in GiB."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved()  # what CUDA itself takes, of any card
+    share = min(1.0, (gib * 2**30 - context) / total)
+    torch.cuda.set_per_process_memory_fraction(share)
+    return share * total / 2**30
+
+
+def _search(
+    c: Campaign, model: Any, tried: dict[int, tuple[float, float]], limit: float, until: float
+) -> tuple[int, str]:
+    """The longest document that takes two steps, to some 5 %, and what stopped the search.
+
+    Args:
+        c: the campaign.
+        model: to train.
+        tried: GiB and seconds of each length that fitted, on smaller cards too; a straight line
+            through the last two says what to try next.
+        limit: GiB.
+        until: when to stop, in time.time()'s seconds.
+    """
+    vocabulary, fails = (TINY if c.cpu else LLAMA_8B)["vocab_size"], 0
+    while True:
+        *_, a, b = (0, 0, *sorted(tried))
+        if fails:
+            length = int(0.95 * fails)
+        elif a == 0:
+            length = 2 * b or c.longest
+        else:
+            slope = (tried[b][0] - tried[a][0]) / (b - a)
+            length = int(b + 0.98 * (limit - tried[b][0]) / slope) if slope > 0 else b
+        if length < 1.03 * b:
+            return b, f"{fails:,} does not fit" if fails else f"{tried[b][1]:.1f} s for two steps"
+        # Attention grows with the square: of what lies ahead, that is the most it can take.
+        ahead = tried[b][1] * (length / b) ** 2 if b else 0.0
+        if (started := time.time()) + ahead > until:
+            return b, f"no time to try {length:,}"
+        try:
+            rows = documents(vocabulary, length, length, mixed=False)
+            peak = train(c, model, rows, first=1, count=1).peak
+            tried[length] = peak, time.time() - started
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not re.search("out of memory|alloc_failed", str(error), re.IGNORECASE):
+                raise
+            fails = length
+        model.zero_grad(set_to_none=True)

@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +21,7 @@ from transformers import AttentionInterface
 
 from conftest import packed
 from src.config import TrainingConfig
-from src.data.batching import to_device
+from src.data.batching import MODEL_INPUTS, to_device
 from src.models.adapters import without_input_casts
 from src.models.attention import attend_by_kernel, varlen_attention
 from src.training.loss import find_plain_head, summed_loss
@@ -165,3 +166,25 @@ def forward_on_gpu(model, data) -> Watch:
     with mode, torch.no_grad(), watch:
         summed_loss(model, to_device(batch, GPU), head)
     return watch
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_compiled_layer_is_one_graph_on_the_gpus_way(make_model, data, lora: bool) -> None:
+    traced: list[int] = []
+
+    class Traced(Exception):
+        pass
+
+    def backend(graph, _):
+        traced.append(len(graph.graph.nodes))
+        raise Traced  # a CPU could not run the kernel in it
+
+    model = make_model(lora=lora).train()
+    base = model.get_base_model() if lora else model
+    base.model.layers[0].compile(fullgraph=True, backend=backend)
+    batch = packed(data, [0, 1, 2])
+    inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
+    refused = pytest.raises(BackendCompilerFailed, match="Traced")  # a graph break raises another
+    with on_kernel(model), without_input_casts(model), autocast(CPU, torch.bfloat16), refused:
+        model(**inputs, use_cache=False)
+    assert len(traced) == 1

@@ -76,6 +76,11 @@ class LoraConfig(Section):
     r: PositiveInt = 16
     # Updates are scaled by alpha / r; 2r is the common choice.
     alpha: PositiveInt = 32
+    # Divide by the root of r instead, which keeps large ranks learning (Kalajdzievski 2023).
+    rslora: bool = False
+    # Train the length of each weight's rows apart from their direction (DoRA, Liu et al. 2024):
+    # closer to full fine-tuning at small ranks, and slower.
+    dora: bool = False
     # Dropout keeps one more copy of each layer's input: about +50 % activation memory.
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     # all-linear: every linear layer but the head, which beats attention only (QLoRA, 2023).

@@ -20,7 +20,7 @@ from src.config import LoraConfig, ModelConfig
 from src.data.batching import collate_packed
 from src.data.dataset import Document
 from src.models.adapters import without_input_casts
-from src.models.model import load_model, load_tokenizer, save_model
+from src.models.model import load_model, load_tokenizer, load_trained, save_model
 from src.training.loss import find_plain_head, summed_loss
 from src.training.trainer import evaluate
 from src.utils.errors import UserError
@@ -192,6 +192,32 @@ def test_a_model_without_linear_layers_cannot_be_quantized(make_model, monkeypat
     expected = r"model.quantization: .* has no layer that bitsandbytes can quantize"
     with pytest.raises(UserError, match=expected):
         make_model(lora=True, quantization="4bit")
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora"])
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_other_kinds_of_lora_learn_and_are_saved(
+    saved_model: Path, tokenizer, tmp_path: Path, kind: str, quantization: str
+) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(name=str(saved_model), quantization=quantization)
+    lora = LoraConfig(r=4, alpha=8, **{kind: True})
+    model = load_model(config, lora, tokenizer, CPU, torch.bfloat16, packing=True)
+    randomise_adapters(model)
+    gradients = adapter_gradients(model)
+    assert all(g.abs().sum() > 0 for g in gradients.values())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    magnitudes = [name for name in gradients if "magnitude" in name]
+    assert bool(magnitudes) == (kind == "dora")
+    scales = [getattr(m, "scaling", None) for m in model.modules()]
+    (scale,) = {each["default"] for each in scales if isinstance(each, dict)}
+    assert scale == (8 / 2 if kind == "rslora" else 8 / 4)
+    save_model(model, tokenizer, tmp_path / "m", torch.bfloat16)
+    again, _ = load_trained(tmp_path / "m", CPU)
+    loaded = {n: p for n, p in again.named_parameters() if "lora_" in n}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(loaded[name], p), name
 
 
 def test_target_modules_that_match_nothing_are_named(saved_model: Path, tokenizer) -> None:

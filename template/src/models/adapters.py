@@ -27,6 +27,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     past = MAMBA if lora.target_modules == "all-linear" else ()
     adapter = peft.LoraConfig(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+        use_rslora=lora.rslora, use_dora=lora.dora,
         target_modules=lora.target_modules, target_parameters=lora.target_parameters,
         exclude_modules=["out_proj", "dt_proj"] if model.config.model_type in past else None,
     )  # fmt: skip

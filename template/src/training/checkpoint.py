@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from src.config import Config, flatten
+from src.config import Config, LoraConfig, flatten
 from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder
@@ -194,7 +194,8 @@ def check_identity(path: Path, identity: dict[str, Any]) -> None:
     Raises:
         UserError: naming each difference.
     """
-    saved = _record(path)["identity"]
+    # A key that did not exist when it was saved meant what its default means.
+    saved = flatten({"lora": LoraConfig().model_dump()}) | _record(path)["identity"]
     cure = "start in another output_dir, or set training.resume_despite_changes=true"
     if differences := [
         f"training.resume: {k} was {saved.get(k)} in {path.name} and is {v} now; undo it, {cure}"

@@ -135,7 +135,7 @@ def _read_shape(row: Row, data: DataConfig) -> tuple[str, Row | Unreadable | Emp
     missing = [name for name in lonely or () if name not in row]
     if missing:
         return "", Unreadable(f"`{missing[0]}` is missing; it has {_names(row)}")
-    return "", Unreadable(f"has {_names(row)}; a row needs {SHAPES}")
+    return "", Unreadable(f"has {_names(row)}; a row needs {SHAPES}; data.columns maps other names")
 
 
 def _pair(asked: str, answered: str, row: Row, data: DataConfig) -> Row | Unreadable | Empty:

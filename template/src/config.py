@@ -28,8 +28,9 @@ NotNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 NotEmpty = Annotated[str, Field(min_length=1)]
 Sources = NotEmpty | Annotated[list[NotEmpty], Field(min_length=1)]
 ColumnName = Literal[
-    "messages", "prompt", "completion", "instruction", "input", "output", "text", "tools", "system"
-]
+    "messages", "conversations", "prompt", "completion", "question", "answer",
+    "instruction", "input", "output", "text", "tools", "system",
+]  # fmt: skip
 
 
 class Section(BaseModel):

@@ -49,7 +49,7 @@ def test_rows_that_were_left_out_as_unusable_are_kept_with_the_run(train, write_
     assert "2 rows left out as unusable: left_out.jsonl says why" in shown
     assert "1 rows left out: nothing to learn from" in shown
     kept = [json.loads(line) for line in (folder / "left_out.jsonl").read_text().splitlines()]
-    assert [each["place"] for each in kept] == [f"{rows}:4", f"{rows}:6"]
+    assert [each["place"] for each in kept] == [f"{rows}:4", f"{rows}:6", f"{rows}:5"]
 
 
 def test_a_run_whose_last_steps_were_all_skipped_ends_with_a_summary(train, monkeypatch, capsys):

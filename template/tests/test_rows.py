@@ -115,7 +115,8 @@ def test_a_shape_of_ones_own_goes_through_adapt(write_rows, monkeypatch) -> None
 def test_rows_without_anything_to_learn_from_are_left_out_and_counted(write_rows, row) -> None:
     tally = Tally()
     assert len(list(read_rows(write_rows(GOOD, row, GOOD), DATA, tally))) == 2
-    assert (tally.empty, tally.unusable) == (1, [])
+    assert (len(tally.empty), tally.unusable) == (1, [])
+    assert tally.empty[0]["place"].endswith("rows.jsonl:2")
 
 
 def test_bad_rows_are_left_out_and_kept_with_their_reasons_if_wanted(write_rows) -> None:

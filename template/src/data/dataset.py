@@ -61,7 +61,7 @@ class TokenDataset:
     Attributes:
         lengths: tokens of each document after truncation, shape (documents,), int32.
         facts: what became of the rows.
-        left_out: a file of the rows that were left out as unusable, and why.
+        left_out: a file of the rows that were left out as unusable or empty, and why.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -179,9 +179,12 @@ def _tokenise(
             )
         (folder / LENGTHS).write_bytes(lengths)
         digest.update(lengths)
-        facts.read_as, facts.empty, facts.unusable = tally.read_as, tally.empty, len(tally.unusable)
+        facts.read_as, facts.empty = tally.read_as, len(tally.empty)
+        facts.unusable = len(tally.unusable)
         facts.fingerprint = digest.hexdigest()[:32]
-        left_out = "".join(json.dumps(each, default=str) + "\n" for each in tally.unusable)
+        left_out = "".join(
+            json.dumps(each, default=str) + "\n" for each in tally.unusable + tally.empty
+        )
         write_text(folder / LEFT_OUT, left_out)
         write_text(folder / FACTS, json.dumps(asdict(facts), indent=1))
 

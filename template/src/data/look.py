@@ -1,8 +1,9 @@
 """What is in a dataset, in words: shapes, lengths, what is left out, duplicates, examples."""
 
 import hashlib
+import json
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -11,6 +12,7 @@ from src.config import DataConfig
 from src.data import IGNORE
 from src.data.dataset import Document, Facts, TokenDataset
 
+REASONS = 5  # of rows that were left out: the first ones
 AT_ONCE = 1000  # documents that are read together
 GREEN = ("\033[32m", "\033[0m")
 
@@ -35,6 +37,10 @@ def describe_data(
     yield f"tokens     {tokens:,}, of which {labelled:,} labelled ({labelled / tokens:.0%})"
     yield f"lengths    median {median:,}, 90 % up to {high:,}, longest {lengths.max():,}"
     yield from (f"           {note}" for note in data_notes(facts, data))
+    with dataset.left_out.open(encoding="utf-8") as file:
+        for line in islice(file, REASONS):
+            left = json.loads(line)
+            yield f"             {left['place']}: {left['reason']}"
     if repeated := len(own) - len(np.unique(own)):
         yield f"           {repeated:,} documents repeat another one"
     if other is not None and (shared := int(np.isin(own, _hashes(other)).sum())):

@@ -43,7 +43,7 @@ class Tally:
     """What was read: how many rows, of which shapes, and which were left out."""
 
     read_as: dict[str, int] = field(default_factory=dict)  # rows of each shape
-    empty: int = 0  # nothing to learn from
+    empty: list[dict[str, str]] = field(default_factory=list)  # nothing to learn from
     unusable: list[dict[str, Any]] = field(default_factory=list)  # with data.bad_rows=skip
 
 
@@ -90,11 +90,14 @@ def read_rows(source: str, data: DataConfig, tally: Tally | None = None) -> Iter
     for place, raw in raw_rows(source):
         row = raw if isinstance(raw, Unreadable) else _read(raw, data, tally)
         if isinstance(row, Empty):
-            tally.empty += 1
+            tally.empty.append(
+                {"place": f"{source}{place}", "reason": f"nothing to learn from: {row}"}
+            )
         elif not isinstance(row, Unreadable):
             yield row | {"place": f"{source}{place}"}
         elif data.bad_rows == "skip":
-            tally.unusable.append({"place": f"{source}{place}", "reason": str(row), "row": raw})
+            kept = {} if isinstance(raw, Unreadable) else {"row": raw}
+            tally.unusable.append({"place": f"{source}{place}", "reason": str(row), **kept})
         else:
             problems.append(f"{source}{place}: {row}")
         if len(problems) >= MAX_PROBLEMS:

@@ -112,6 +112,14 @@ def test_calls_of_tools_are_labelled_and_their_results_are_not(
     assert "It is late" not in called + answered
 
 
+def test_arguments_that_are_no_json_are_shown_as_they_are_or_refused_in_words(speak) -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": "{noon"}}
+    turns = [user("When?"), assistant("", tool_calls=[call]), {"role": "tool", "content": "x"}]
+    assert said(speak(TEXTUAL), *turns)[0].startswith("look{noon")
+    with pytest.raises(ValueError, match=r"the chat template refuses it: .*no system"):
+        chat_text(speak("{{ raise_exception('no system') }}"), turns[:1], True)
+
+
 def test_calls_that_a_template_leaves_out_are_refused(speak) -> None:
     call = {"type": "function", "function": {"name": "look", "arguments": {}}}
     with pytest.raises(NotFound, match="leaves out the tool calls of message 2"):

@@ -101,11 +101,8 @@ def chat_text(
         try:
             shown = [_with_arguments(message, arguments) for message in messages]
             return str(tokenizer.apply_chat_template(shown, tokenize=False, **options))
-        except TypeError as error:
-            reason = str(error)
-        except TemplateError as error:
-            reason = str(error)
-            break
+        except (TypeError, ValueError, TemplateError) as error:
+            reason = reason or str(error)
     raise ValueError(f"the chat template refuses it: {reason}")
 
 
@@ -144,8 +141,8 @@ def turn_ends(tokenizer: Tokenizer, template: str) -> TurnEnds:
     """
     known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     special = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or "$^")
-    answer, eos = [{"role": "assistant", "content": "Qzx1xzQ"}], str(tokenizer.eos_token)
-    last, inner = _tails(tokenizer, answer, [_user("Qzx2xzQ")], None)
+    answer, eos = [{"role": "assistant", "content": _mark(1)}], str(tokenizer.eos_token)
+    last, inner = _tails(tokenizer, answer, [_user(_mark(2))], None)
     final, following = special.findall(last), special.findall(inner)
     shared = _shared(final, following)
     appended = ""
@@ -165,13 +162,13 @@ def turn_ends(tokenizer: Tokenizer, template: str) -> TurnEnds:
 
 
 def _ends_of_calls(tokenizer: Tokenizer, special: re.Pattern[str], own: bool) -> set[str]:
-    function = {"name": "look", "arguments": {"at": "Qzx1xzQ"}}
+    function = {"name": "look", "arguments": {"at": _mark(1)}}
     call = {
         "role": "assistant",
         "content": "",
         "tool_calls": [{"type": "function", "function": function}],
     }
-    result = {"role": "tool", "name": "look", "content": "Qzx2xzQ"}
+    result = {"role": "tool", "name": "look", "content": _mark(2)}
     try:
         last, inner = _tails(tokenizer, [call], [result], [TOOL])
     except ValueError:
@@ -205,22 +202,22 @@ def _locate(
         head, content, tail = _parts(message)
         if content:
             contents[number] = content
-            message = message | {"content": f"{head}Qzx{number}xzQ{tail}"}
+            message = message | {"content": f"{head}{_mark(number)}{tail}"}
         marked.append(message)
     text = chat_text(tokenizer, messages, False, tools)
     first, *rest = _skeleton(marked, tools, tokenizer, prompt=False)
     places, at = {}, len(first)
-    found = text.startswith(first)
     for number, literal in zip(map(int, rest[::2]), rest[1::2], strict=True):
-        end = at + len(contents[number])
-        exact = text.startswith(contents[number], at) and text.startswith(literal, end)
-        if not exact and messages[number]["role"] != "assistant" and literal:
-            end = text.find(literal, at)  # a tool's result as JSON, for example
-        found = found and (exact or end >= at)
-        if not found:
-            raise NotFound(f"the chat template changes what message {number + 1} says")
+        content = contents[number]
+        end = at + len(content)
+        if not (text.startswith(content, at) and text.startswith(literal, end)):
+            if messages[number]["role"] == "assistant":
+                raise NotFound(f"the chat template changes what message {number + 1} says")
+            end = text.find(literal, at) if literal else -1  # a tool's result as JSON, for example
         places[number], at = (at, end), end + len(literal)
-    if not found or at != len(text):
+        if end < 0:
+            break
+    if not text.startswith(first) or at != len(text):
         raise NotFound("the chat template writes other text around what was said")
     return text, places, marked
 
@@ -283,6 +280,10 @@ def _with_arguments(message: Message, convert: Any) -> Message:
             function = function | {"arguments": convert(function["arguments"])}
         calls.append({"type": "function", **call, "function": function})
     return message | {"tool_calls": calls}
+
+
+def _mark(number: int) -> str:
+    return f"Qzx{number}xzQ"  # see MARK
 
 
 def _name(call: dict) -> str:

@@ -56,6 +56,11 @@ def test_a_share_for_evaluation_is_chosen_by_content(tokenizer, write_rows) -> N
     assert len(train) + len(evaluation) == 250
     assert not set(train) & set(evaluation)
     assert 25 < len(evaluation) < 75
+    alone = write_rows(chat("q", "a"), name="alone.jsonl")
+    with pytest.raises(UserError, match=r"data.eval=0.2 leaves too few rows"):
+        [load_tokens(alone, tokenizer, data, part=part) for part in ("train", "eval")]
+    facts = load_tokens(file, tokenizer, data, part="eval").facts
+    assert facts.read_as == {"messages": len(evaluation)}, "and not the rows of both parts"
 
 
 def test_several_sources_are_read_one_after_the_other(tokenizer, write_rows) -> None:

@@ -41,15 +41,20 @@ def test_rows_that_were_cut_or_left_out_are_counted_before_step_1(train, write_r
 
 
 def test_rows_that_were_left_out_as_unusable_are_kept_with_the_run(train, write_rows, capsys):
-    rows = write_rows(*[chat("q", "a")] * 3, {"x": 1}, chat("q", ""), "{")
+    rows = write_rows(*(chat(f"q{n}", "a") for n in range(40)), {"x": 1}, chat("q", ""), "{")
     folder = train(
         f"data.train={rows}", "data.eval=null", "data.bad_rows=skip", "training.max_steps=1"
     )
     shown = capsys.readouterr().out
     assert "2 rows left out as unusable: left_out.jsonl says why" in shown
     assert "1 rows left out: nothing to learn from" in shown
+    half = train(
+        f"data.train={rows}", "data.eval=0.5", "data.bad_rows=skip", "training.max_steps=1",
+        output="half",
+    )  # fmt: skip
+    assert (half / "left_out.jsonl").read_bytes() == (folder / "left_out.jsonl").read_bytes()
     kept = [json.loads(line) for line in (folder / "left_out.jsonl").read_text().splitlines()]
-    assert [each["place"] for each in kept] == [f"{rows}:4", f"{rows}:6", f"{rows}:5"]
+    assert [each["place"] for each in kept] == [f"{rows}:41", f"{rows}:43", f"{rows}:42"]
 
 
 def test_a_run_whose_last_steps_were_all_skipped_ends_with_a_summary(train, monkeypatch, capsys):

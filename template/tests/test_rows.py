@@ -71,10 +71,9 @@ PLAIN = [*ASKED, *ANSWERED]
     ],
 )  # fmt: skip
 def test_rows_of_every_common_shape_become_conversations(write_rows, row, messages) -> None:
-    tally = Tally()
-    (read,) = read_rows(write_rows(row), DATA, tally)
+    (read,) = read_rows(write_rows(row), DATA)
     assert read["messages"] == messages
-    assert sum(tally.read_as.values()) == 1
+    assert all(name in row for name in read["read_as"].split(" and "))
 
 
 def test_tools_and_calls_of_them_are_kept(write_rows) -> None:
@@ -125,6 +124,15 @@ def test_bad_rows_are_left_out_and_kept_with_their_reasons_if_wanted(write_rows)
     assert [each["place"] for each in tally.unusable] == [f"{file}:2", f"{file}:3"]
     assert tally.unusable[1]["reason"].startswith("has `x`; a row needs")
     assert tally.unusable[1]["row"] == {"x": 1}
+
+
+def test_a_file_of_which_nothing_is_left_says_why(write_rows) -> None:
+    file = write_rows({"x": 1}, {"x": 2})
+    expected = r"rows.jsonl: no row can be used; .*rows.jsonl:1: has `x`; a row needs"
+    with pytest.raises(UserError, match=expected):
+        check_source("data.train", file, DataConfig(train=file, bad_rows="skip"))
+    with pytest.raises(UserError, match=r"no row can be used; .*:1: nothing to learn from"):
+        check_source("data.train", write_rows(chat("q", "")), DATA)
 
 
 def test_reasoning_is_dropped_if_wanted(write_rows) -> None:

@@ -173,14 +173,16 @@ def _tokenise(
                     tokens.tofile(file)
                     digest.update(tokens)
         if not lengths:
-            raise UserError(
-                f"{', '.join(names)}: nothing to learn from: in all rows the first "
-                f"{data.max_length} tokens hold no assistant text; raise data.max_length"
+            why = tally.why_nothing_is_left() or (
+                f"nothing to learn from: in all rows the first {data.max_length} tokens hold no "
+                "assistant text; raise data.max_length"
             )
+            if part != "all":
+                why = f"data.eval={data.eval} leaves too few rows for one of the two parts"
+            raise UserError(f"{', '.join(names)}: {why}")
         (folder / LENGTHS).write_bytes(lengths)
         digest.update(lengths)
-        facts.read_as, facts.empty = tally.read_as, len(tally.empty)
-        facts.unusable = len(tally.unusable)
+        facts.empty, facts.unusable = len(tally.empty), len(tally.unusable)
         facts.fingerprint = digest.hexdigest()[:32]
         left_out = "".join(
             json.dumps(each, default=str) + "\n" for each in tally.unusable + tally.empty
@@ -200,6 +202,7 @@ def _documents(
             tally.unusable.append({"place": row["place"], "reason": encoded, "row": row})
             continue
         ids, labels, prompted = encoded
+        facts.read_as[row["read_as"]] = facts.read_as.get(row["read_as"], 0) + 1
         facts.unprompted += not prompted
         facts.toolless += bool(row.get("tools")) and not knows_tools(tokenizer)
         pieces = [(ids, labels)]
@@ -223,6 +226,7 @@ def _documents(
 
 
 def _is_for_evaluation(row: Row, share: object) -> bool:
-    content = json.dumps({k: v for k, v in row.items() if k != "place"}, sort_keys=True)
+    said = [row.get(key) for key in ("messages", "tools", "text")]
+    content = json.dumps(said, sort_keys=True, default=str)
     number = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest())
     return isinstance(share, float) and number < share * 2**64

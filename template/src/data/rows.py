@@ -28,7 +28,7 @@ SHAPES = "`messages`, `prompt` and `completion`, `instruction` and `output`, or 
 THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 # A row as `read_rows` yields it: {"messages": [...], "tools": [...]} or {"text": "..."}, with its
-# "place" for messages to the user.
+# "place" and the shape that it was "read_as", for messages to the user.
 Row = dict[str, Any]
 
 
@@ -40,11 +40,16 @@ class Empty(str):
 
 @dataclass
 class Tally:
-    """What was read: how many rows, of which shapes, and which were left out."""
+    """Which rows were left out, and why."""
 
-    read_as: dict[str, int] = field(default_factory=dict)  # rows of each shape
     empty: list[dict[str, str]] = field(default_factory=list)  # nothing to learn from
     unusable: list[dict[str, Any]] = field(default_factory=list)  # with data.bad_rows=skip
+
+    def why_nothing_is_left(self) -> str | None:
+        """That all rows were left out, and why the first one; None if none was."""
+        for first in self.unusable + self.empty:
+            return f"no row can be used; {first['place']}: {first['reason']}"
+        return None
 
 
 def adapt(raw: dict[str, Any]) -> dict[str, Any]:
@@ -68,8 +73,10 @@ def check_source(key: str, source: str, data: DataConfig) -> None:
         UserError: the file is missing or empty, or rows cannot be used: file, line and reason.
     """
     check_exists(key, source)
-    if is_file(source) and not list(islice(read_rows(source, data), FIRST_ROWS)):
-        raise UserError(f"{source}: no rows; {key} needs at least one of {SHAPES}")
+    tally = Tally()
+    if is_file(source) and not list(islice(read_rows(source, data, tally), FIRST_ROWS)):
+        why = tally.why_nothing_is_left() or f"no rows; {key} needs at least one of {SHAPES}"
+        raise UserError(f"{source}: {why}")
 
 
 def read_rows(source: str, data: DataConfig, tally: Tally | None = None) -> Iterator[Row]:
@@ -88,7 +95,7 @@ def read_rows(source: str, data: DataConfig, tally: Tally | None = None) -> Iter
     """
     tally, problems = tally or Tally(), []
     for place, raw in raw_rows(source):
-        row = raw if isinstance(raw, Unreadable) else _read(raw, data, tally)
+        row = raw if isinstance(raw, Unreadable) else _read(raw, data)
         if isinstance(row, Empty):
             tally.empty.append(
                 {"place": f"{source}{place}", "reason": f"nothing to learn from: {row}"}
@@ -107,7 +114,7 @@ def read_rows(source: str, data: DataConfig, tally: Tally | None = None) -> Iter
         raise UserError(*problems)
 
 
-def _read(raw: Any, data: DataConfig, tally: Tally) -> Row | Unreadable | Empty:
+def _read(raw: Any, data: DataConfig) -> Row | Unreadable | Empty:
     """The row in one of its two forms, or what is wrong with it."""
     if not isinstance(raw, dict):
         return Unreadable(f"a row is an object with {SHAPES}, not {_kind(raw)}")
@@ -116,29 +123,22 @@ def _read(raw: Any, data: DataConfig, tally: Tally) -> Row | Unreadable | Empty:
             return Unreadable(f"data.columns.{ours}: no column `{theirs}`; it has {_names(raw)}")
         raw = raw | {ours: raw[theirs]}
     row = {key: value for key, value in adapt(raw).items() if value is not None}
-    shape, read = _read_shape(row, data)
-    if shape and not isinstance(read, Unreadable | Empty):
-        tally.read_as[shape] = tally.read_as.get(shape, 0) + 1
-    return read
-
-
-def _read_shape(row: Row, data: DataConfig) -> tuple[str, Row | Unreadable | Empty]:
     for key in CONVERSATIONS:
         if key in row:
-            return key, _conversation(key, row[key], row, data)
+            return _conversation(key, row[key], row, data)
     for asked, answered in PAIRS:
         if asked in row and answered in row:
-            return f"{asked} and {answered}", _pair(asked, answered, row, data)
+            return _pair(asked, answered, row, data)
     if "text" in row:
         if not isinstance(row["text"], str):
-            return "", Unreadable(f"`text` must be text, not {_kind(row['text'])}")
-        empty = Empty("`text` is empty")
-        return "text", {"text": row["text"]} if row["text"].strip() else empty
-    lonely = next((pair for pair in PAIRS for name in pair if name in row), None)
-    missing = [name for name in lonely or () if name not in row]
-    if missing:
-        return "", Unreadable(f"`{missing[0]}` is missing; it has {_names(row)}")
-    return "", Unreadable(f"has {_names(row)}; a row needs {SHAPES}; data.columns maps other names")
+            return Unreadable(f"`text` must be text, not {_kind(row['text'])}")
+        read = {"text": row["text"], "read_as": "text"}
+        return read if row["text"].strip() else Empty("`text` is empty")
+    lonely = next((pair for pair in PAIRS for name in pair if name in row), ())
+    for name in lonely:
+        if name not in row:
+            return Unreadable(f"`{name}` is missing; it has {_names(row)}")
+    return Unreadable(f"has {_names(row)}; a row needs {SHAPES}; data.columns maps other names")
 
 
 def _pair(asked: str, answered: str, row: Row, data: DataConfig) -> Row | Unreadable | Empty:
@@ -158,7 +158,7 @@ def _pair(asked: str, answered: str, row: Row, data: DataConfig) -> Row | Unread
         if key == "instruction" and str(row.get("input", "")).strip():
             value = f"{value}\n\n{row['input']}"  # Alpaca's second half of a question
         turns.append({"role": role, "content": value})
-    return _conversation(asked, turns, row, data)
+    return _conversation(f"{asked} and {answered}", turns, row, data)
 
 
 def _conversation(key: str, turns: Any, row: Row, data: DataConfig) -> Row | Unreadable | Empty:
@@ -180,7 +180,7 @@ def _conversation(key: str, turns: Any, row: Row, data: DataConfig) -> Row | Unr
         return Unreadable(f"`tools` is not valid JSON: {getattr(error, 'msg', error)}")
     if not isinstance(tools, list | None):
         return Unreadable(f"`tools` must be a list, not {_kind(tools)}")
-    return {"messages": messages, "tools": tools or None}
+    return {"messages": messages, "tools": tools or None, "read_as": key}
 
 
 def _message(turn: Any, data: DataConfig) -> dict[str, Any] | str:
@@ -206,10 +206,8 @@ def _message(turn: Any, data: DataConfig) -> dict[str, Any] | str:
     if data.thinking == "drop" and role == "assistant":
         content = THINKING.sub("", content)
         turn = {k: v for k, v in turn.items() if k not in {"reasoning_content", "thinking"}}
-    if not turn.get(
-        "tool_calls", True
-    ):  # an empty list is no call, and some templates test the key
-        turn.pop("tool_calls")
+    if "tool_calls" in turn and not turn["tool_calls"]:  # some templates test for the key
+        del turn["tool_calls"]
     return turn | {"role": role, "content": content}
 
 

@@ -86,9 +86,11 @@ def describe(
 
 def keep_left_out(loaders: Iterable[TokenLoader | None], folder: Path) -> None:
     """Write down in the run's folder which rows were left out as unusable."""
-    files = [loader.dataset.left_out.read_bytes() for loader in loaders if loader]
-    if content := b"".join(files):
-        (folder / "left_out.jsonl").write_bytes(content)
+    lines: dict[bytes, None] = {}  # once, where both sets come from the same rows
+    for loader in filter(None, loaders):
+        lines |= dict.fromkeys(loader.dataset.left_out.read_bytes().splitlines(keepends=True))
+    if lines:
+        (folder / "left_out.jsonl").write_bytes(b"".join(lines))
 
 
 def _warnings(config: Config, model: PreTrainedModel) -> Iterator[str]:

@@ -169,6 +169,28 @@ def test_the_spans_are_those_that_the_templates_authors_mark(name: str) -> None:
             assert not ours.text[min(lacking, default=0) : max(lacking, default=-1) + 1].strip()
 
 
+@pytest.mark.parametrize("kind", ["one turn", "three turns", "system", "tools"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tokens_that_generate_is_given_begin_what_was_trained(name: str, kind: str) -> None:
+    from src.data.chat import chat_text
+    from src.data.encoding import Encoded, encode
+
+    if (name, kind) in REFUSED:
+        return
+    messages, speaker = CONVERSATIONS[kind], tokenizer(name)
+    tools = [WEATHER] if kind == "tools" else None
+    (encoded,) = encode([{"messages": messages, "tools": tools}], speaker)
+    assert isinstance(encoded, Encoded)
+    prompt = chat_text(speaker, messages[:-1], True, tools)
+    asked = speaker(prompt, add_special_tokens=False)["input_ids"]
+    begins = encoded.ids[: len(asked)] == asked
+    assert begins or not encoded.prompted  # which is of all answers, not the last alone
+    if kind in {"one turn", "system"}:
+        assert begins == encoded.prompted
+    if begins:  # and what comes next is the first token that the model must say
+        assert encoded.labels[len(asked)] == encoded.ids[len(asked)]
+
+
 TEXT = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"], exclude_characters="<>|{}"),
     min_size=1,

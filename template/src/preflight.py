@@ -26,6 +26,8 @@ def check_run(config: Config, output: bool = True) -> None:
         UserError: with all problems that were found.
     """
     problems = list(_model_problems(config.model))
+    if config.lora and config.lora.adapter:
+        problems += _adapter_problems(config.lora.adapter)
     checked = set()
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         try:
@@ -70,14 +72,13 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         yield f"model.chat_template: {model.chat_template}: no such file"
     folder, name = from_root(model.name), f"model.name: {model.name}"
     if not folder.is_dir():
-        local = model.name.startswith((".", "/", "~", "configs/", "outputs/"))
-        if local or model.name.count("/") > 1:
+        if _is_local(model.name):
             yield f"{name}: no such folder, and not a hub id (org/name)"
         elif model.init == "random":
             yield f"model.init: random needs a local folder with a config.json, not {model.name}"
         return
     if (folder / ADAPTER).is_file():
-        yield f"{name}: an adapter; name the base model instead"
+        yield f"{name}: an adapter; name its base model here, and the adapter as lora.adapter"
         return
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -100,6 +101,21 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
             f"model.quantization: {model.name} is quantized already ({method}) and cannot be "
             f"quantized to {model.quantization}; use model.quantization=none or the original"
         )
+
+
+def _adapter_problems(name: str) -> Iterator[str]:
+    folder, key = from_root(name), f"lora.adapter: {name}"
+    if not folder.is_dir():
+        if _is_local(name):
+            yield f"{key}: no such folder, and not a hub id (org/name)"
+    elif not (folder / ADAPTER).is_file():
+        hint = f"; did you mean {name}/final?" if (folder / "final" / ADAPTER).is_file() else ""
+        yield f"{key}: no {ADAPTER} in this folder: not a saved adapter{hint}"
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name cannot be a hub id."""
+    return name.startswith((".", "/", "~", "configs/", "outputs/")) or name.count("/") > 1
 
 
 def _output_problems(config: Config) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Models load, quantize, adapt and save; what cannot be loaded says why."""
 
+import copy
 import gc
 import json
 import shutil
@@ -13,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import src.models.model as model_module
 from src.config import LoraConfig, ModelConfig
@@ -281,3 +282,86 @@ def test_code_from_a_model_repository_is_not_run(saved_model: Path, tokenizer, t
     with pytest.raises(UserError, match=r"model.trust_remote_code=true"):
         load_model(ModelConfig(name=str(folder)), None, tokenizer, CPU, torch.float32, packing=True)
     assert not marker.exists()
+
+
+def tuned(saved_model: Path, tokenizer, **lora):
+    """The tiny model in bf16 with LoRA r=4, as `lora` says otherwise."""
+    torch.manual_seed(0)
+    config, adapters = ModelConfig(name=str(saved_model)), LoraConfig(r=4, alpha=8, **lora)
+    return load_model(config, adapters, tokenizer, CPU, torch.bfloat16, packing=True)
+
+
+def loss_of(model) -> float:
+    model.eval()
+    return evaluate(model, [one_batch()], "cpu", torch.bfloat16).loss
+
+
+def test_a_saved_adapter_goes_on_where_it_was_and_keeps_its_rank(
+    saved_model: Path, tokenizer, tmp_path: Path
+) -> None:
+    first = tuned(saved_model, tokenizer, target_modules=["q_proj"])
+    randomise_adapters(first)
+    save_model(first, tokenizer, tmp_path / "first", torch.bfloat16)
+    described = tmp_path / "first/adapter_config.json"
+    described.write_text(described.read_text().replace(str(saved_model), "/where/it/once/was"))
+    second = tuned(saved_model, tokenizer, adapter=str(tmp_path / "first"), dora=True)
+    trained = {name: p for name, p in second.named_parameters() if p.requires_grad}
+    assert {p.shape[0] for name, p in trained.items() if "lora_A" in name} == {4}
+    assert all("q_proj" in name and p.dtype == torch.float32 for name, p in trained.items())
+    assert loss_of(second) == loss_of(first) != loss_of(tuned(saved_model, tokenizer))
+    assert all(g.abs().sum() > 0 for g in adapter_gradients(second).values())
+    save_model(second, tokenizer, tmp_path / "second", torch.bfloat16)
+    loaded, _ = load_trained(tmp_path / "second", CPU)  # finds its base where it is now
+    assert loaded.peft_config["default"].r == 4
+
+
+def test_what_is_no_adapter_for_this_model_is_refused(
+    saved_model: Path, tokenizer, tmp_path: Path
+) -> None:
+    import peft
+
+    config = AutoConfig.from_pretrained(saved_model)
+    config.hidden_size, config.head_dim = 96, 24
+    kinds = {"other": peft.LoraConfig(target_modules=["q_proj"]), "ia3": peft.IA3Config()}
+    for name, kind in kinds.items():
+        model = AutoModelForCausalLM.from_config(config)
+        peft.get_peft_model(model, kind).save_pretrained(tmp_path / name)
+    for name, expected in {
+        "other": "made for another model than",
+        "ia3": "a PeftType.IA3 adapter, and this project trains LoRA alone",
+        "nobody/has-this": "nobody/has-this",
+    }.items():
+        place = str(tmp_path / name) if name in kinds else name
+        with pytest.raises(UserError, match=f"lora.adapter: .*{expected}"):
+            tuned(saved_model, tokenizer, adapter=place)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_whole_modules_train_in_fp32_beside_adapters_and_come_back(
+    saved_model: Path, tokenizer, tmp_path: Path, tied: bool
+) -> None:
+    config = AutoConfig.from_pretrained(saved_model, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = tuned(tmp_path / "base", tokenizer, modules_to_save=["embed_tokens", "lm_head"])
+    whole = {n: p for n, p in model.named_parameters() if "modules_to_save" in n}
+    assert len(whole) == 2 - tied
+    assert {p.dtype for p in whole.values()} == {torch.float32}
+    head = find_plain_head(model, CPU, torch.bfloat16)
+    assert head is not None  # its logits are made in chunks all the same
+    assert head.linear.weight.requires_grad
+    with torch.no_grad():
+        for p in whole.values():
+            p.mul_(8)
+    randomise_adapters(model)
+    save_model(model, tokenizer, tmp_path / "m", torch.bfloat16)
+    loaded, _ = load_trained(tmp_path / "m", CPU)
+    assert loss_of(loaded) == pytest.approx(loss_of(model), rel=0.01)
+    assert loss_of(loaded) != pytest.approx(loss_of(tuned(tmp_path / "base", tokenizer)), rel=0.01)
+
+
+def test_new_tokens_are_refused_with_the_way_out(saved_model: Path, tokenizer, tmp_path) -> None:
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["<mine>"])
+    with pytest.raises(UserError, match=r"'<mine>' is the first without.*resize_token_embeddings"):
+        tuned(saved_model, more)

@@ -11,6 +11,9 @@ import scripts.train
 from conftest import SMOKE, chat
 from src.data.rows import FIRST_ROWS
 
+# So that LoRA, which the smoke config does without, can be asked for at all.
+PRETRAINED = ["model.init=pretrained", "model.name=some-org/absent-model"]
+
 
 def broken(saved_model: Path, tmp_path: Path, remove: str = "", **config: object) -> Path:
     folder = tmp_path / "broken"
@@ -54,6 +57,8 @@ def test_a_model_folder_that_lacks_something_is_refused_before_loading(
         (["device=cuda"], "device: "),
         (["model.attention=flash_attention_9"], "model.attention: flash_attention_9"),
         (["model.attention=varlen", "data.packing=false"], "varlen reads packed batches"),
+        (["lora.adapter=outputs/none", *PRETRAINED], "lora.adapter: outputs/none: no such folder"),
+        (["lora.adapter=configs/tiny", *PRETRAINED], "configs/tiny: no adapter_config.json in this folder"),
         (["training.resume=outputs/none"], "training.resume: outputs/none: not a checkpoint"),
     ],
 )  # fmt: skip

@@ -96,6 +96,13 @@ def test_columns_of_other_names_are_mapped_and_a_wrong_name_is_told(write_rows) 
         list(read_rows(file, data))
 
 
+def test_an_adapt_that_fails_names_the_row(write_rows, monkeypatch) -> None:
+    monkeypatch.setattr(rows, "adapt", lambda raw: {"text": raw["ticket"]})
+    source = write_rows({"ticket": "a"}, {"text": "b"})
+    with pytest.raises(UserError, match=r"rows.jsonl:2: adapt\(\) in src/data/rows.py: KeyError"):
+        list(read_rows(source, DATA))
+
+
 def test_a_shape_of_ones_own_goes_through_adapt(write_rows, monkeypatch) -> None:
     file = write_rows({"frage": "x", "antwort": "y"})
     monkeypatch.setattr(

@@ -122,7 +122,10 @@ def _read(raw: Any, data: DataConfig) -> Row | Unreadable | Empty:
         if theirs not in raw:
             return Unreadable(f"data.columns.{ours}: no column `{theirs}`; it has {_names(raw)}")
         raw = raw | {ours: raw[theirs]}
-    row = {key: value for key, value in adapt(raw).items() if value is not None}
+    try:
+        row = {key: value for key, value in adapt(raw).items() if value is not None}
+    except Exception as error:  # noqa: BLE001 - the user's code, on this row
+        return Unreadable(f"adapt() in src/data/rows.py: {type(error).__name__}: {error}")
     for key in CONVERSATIONS:
         if key in row:
             return _conversation(key, row[key], row, data)

@@ -4,12 +4,13 @@ import warnings
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from src.config import LoraConfig
+from src.utils.environment import from_root
 from src.utils.errors import UserError
 
 # They read these two weights past the layer, so that an adapter there learns nothing.
@@ -20,8 +21,17 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     """Freeze the model and add adapters to train, in fp32 whatever the model's dtype is.
 
     Raises:
-        UserError: `lora.target_modules` or `target_parameters` name nothing that can be adapted.
+        UserError: `lora.target_modules` or `target_parameters` name nothing that can be adapted,
+            or the saved adapter is absent, no LoRA, or made for another model.
     """
+    adapted = _go_on(model, lora.adapter) if lora.adapter else _begin(model, lora)
+    for p in adapted.parameters():
+        if p.requires_grad:  # PEFT leaves whole modules in bf16, which rounds most updates away
+            p.data = p.data.float()
+    return adapted
+
+
+def _begin(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     import peft
 
     past = MAMBA if lora.target_modules == "all-linear" else ()
@@ -29,6 +39,8 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
         use_rslora=lora.rslora, use_dora=lora.dora,
         target_modules=lora.target_modules, target_parameters=lora.target_parameters,
+        modules_to_save=lora.modules_to_save and list(lora.modules_to_save),  # PEFT adds to it
+        ensure_weight_tying=bool(lora.modules_to_save) and _is_tied(model),
         exclude_modules=["out_proj", "dt_proj"] if model.config.model_type in past else None,
     )  # fmt: skip
     try:
@@ -37,6 +49,34 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     except ValueError as error:
         key = "parameters" if "target_parameters" in str(error) else "modules"
         raise UserError(f"lora.target_{key}: {str(error).splitlines()[0]}") from None
+
+
+def _go_on(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    from peft import PeftConfig
+
+    folder = from_root(name)
+    name = str(folder.resolve()) if folder.is_dir() else name
+    try:
+        if (kind := PeftConfig.from_pretrained(name).peft_type) != "LORA":
+            raise ValueError(f"a {kind} adapter, and this project trains LoRA alone")
+        return load_adapters(model, name, is_trainable=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        why = str(error).strip().splitlines()
+        if "size mismatch" in str(error):
+            why = [f"made for another model than {model.name_or_path}"]
+        raise UserError(f"lora.adapter: {name}: {why[0]}") from None
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return cast(Any, head) is not None and head.weight is embeddings.weight
+
+
+def head_of(model: nn.Module) -> Any:
+    """The layer that makes logits, or PEFT's copy of it where that is what trains; or None."""
+    find: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find()
+    return getattr(head, "modules_to_save", {"default": head})["default"]
 
 
 def adapted_names(model: nn.Module) -> list[str]:
@@ -59,12 +99,16 @@ def frozen_experts(model: nn.Module) -> list[str]:
     return list(found)
 
 
-def load_adapters(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def load_adapters(
+    model: PreTrainedModel, name: str | Path, is_trainable: bool = False
+) -> PreTrainedModel:
     """Put saved adapters on the base that they were trained on."""
     from peft import PeftModel
 
     with _silent():
-        return cast(PreTrainedModel, PeftModel.from_pretrained(model, folder))
+        return cast(
+            PreTrainedModel, PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
+        )
 
 
 def without_input_casts(model: nn.Module) -> AbstractContextManager:

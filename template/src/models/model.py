@@ -77,7 +77,13 @@ def load_model(
     rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > rows:
         sizes = f"its tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings"
-        raise UserError(f"model.name: {config.name}: {sizes}; they do not belong together")
+        first = tokenizer.convert_ids_to_tokens(rows)
+        raise UserError(
+            f"model.name: {config.name}: {sizes}: {first!r} is the first without. Another model's "
+            "tokenizer? If the tokens are yours, call model.resize_token_embeddings(len(tokenizer))"
+            ", save both in a folder, name that, and with LoRA let the new rows learn: "
+            "lora.modules_to_save=[embed_tokens,lm_head]"
+        )
     if config.quantization != "none":
         _check_quantized(model, config)
     set_attention(model, config.attention, packing, device, dtype)
@@ -136,6 +142,8 @@ def save_model(
     """
     transformers_logging.disable_progress_bar()  # of saving, which takes a moment
     if hasattr(model, "peft_config"):
+        # An adapter that was gone on from may name its base by where it once was.
+        cast(Any, model).peft_config["default"].base_model_name_or_path = model.name_or_path
         # False: else PEFT asks the hub whether the base's vocabulary has changed.
         model.save_pretrained(folder, save_embedding_layers=False)
     else:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from src.data import IGNORE
 from src.data.batching import MODEL_INPUTS, short_row, to_device
+from src.models.adapters import head_of
 from src.utils.device import autocast
 
 CHUNK = 1024  # rows of logits at a time: 0.5 GiB in fp32 with a vocabulary of 128k
@@ -71,7 +72,7 @@ def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) 
     base: Any = model
     if hasattr(model, "peft_config"):
         base = base.get_base_model()
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    head = head_of(base)
     backbone = getattr(base, "base_model", base)
     if type(head) is not nn.Linear or backbone is base:
         return None

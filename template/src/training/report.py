@@ -50,7 +50,9 @@ def describe(
     bits = f"{config.model.quantization} ({quantized / total:.0%} of it)"
     bits = bits if quantized else "not quantized"
     weights = "random weights" if config.model.init == "random" else bits
-    kind = f"LoRA r={config.lora.r}" if config.lora else "all weights"
+    adapter = getattr(model, "peft_config", {}).get("default")  # as it is: it may be a saved one
+    base = getattr(adapter, "base_model_name_or_path", None)
+    kind = f"LoRA r={adapter.r} alpha={adapter.lora_alpha}" if adapter else "all weights"
     tokens, labelled = int(data.lengths.sum()), data.facts.labelled_tokens
     to_evaluate = f"; {len(evaluation.dataset):,} rows to evaluate on" if evaluation else ""
     window, world = training.gradient_accumulation_steps, distributed.WORLD_SIZE
@@ -65,7 +67,9 @@ def describe(
     for name, text in (
         ("model", f"{config.model.name}, {weights}: {kind} trained, {trainable:,} of {total:,}"),
         ("", f"{precision} on {model.device.type}, {attention} attention"),
-        ("", config.lora and f"adapters on {', '.join(adapted_names(model))}"),
+        ("", adapter and f"adapters on {', '.join(adapted_names(model))}"),
+        ("", config.lora and config.lora.adapter
+         and f"going on from {config.lora.adapter}, made on {base}"),
         ("", held > 0.1 and f"{held:.1f} GiB for weights, gradients and moments"),
         ("data", f"{len(data):,} rows, {tokens:,} tokens, {labelled:,} labelled"
          f" ({labelled / tokens:.0%}){to_evaluate}"),

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from src.models.adapters import head_of
+
 
 @dataclass
 class Speed:
@@ -51,8 +53,10 @@ def measure_speed(
     base: Any = model
     if hasattr(model, "peft_config"):
         base = base.get_base_model()
-    head = base.get_output_embeddings()
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    head = head_of(base)
+    unused = "original_module"  # what PEFT keeps of a module whose copy is trained
+    named = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head)
+    linears = [m for name, m in named if unused not in name]
     per_token = sum(map(_flops, linears))
     config = base.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

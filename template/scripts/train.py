@@ -10,6 +10,7 @@ CONFIG is a YAML file, configs/train.yaml if none is given. Overrides are its ke
 All keys, their defaults and why: src/config.py
 """
 
+import os
 import sys
 
 from src.utils.environment import load_environment
@@ -26,6 +27,8 @@ def main(arguments: list[str]) -> None:
     from src.config import from_command_line
     from src.preflight import check_run
 
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun --max-restarts
+        arguments = [*arguments, "training.resume=auto"]
     config, plain = from_command_line(arguments)
     check_run(config)
     if sys.stderr.isatty():

@@ -57,7 +57,7 @@ def crash_harness(folder: Path) -> None:
     class Loader:
         """Batches by position, as the sampler of the real loader walks them."""
 
-        epoch = position = 0
+        epoch, position, batches = 0, 0, STEPS
 
         def __len__(self) -> int:
             return STEPS

@@ -5,7 +5,7 @@ import torch
 
 from conftest import SMOKE
 from src.config import load_config
-from src.training import trainer
+from src.training import loss as loss_module
 from src.training.out_of_memory import next_settings
 from src.utils.errors import RunError
 
@@ -14,7 +14,7 @@ def test_out_of_memory_says_what_took_it_and_what_to_try(train, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer, "summed_loss", fail)
+    monkeypatch.setattr(loss_module, "summed_loss", fail)
     with pytest.raises(RunError, match=r"out of memory: weights .* GiB, gradients") as error:
         train()
     for change in (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from conftest import chat, metrics
 from src.config import load_config
-from src.training import trainer
+from src.training import loss as loss_module
 from src.training.report import rewind_metrics
 
 
@@ -58,8 +58,8 @@ def test_rows_that_were_left_out_as_unusable_are_kept_with_the_run(train, write_
 
 
 def test_a_run_whose_last_steps_were_all_skipped_ends_with_a_summary(train, monkeypatch, capsys):
-    loss = trainer.summed_loss
-    monkeypatch.setattr(trainer, "summed_loss", lambda *args: loss(*args) * float("nan"))
+    loss = loss_module.summed_loss
+    monkeypatch.setattr(loss_module, "summed_loss", lambda *args: loss(*args) * float("nan"))
     folder = train("training.on_non_finite=skip", "training.max_steps=2", "data.eval=null")
     assert "done       2 steps, none of them with a loss" in capsys.readouterr().out
     (line,) = metrics(folder)

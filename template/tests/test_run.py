@@ -15,6 +15,7 @@ from filelock import FileLock
 import scripts.inference
 import scripts.train
 from conftest import ROOT, SMOKE, chat, metrics
+from src.training import loss as loss_module
 from src.training import run, trainer
 from src.utils.errors import RunError
 
@@ -69,13 +70,16 @@ def test_a_stopped_run_ends_in_the_same_weights_as_one_that_was_not(smoke, train
 @pytest.fixture
 def poisoned(monkeypatch, write_rows, tokenizer) -> str:
     """Rows of which row 3 makes the loss of its batch NaN."""
-    marker, loss = tokenizer("~", add_special_tokens=False)["input_ids"][-1], trainer.summed_loss
+    marker, loss = (
+        tokenizer("~", add_special_tokens=False)["input_ids"][-1],
+        loss_module.summed_loss,
+    )
 
     def poison(model, batch, head):
         found = (batch["input_ids"] == marker).any()
         return loss(model, batch, head) * (float("nan") if found else 1.0)
 
-    monkeypatch.setattr(trainer, "summed_loss", poison)
+    monkeypatch.setattr(loss_module, "summed_loss", poison)
     rows = [chat(f"How many are {n}?", "~" if n == 3 else "As many as that.") for n in range(30)]
     return f"data.train={write_rows(*rows)}"
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from conftest import packed, padded
 from src.data import IGNORE
-from src.training.loss import find_plain_head
+from src.training.loss import Objective
 from src.training.trainer import NonFinite, StepResult, evaluate, train_epoch, train_step
 
 CPU = torch.device("cpu")
@@ -19,11 +19,10 @@ CPU = torch.device("cpu")
 def take_step(
     model, window: list[dict], optimizer, max_grad_norm: float | None = None
 ) -> StepResult:
-    head = find_plain_head(model, CPU, torch.float32)
+    objective = Objective(model, CPU, torch.float32)
     return train_step(
-        model, window, optimizer, None, CPU, max_grad_norm=max_grad_norm, dtype=torch.float32,
-        head=head,
-    )  # fmt: skip
+        objective, window, optimizer, None, CPU, max_grad_norm=max_grad_norm, dtype=torch.float32
+    )
 
 
 def gradients(model, window: list[dict]) -> torch.Tensor:

@@ -24,7 +24,7 @@ from src.config import TrainingConfig
 from src.data.batching import MODEL_INPUTS, to_device
 from src.models.adapters import without_input_casts
 from src.models.attention import attend_by_kernel, varlen_attention
-from src.training.loss import find_plain_head, summed_loss
+from src.training.loss import Objective, find_plain_head, summed_loss
 from src.training.optimizer import make_optimizer
 from src.training.trainer import train_step
 from src.utils.device import autocast
@@ -100,8 +100,8 @@ def on_kernel(model) -> Iterator[None]:
 def walk(make_model, data, dtype: torch.dtype, **options) -> Watch:
     """Walk a step (fp16: a microbatch, as its scaler asks the host by design) on the CPU."""
     model, mode, watch = make_model(dtype=dtype, **options).train(), FakeTensorMode(), Watch()
-    head = find_plain_head(model, CPU, dtype)
-    assert head is not None
+    objective = Objective(model, CPU, dtype)
+    assert objective.head is not None
     batch = packed(data, [0, 1, 2, 3])
     batch = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in batch.items()}
     with on_kernel(model), without_input_casts(model):
@@ -110,13 +110,12 @@ def walk(make_model, data, dtype: torch.dtype, **options) -> Watch:
         with mode, watch:
             if dtype == torch.float16:
                 with autocast(CPU, dtype):
-                    loss = summed_loss(model, to_device(batch, CPU), head)
+                    loss = objective(to_device(batch, CPU))
                 loss.backward()
             else:
                 train_step(
-                    model, [batch, batch], optimizer, None, CPU, max_grad_norm=1.0, dtype=dtype,
-                    head=head,
-                )  # fmt: skip
+                    objective, [batch, batch], optimizer, None, CPU, max_grad_norm=1.0, dtype=dtype
+                )
     return watch
 
 

@@ -36,7 +36,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
     Attributes:
         batches: of a whole epoch, over all ranks.
         epoch: which permutation is walked; set it before iterating.
-        position: how many batches of this rank to skip, for a resumed run.
+        position: how many batches to skip, over all ranks, for a resumed run.
     """
 
     def __init__(
@@ -69,8 +69,9 @@ class TokenBudgetSampler(Sampler[list[int]]):
             if self.epoch == 0:
                 first = int(np.flatnonzero(order == self._largest)[0])
                 order[[0, first]] = order[[first, 0]]
-        for index in range(self.position, len(self)):
-            place = index * self.world_size + self.rank
+        rounds = -(-max(self.batches - self.position, 0) // self.world_size)
+        for turn in range(rounds):
+            place = self.position + turn * self.world_size + self.rank
             if place < len(order):
                 start, end = self._bounds[order[place] : order[place] + 2]
                 yield self._documents[start:end].tolist()

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from src.config import Config, LoraConfig, flatten
+from src.utils.distributed import RANK, gather, on_main
 from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder
@@ -24,8 +25,9 @@ MANIFEST = "manifest.json"
 # Keys that a resumed run must share with the one it continues.
 IDENTITY = (
     *("seed", "model.name", "model.quantization", "lora", "data.max_length", "data.packing"),
-    *("training.batch_size", "training.gradient_accumulation_steps", "training.optimizer"),
+    *("training.batch_size", "training.optimizer"),
 )
+WINDOW = "gradient_accumulation_steps x processes"
 
 
 @dataclass
@@ -34,7 +36,7 @@ class TrainState:
 
     step: int = 0  # optimizer steps done
     epoch: int = 0  # the epoch that `position` is in
-    position: int = 0  # microbatches of this epoch done, on each rank
+    position: int = 0  # microbatches of this epoch done, over all processes
     tokens: int = 0  # real tokens seen, filler not counted
     skipped: int = 0  # steps not taken, for want of labels or of finite numbers
     best_loss: float = float("inf")
@@ -80,21 +82,31 @@ def identify(config: Config, data_fingerprint: str, processes: int) -> dict[str,
     """What makes two runs the same one: the model, the data and the geometry of a step."""
     same = {k: v for k, v in flatten(config.model_dump()).items() if k.startswith(IDENTITY)}
     data = f"{config.data.train} ({data_fingerprint[:12]})"
-    return same | {"data.train": data, "number of processes": processes}
+    # So 2 processes that accumulate 4 go on where 8 processes accumulated none.
+    window = config.training.gradient_accumulation_steps * processes
+    return same | {"data.train": data, WINDOW: window}
 
 
 def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
     """Write `folder/step-N`, then prune: the newest `keep` stay, and the best one.
 
+    All processes call it, as each has random generators of its own; the main one writes.
+
     Raises:
         RunError: it could not be written, e.g. to a full disk; those before are untouched.
     """
-    path = folder / f"step-{training.state.step:08d}"
+    path, random_states = folder / f"step-{training.state.step:08d}", gather(_random_state())
+    on_main(_save, training, path, keep, random_states)
+    return path
+
+
+def _save(training: Training, path: Path, keep: int, random_states: list[Any]) -> None:
+    folder = path.parent
     if path.exists():  # saved by the loop, and now again by a signal
-        return path
+        return
     try:
         with new_folder(path) as temporary:
-            _write(training, temporary)
+            _write(training, temporary, random_states)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save on a full disk says "unexpected pos 704 vs 598": say what is the matter.
         tensors = [*training.trained().values(), *training.moments()]
@@ -107,17 +119,16 @@ def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
         left = f"{newest.name} before it is whole" if newest else "there is none before it"
         raise RunError(f"{path}: this checkpoint could not be written: {why}; {left}") from error
     prune(folder, keep, training.state.best_step)
-    return path
 
 
-def _write(training: Training, folder: Path) -> None:
+def _write(training: Training, folder: Path, random_states: list[Any]) -> None:
     # contiguous(): safetensors refuses views.
     weights = {name: p.detach().contiguous() for name, p in training.trained().items()}
     save_file(weights, folder / "weights.safetensors")
     # Of the optimizer its moments alone: learning rate and decay are configuration, and the rate
     # follows from the step. Saved, they would overrule what a resumed run was told.
     moments = training.optimizer.state_dict()["state"]
-    states = {"moments": moments, "scaler": training.scaler.state_dict(), "random": _random_state()}
+    states = {"moments": moments, "scaler": training.scaler.state_dict(), "random": random_states}
     torch.save(states, folder / "state.pt")
     record = {"state": asdict(training.state), "identity": training.identity}
     (folder / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
@@ -139,7 +150,9 @@ def load_checkpoint(training: Training, path: Path) -> None:
     training.optimizer.load_state_dict({"state": saved["moments"], "param_groups": groups})
     training.scaler.load_state_dict(saved["scaler"])
     training.state = TrainState(**_record(path)["state"])
-    _set_random_state(saved["random"])
+    states = saved["random"] if isinstance(saved["random"], list) else [saved["random"]]
+    if len(states) > RANK:  # a process that was not there keeps its seed
+        _set_random_state(states[RANK])
 
 
 def find_checkpoint(wanted: str, folder: Path) -> tuple[Path | None, list[str]]:
@@ -218,7 +231,13 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    return json.loads((path / "run.json").read_text(encoding="utf-8"))
+    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    # At first the position was that of each process, which then could not become more or fewer.
+    if processes := record["identity"].get("number of processes"):
+        accumulated = record["identity"]["training.gradient_accumulation_steps"]
+        record["identity"][WINDOW] = accumulated * processes
+        record["state"]["position"] *= processes
+    return record
 
 
 def _sha256(path: Path) -> str:
@@ -232,7 +251,8 @@ def _random_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),  # weights_only loading accepts no numpy arrays
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # This process's GPU alone: asking the others would start a context on each of them.
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -240,5 +260,5 @@ def _set_random_state(saved: dict[str, Any]) -> None:
     random.setstate(saved["python"])
     np.random.set_state(saved["numpy"])  # noqa: NPY002
     torch.set_rng_state(saved["torch"])
-    if saved["cuda"] and len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(saved["cuda"])
+    if isinstance(saved["cuda"], Tensor) and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda"])

@@ -28,6 +28,22 @@ class PlainHead(NamedTuple):
     linear: nn.Linear
 
 
+class Objective(nn.Module):
+    """A model with its summed loss as forward pass, which is what DDP can wrap.
+
+    The loss goes past the model's own forward pass, where a wrapper of the model would not see it.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.head = find_plain_head(model, device, dtype)
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """As `summed_loss`."""
+        return summed_loss(self.model, batch, self.head)
+
+
 def summed_loss(model: nn.Module, batch: dict[str, Any], head: PlainHead | None) -> Tensor:
     """The cross entropy of all labelled tokens of a batch, summed, as an fp32 scalar.
 

@@ -30,6 +30,7 @@ from src.training.checkpoint import (
     save_checkpoint,
 )
 from src.training.feasibility import check_feasible
+from src.training.loss import Objective
 from src.training.optimizer import (
     count_steps,
     dtype_of_trained,
@@ -41,7 +42,15 @@ from src.training.signals import StopSignal
 from src.training.speed import measure_speed
 from src.training.trainer import StepResult, evaluate, train_epoch
 from src.utils.device import pick_device, pick_dtype
-from src.utils.distributed import WORLD_SIZE, is_main, on_main, own_device, process_group
+from src.utils.distributed import (
+    RANK,
+    WORLD_SIZE,
+    is_main,
+    on_main,
+    own_device,
+    process_group,
+    replicate,
+)
 from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder
@@ -111,9 +120,10 @@ def _train(
     config: Config, recorder: report.Recorder, stop: StopSignal,
 ) -> None:  # fmt: skip
     """Train to the last step, early stopping or a signal: every *when* of a run is decided here."""
-    model, state, settings = training.model, training.state, config.training
-    dtype, total_steps = pick_dtype(config.model.dtype, model.device), recorder.total_steps
+    state, settings, device = training.state, config.training, training.model.device
+    dtype, total_steps = pick_dtype(config.model.dtype, device), recorder.total_steps
     scheduler = make_scheduler(training.optimizer, settings, total_steps, state.step)
+    objective = replicate(Objective(training.model, device, dtype))
 
     def due(every: int | None) -> bool:
         return every is not None and state.step % every == 0
@@ -123,7 +133,7 @@ def _train(
         return state.step >= total_steps or (patience is not None and in_vain >= patience)
 
     def after_step(step: StepResult) -> bool:
-        state.count(step.microbatches, step.tokens)
+        state.count(step.microbatches * WORLD_SIZE, step.tokens)
         recorder.add(step)
         done = finished()
         stopping = stop.requested() and not done
@@ -131,17 +141,17 @@ def _train(
         saving = stopping or done or due(settings.save_every)
         if not (evaluating or saving or due(settings.log_every)):
             return False
-        metrics, not_taken = recorder.read(state.epoch + state.position / len(train.sampler))
+        metrics, not_taken = recorder.read(state.epoch + state.position / train.sampler.batches)
         if not_taken and settings.on_non_finite == "stop":
             raise RunError(NOT_FINITE.format(*not_taken[0]))
         if evaluating:
-            result = evaluate(model, evaluation, model.device, dtype)
+            result = evaluate(objective, evaluation, device, dtype)
             metrics |= {"eval_loss": result.loss, "perplexity": result.perplexity}
             best, done = state.is_best(result.loss), finished()  # patience may be at its end now
             saving = saving or best or done
         recorder.log(metrics)  # first: who resumes a checkpoint finds every line up to it
         if saving and settings.save_every is not None:
-            on_main(save_checkpoint, training, recorder.checkpoints, settings.keep_checkpoints)
+            save_checkpoint(training, recorder.checkpoints, settings.keep_checkpoints)
         if stopping:
             raise stop.farewell(state.step, total_steps, saved=settings.save_every is not None)
         return done
@@ -149,13 +159,12 @@ def _train(
     while not finished():
         train.sampler.epoch, train.sampler.position = state.epoch, state.position
         train_epoch(
-            model, train, training.optimizer, training.scaler, model.device, dtype=dtype,
+            objective, train, training.optimizer, training.scaler, device, dtype=dtype,
             accumulation=settings.gradient_accumulation_steps, scheduler=scheduler,
             max_grad_norm=settings.max_grad_norm, after_step=after_step,
             skip_non_finite=settings.on_non_finite == "skip",
         )  # fmt: skip
-        if not finished():
-            state.epoch, state.position = state.epoch + 1, 0
+        state.epoch, state.position = state.epoch + 1, 0
 
 
 def _make_loaders(
@@ -170,6 +179,8 @@ def _make_loaders(
 
 def _resume(training: Training, config: Config, output: Path, total_steps: int) -> int:
     """Load the checkpoint that `training.resume` means; return the step to go on from."""
+    if RANK:  # the weights are the same on all; dropout must not be
+        set_seed(config.seed + RANK, config.deterministic)
     path, warnings = find_checkpoint(config.training.resume, output / "checkpoints")
     for warning in warnings:
         report.say(f"warning: {warning}")

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from src.data.batching import to_device, with_targets
 from src.models.adapters import without_input_casts
-from src.training.loss import PlainHead, find_plain_head, summed_loss
+from src.training.loss import Objective
 from src.utils import distributed
 from src.utils.device import autocast
 
@@ -48,9 +48,9 @@ def train_epoch(
     """Train on every batch of a loader once; return the mean loss of a labelled token.
 
     Args:
-        model: a causal language model; it is left in training mode.
-        loader: batches as dicts with `input_ids` and `labels`, shape (rows, length), -100
-            where there is no loss; `position_ids`, `cu_seq_lens_*` or an `attention_mask` too.
+        model: a causal language model, or its `Objective`; it is left in training mode.
+        loader: dicts with `input_ids` and `labels`, shape (rows, length), -100 where there is no
+            loss; `position_ids`, `cu_seq_lens_*` or an `attention_mask` too.
         optimizer: steps on the model's trainable parameters.
         scaler: does work for fp16 only; None, or a disabled one, for bf16 and fp32.
         device: where the batches go.
@@ -68,14 +68,14 @@ def train_epoch(
     """
     device = torch.device(device)
     total, labelled, healthy = torch.zeros((), device=device), 0, None
-    model.train()
-    with without_input_casts(model):
-        head, ready = find_plain_head(model, device, dtype), time.perf_counter()
+    objective = as_objective(model, device, dtype).train()
+    with without_input_casts(distributed.unwrapped(objective).model):
+        ready = time.perf_counter()
         for window in batched(loader, accumulation):
             waited = time.perf_counter() - ready
             step = train_step(
-                model, window, optimizer, scaler, device, max_grad_norm=max_grad_norm,
-                dtype=dtype, head=head, healthy=healthy, waited=waited,
+                objective, window, optimizer, scaler, device, max_grad_norm=max_grad_norm,
+                dtype=dtype, healthy=healthy, waited=waited,
             )  # fmt: skip
             if scheduler is not None:
                 scheduler.step()
@@ -90,10 +90,16 @@ def train_epoch(
     return float(total / max(labelled, 1))
 
 
+def as_objective(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model with its loss as forward pass, unless it is that already, also within DDP."""
+    ready = isinstance(distributed.unwrapped(model), Objective)
+    return model if ready else Objective(model, device, dtype)
+
+
 def train_step(
-    model: nn.Module, window: Iterable[dict[str, Any]], optimizer: torch.optim.Optimizer,
+    objective: nn.Module, window: Iterable[dict[str, Any]], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None, device: torch.device, *, max_grad_norm: float | None,
-    dtype: torch.dtype, head: PlainHead | None, healthy: Tensor | None = None,
+    dtype: torch.dtype, healthy: Tensor | None = None,
     waited: float = 0.0,
 ) -> StepResult:  # fmt: skip
     """One step: count labels → forward and backward of each microbatch → check → update.
@@ -105,17 +111,17 @@ def train_step(
     window, world = [with_targets(batch) for batch in window], distributed.WORLD_SIZE
     labelled = int(distributed.all_sum(sum(b["labelled"] for b in window)))
     loss = torch.zeros((), device=device)
-    for batch in window:
-        with autocast(device, dtype):
-            share = summed_loss(model, to_device(batch, device), head) / max(labelled, 1)
-        (scaler.scale(share) if scaler else share).backward()
+    for number, batch in enumerate(window, 1):
+        with distributed.syncing(objective, now=number == len(window)):
+            with autocast(device, dtype):
+                share = objective(to_device(batch, device)) / max(labelled, 1)
+            (scaler.scale(share) if scaler else share).backward()
         loss += share.detach()
-    distributed.sum_gradients(model)
     distributed.sum_tensor(loss)
     if scaler:
         scaler.unscale_(optimizer)
     # No limit is an infinite one. Clipping reads the norm on the device, and waits for nothing.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    norm = nn.utils.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
     finite = torch.isfinite(loss)
     if not (scaler and scaler.is_enabled()):  # whose first gradients overflow by design
         finite = finite & torch.isfinite(norm)
@@ -172,10 +178,10 @@ def evaluate(
     device, training = torch.device(device), model.training
     total, labelled = torch.zeros((), device=device), 0
     model.eval()
-    with without_input_casts(model), autocast(device, dtype):
-        head = find_plain_head(model, device, dtype)
+    objective = distributed.unwrapped(as_objective(model, device, dtype))
+    with without_input_casts(objective.model), autocast(device, dtype):
         for batch in map(with_targets, loader):
-            total += summed_loss(model, to_device(batch, device), head)
+            total += objective(to_device(batch, device))
             labelled += batch["labelled"]
     model.train(training)
     distributed.sum_tensor(total)

@@ -4,13 +4,17 @@
 them every function here does nothing, at no cost.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 RANK = int(os.environ.get("RANK", "0"))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
@@ -36,11 +40,14 @@ def process_group(device: torch.device) -> Generator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     # gloo beside NCCL: counts and flags are summed on the CPU, without waiting for the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Under its own prefix: the store outlives a restart, and with it the addresses of the dead.
+    store, rank, size = next(rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    yield
+    # Not after an error: the others may be gone, and NCCL would wait for them.
+    dist.destroy_process_group()
 
 
 def all_sum(value: float) -> float:
@@ -64,23 +71,51 @@ def on_main(work: Callable[..., object], *arguments: object) -> None:
     barrier()
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Add up the gradients of all processes; the loss was divided by all their labels already.
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, by rank."""
+    if WORLD_SIZE == 1:
+        return [value]
+    found: list[Any] = [None] * WORLD_SIZE
+    dist.all_gather_object(found, value)
+    return found
 
-    One flat tensor per dtype: for adapters that is a single collective of some 100 MB.
+
+def replicate(module: nn.Module) -> nn.Module:
+    """Let DDP add up the gradients of all processes, in buckets, while the backward pass goes on.
+
+    It begins with the main process's weights on all. Its own averaging is replaced by a sum: the
+    loss is divided by the labels of all processes already.
     """
     if WORLD_SIZE == 1:
-        return
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        if p.grad is None:  # a rank whose batch was all filler
-            p.grad = torch.zeros_like(p)
-    for dtype in dict.fromkeys(p.dtype for p in trained):  # in one order on all ranks
-        grads = [p.grad for p in trained if p.grad is not None and p.dtype == dtype]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for grad, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(piece.view_as(grad))
+        return module
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers"  # of which torch before 2.15 knows an older name only
+    buffers: Any = {name if name in parameters else "broadcast_buffers": False}
+    replica = DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)
+    replica.register_comm_hook(None, _sum_bucket)
+    return replica
+
+
+def _sum_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+def syncing(module: nn.Module, now: bool) -> AbstractContextManager:
+    """Around a forward and backward pass: whether gradients are added up in it, or kept for later.
+
+    Once a step is enough, with its last microbatch.
+    """
+    return (
+        module.no_sync()
+        if isinstance(module, DistributedDataParallel) and not now
+        else nullcontext()
+    )
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """What `replicate` was given."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def sum_tensor(value: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,17 @@
 """The exceptions that people read instead of a traceback, and the exit codes of the scripts."""
 
+import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_SIGINT = 130  # 128 + the signal's number, as a shell reports it
 EXIT_SIGTERM = 143
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))  # processes of this job: torchrun says it
 
 
 class UserError(Exception):
@@ -44,12 +49,31 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (UserError, RunError) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED)
+        lines = [f"error: {line}" for line in str(error).splitlines()]
+        _leave(lines, EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
+        _leave([str(stop)], stop.exit_code)
     except KeyboardInterrupt:  # while loading: a training saves its state first
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_SIGINT)
+        _leave(["interrupted"], EXIT_SIGINT)
+    except Exception as error:
+        if RANKS == 1:
+            raise
+        lost = any(sign in str(error) for sign in ("gloo", "NCCL", "closed by peer"))
+        _leave(traceback.format_exc().splitlines(), EXIT_FAILED, late=lost)
+
+
+def _leave(lines: list[str], code: int, late: bool = False) -> NoReturn:
+    """Print and exit; of many processes only the one whose error it is gets to print.
+
+    torchrun ends the others once the first has exited. So the main process speaks at once, the
+    others a little later, if they are still there then, and last those that only lost another.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if RANKS > 1:
+        time.sleep(10 if late else 2 * (rank > 0))
+    sys.stdout.flush()
+    mark = f"[rank {rank}] " if rank else ""
+    print(*(f"{mark}{line}" for line in lines), sep="\n", file=sys.stderr, flush=True)
+    if RANKS > 1:
+        os._exit(code)  # the interpreter's own end would wait for the communication's threads
+    sys.exit(code)

@@ -10,12 +10,12 @@ CONFIG is a YAML file, configs/train.yaml if none is given. Overrides are its ke
 All keys, their defaults and why: src/config.py
 """
 
-import os
 import sys
 
 from src.utils.environment import load_environment
 from src.utils.errors import run_script
 from src.utils.imports import quick_imports
+from src.utils.ranks import RESTARTS
 
 
 def main(arguments: list[str]) -> None:
@@ -27,9 +27,9 @@ def main(arguments: list[str]) -> None:
     from src.config import from_command_line
     from src.preflight import check_run
 
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun --max-restarts
-        arguments = [*arguments, "training.resume=auto"]
     config, plain = from_command_line(arguments)
+    if RESTARTS and config.training.resume == "never":  # torchrun --max-restarts
+        config, plain = from_command_line([*arguments, "training.resume=auto"])
     check_run(config)
     if sys.stderr.isatty():
         print("loading torch …", end="\r", file=sys.stderr, flush=True)

@@ -90,7 +90,7 @@ class LoraConfig(Section):
     # Parameters that are no layer: experts that all-linear does not reach, as training prints.
     target_parameters: Annotated[list[NotEmpty], Field(min_length=1)] | None = None
     # Whole modules to train beside the adapters, and to save with them: [embed_tokens, lm_head]
-    # where the tokenizer has new tokens. Where the two share their weights, they go on to.
+    # where the tokenizer has new tokens. Where the two share their weights, they still will.
     modules_to_save: Annotated[list[NotEmpty], Field(min_length=1)] | None = None
     # Go on from a saved adapter, the folder of one or a hub id, in place of fresh weights. Rank,
     # alpha and layers are then those that it was made with, whatever stands above.

@@ -1,6 +1,7 @@
 """Several processes, started by torchrun with gloo, train and fail as one does."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,8 +88,8 @@ def test_two_processes_train_as_one_and_either_goes_on_where_the_other_stopped(t
     finish(start("mixed", TORCHRUN, gradient_accumulation_steps=2, **half))
     for path in (tmp_path / "mixed/checkpoints").glob("step-*"):
         if path.name > "step-00000003":
-            subprocess.run(["rm", "-r", str(path)], check=True)
-    subprocess.run(["rm", "-r", str(tmp_path / "mixed/final")], check=True)
+            shutil.rmtree(path)
+    shutil.rmtree(tmp_path / "mixed/final")
     output = finish(start("mixed", [], gradient_accumulation_steps=4, resume="auto", **half))
     assert "resume     step-00000003" in output
     assert metrics(tmp_path / "mixed")[-1]["step"] == total
@@ -110,6 +111,18 @@ def test_a_killed_worker_restarts_the_group_from_the_newest_checkpoint(tmp_path,
     assert "resume     step-" in finish(disturbed)
     one, two = weights(tmp_path / "undisturbed"), weights(tmp_path / "killed")
     assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_a_signal_to_torchrun_saves_on_all_and_is_told_once(tmp_path, start):
+    process = start("stopped", TORCHRUN, epochs=200, save_every=5)
+    while not (tmp_path / "stopped/checkpoints/step-00000005").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert output.count("stopped by SIGTERM after step") == 1
+    last = metrics(tmp_path / "stopped")[-1]["step"]
+    assert (tmp_path / f"stopped/checkpoints/step-{last:08d}/manifest.json").is_file()
 
 
 def test_a_bad_key_is_named_once(start):

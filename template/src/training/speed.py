@@ -54,9 +54,12 @@ def measure_speed(
     if hasattr(model, "peft_config"):
         base = base.get_base_model()
     head = head_of(base)
-    unused = "original_module"  # what PEFT keeps of a module whose copy is trained
-    named = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head)
-    linears = [m for name, m in named if unused not in name]
+    linears = [
+        m
+        for name, m in model.named_modules()
+        # PEFT keeps the original of a module whose copy is trained.
+        if isinstance(m, nn.Linear) and m is not head and "original_module" not in name
+    ]
     per_token = sum(map(_flops, linears))
     config = base.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

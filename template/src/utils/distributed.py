@@ -5,7 +5,6 @@ them every function here does nothing, at no cost.
 """
 
 import inspect
-import os
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,9 +15,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-RANK = int(os.environ.get("RANK", "0"))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+from src.utils.ranks import LOCAL_RANK, RANK, RESTARTS, WORLD_SIZE
 
 
 def is_main() -> bool:
@@ -43,7 +40,7 @@ def process_group(device: torch.device) -> Generator[None]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Under its own prefix: the store outlives a restart, and with it the addresses of the dead.
     store, rank, size = next(rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store = dist.PrefixStore(str(RESTARTS), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     yield
     # Not after an error: the others may be gone, and NCCL would wait for them.
@@ -106,11 +103,9 @@ def syncing(module: nn.Module, now: bool) -> AbstractContextManager:
 
     Once a step is enough, with its last microbatch.
     """
-    return (
-        module.no_sync()
-        if isinstance(module, DistributedDataParallel) and not now
-        else nullcontext()
-    )
+    if now or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    return module.no_sync()
 
 
 def unwrapped(module: nn.Module) -> Any:

@@ -7,11 +7,12 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from src.utils.ranks import RANK, WORLD_SIZE
+
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_SIGINT = 130  # 128 + the signal's number, as a shell reports it
 EXIT_SIGTERM = 143
-RANKS = int(os.environ.get("WORLD_SIZE", "1"))  # processes of this job: torchrun says it
 
 
 class UserError(Exception):
@@ -52,11 +53,11 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         lines = [f"error: {line}" for line in str(error).splitlines()]
         _leave(lines, EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED)
     except Interrupted as stop:
-        _leave([str(stop)], stop.exit_code)
+        _leave([] if RANK else [str(stop)], stop.exit_code)  # all of them stop after one step
     except KeyboardInterrupt:  # while loading: a training saves its state first
-        _leave(["interrupted"], EXIT_SIGINT)
+        _leave([] if RANK else ["interrupted"], EXIT_SIGINT)
     except Exception as error:
-        if RANKS == 1:
+        if WORLD_SIZE == 1:
             raise
         lost = any(sign in str(error) for sign in ("gloo", "NCCL", "closed by peer"))
         _leave(traceback.format_exc().splitlines(), EXIT_FAILED, late=lost)
@@ -68,12 +69,11 @@ def _leave(lines: list[str], code: int, late: bool = False) -> NoReturn:
     torchrun ends the others once the first has exited. So the main process speaks at once, the
     others a little later, if they are still there then, and last those that only lost another.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    if RANKS > 1:
-        time.sleep(10 if late else 2 * (rank > 0))
+    if WORLD_SIZE > 1:
+        time.sleep(10 if late else 2 * (RANK > 0))
     sys.stdout.flush()
-    mark = f"[rank {rank}] " if rank else ""
-    print(*(f"{mark}{line}" for line in lines), sep="\n", file=sys.stderr, flush=True)
-    if RANKS > 1:
+    mark = f"[rank {RANK}] " if RANK else ""
+    print("".join(f"{mark}{line}\n" for line in lines), end="", file=sys.stderr, flush=True)
+    if WORLD_SIZE > 1:
         os._exit(code)  # the interpreter's own end would wait for the communication's threads
     sys.exit(code)

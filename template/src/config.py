@@ -125,6 +125,11 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """The optimisation, and what happens how often (all in optimizer steps)."""
 
+    # Several processes: ddp, each has the whole model; fsdp, each a shard of it (also of moments
+    # and gradients); hsdp, a shard among those of a machine. auto: fsdp where ddp does not fit.
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    # Seconds to wait for a process that hangs; what the others do alone takes less.
+    timeout: PositiveInt = 1800
     # A microbatch is batch_size x data.max_length tokens.
     batch_size: PositiveInt = 4
     gradient_accumulation_steps: PositiveInt = 1
@@ -188,6 +193,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _keys_that_exclude_each_other(self) -> Self:
         bits, full, random = self.model.quantization, self.lora is None, self.model.init == "random"
+        sharded, eight = self.training.strategy, self.training.optimizer == "adamw8bit"
         problems = {
             f"model.quantization: {bits} weights cannot be trained themselves; use "
             "model.quantization=none for full fine-tuning, or set lora": bits != "none" and full,
@@ -200,6 +206,10 @@ class Config(Section):
             ),
             "model.attention: varlen reads packed batches; set data.packing=true": (
                 self.model.attention == "varlen" and not self.data.packing
+            ),
+            f"training.strategy: {sharded} shards neither quantized weights nor 8-bit moments; use "
+            "ddp, or model.quantization=none and training.optimizer=adamw": (
+                sharded in {"fsdp", "hsdp"} and (bits != "none" or eight)
             ),
             "training.patience: needs data.eval to measure progress on": self.training.patience
             and not (self.data.eval or self.training.overfit),

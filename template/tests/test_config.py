@@ -42,6 +42,7 @@ def test_every_shipped_config_loads(name: str) -> None:
         ("model.name=7e12345", "model.name: inf is not allowed: text is expected (quote it"),
         ("lora={target_modules: []}", "lora.target_modules: [] is not allowed: List should have at least 1 item"),
         ("lora={dropout: 1}", "lora.dropout: 1 is not allowed: expected less than 1"),
+        ("training.strategy=fsdp model.quantization=4bit", "training.strategy: fsdp shards neither"),
         ("training.patience=3 data.eval=null", "training.patience: needs data.eval"),
         ("lora.r=8", "lora: an adapter is saved without its base"),
         ("model.quantization=4bit", "model.quantization: 4bit weights cannot be trained themselves"),

@@ -193,7 +193,7 @@ def test_sigterm_saves_the_step_and_says_how_to_resume(tmp_path: Path) -> None:
 def test_seeds_are_set_before_anything_can_start_cuda(train, monkeypatch):
     # cuBLAS reads its setting for `deterministic` once, when CUDA starts: asking for a dtype does.
     order = []
-    for name in ("set_seed", "pick_device", "pick_dtype", "load_model"):
+    for name in ("set_seed", "pick_device", "pick_dtype", "build_model"):
         real = getattr(run, name)
         spy = lambda *a, _r=real, _n=name, **k: order.append(_n) or _r(*a, **k)  # noqa: E731
         monkeypatch.setattr(run, name, spy)

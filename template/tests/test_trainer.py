@@ -10,8 +10,14 @@ from torch.utils.data import DataLoader
 
 from conftest import packed, padded
 from src.data import IGNORE
-from src.training.loss import Objective
-from src.training.trainer import NonFinite, StepResult, evaluate, train_epoch, train_step
+from src.training.trainer import (
+    NonFinite,
+    StepResult,
+    as_objective,
+    evaluate,
+    train_epoch,
+    train_step,
+)
 
 CPU = torch.device("cpu")
 
@@ -19,7 +25,7 @@ CPU = torch.device("cpu")
 def take_step(
     model, window: list[dict], optimizer, max_grad_norm: float | None = None
 ) -> StepResult:
-    objective = Objective(model, CPU, torch.float32)
+    objective = as_objective(model, CPU, torch.float32)
     return train_step(
         objective, window, optimizer, None, CPU, max_grad_norm=max_grad_norm, dtype=torch.float32
     )

@@ -24,9 +24,9 @@ from src.config import TrainingConfig
 from src.data.batching import MODEL_INPUTS, to_device
 from src.models.adapters import without_input_casts
 from src.models.attention import attend_by_kernel, varlen_attention
-from src.training.loss import Objective, find_plain_head, summed_loss
+from src.training.loss import find_plain_head, summed_loss
 from src.training.optimizer import make_optimizer
-from src.training.trainer import train_step
+from src.training.trainer import as_objective, train_step
 from src.utils.device import autocast
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -100,7 +100,7 @@ def on_kernel(model) -> Iterator[None]:
 def walk(make_model, data, dtype: torch.dtype, **options) -> Watch:
     """Walk a step (fp16: a microbatch, as its scaler asks the host by design) on the CPU."""
     model, mode, watch = make_model(dtype=dtype, **options).train(), FakeTensorMode(), Watch()
-    objective = Objective(model, CPU, dtype)
+    objective = as_objective(model, CPU, dtype)
     assert objective.head is not None
     batch = packed(data, [0, 1, 2, 3])
     batch = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in batch.items()}

@@ -125,12 +125,14 @@ def without_input_casts(model: nn.Module) -> AbstractContextManager:
 
 @contextmanager
 def _silent() -> Generator[None]:
-    """Without two warnings that no user can mend.
+    """Without three warnings that no user can mend.
 
     PEFT 0.21 asks transformers 5.23 by a name that is deprecated, and looks among the layers for
-    the experts that it adapts as parameters.
+    the experts that it adapts as parameters. Torch tells that weights are not copied into a model
+    which has shapes alone.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
+        for told in ("The following (rank|alpha)_pattern keys", "for .*: copying from a non-meta"):
+            warnings.filterwarnings("ignore", told)
         yield

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 import yaml
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
@@ -54,7 +55,19 @@ def load_model(
     device: torch.device, dtype: torch.dtype, packing: bool,
     trained_in: torch.dtype = torch.float32,
 ) -> PreTrainedModel:  # fmt: skip
+    """As `build_model`, with its attention set: see `set_attention`."""
+    model = build_model(config, lora, tokenizer, device, dtype, trained_in)
+    set_attention(model, config.attention, packing, device, dtype)
+    return model
+
+
+def build_model(
+    config: ModelConfig, lora: LoraConfig | None, tokenizer: Tokenizer, device: torch.device,
+    dtype: torch.dtype, trained_in: torch.dtype = torch.float32,
+) -> PreTrainedModel:  # fmt: skip
     """Load or build the model, quantized or not, with adapters or all weights trainable.
+
+    On the device `meta` it has shapes and no weights.
 
     `dtype` is what matmuls run in, by autocast. Frozen weights are kept in it; all weights that
     train are kept in `trained_in`, as bf16 would round small updates away, and adapters in fp32.
@@ -71,7 +84,8 @@ def load_model(
     hf_config.use_cache = False  # with a cache, transformers no longer sees packed documents
     weights = trained_in if lora is None else dtype
     if config.init == "random":
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=weights, **trust).to(device)
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=weights, **trust).to(device)
     else:
         model = _read_weights(config, device, weights, config=hf_config)
     rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
@@ -86,7 +100,6 @@ def load_model(
         )
     if config.quantization != "none":
         _check_quantized(model, config)
-    set_attention(model, config.attention, packing, device, dtype)
     model.generation_config.eos_token_id = stop_token_ids(tokenizer)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     if lora is not None:
@@ -134,20 +147,26 @@ def load_trained(
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype
-) -> None:
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype,
+    state: dict[str, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Write adapter or full model with its tokenizer, as `from_pretrained` reads them.
 
-    A full model is written in `dtype`, as models are published, not with its fp32 masters.
+    Args:
+        model: with or without adapters.
+        tokenizer: it is saved beside them.
+        folder: to write into.
+        dtype: of a full model's file, as models are published without their fp32 masters.
+        state: the model's weights, where it has none itself.
     """
     transformers_logging.disable_progress_bar()  # of saving, which takes a moment
     if hasattr(model, "peft_config"):
         # An adapter that was gone on from may name its base by where it once was.
         cast(Any, model).peft_config["default"].base_model_name_or_path = model.name_or_path
         # False: else PEFT asks the hub whether the base's vocabulary has changed.
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     else:
-        state = {k: v.to(dtype) for k, v in model.state_dict().items()}
+        state = {k: v.to(dtype) for k, v in (state or model.state_dict()).items()}
         model.save_pretrained(folder, state_dict=state)
         # It has written the dtype of the fp32 masters, and use_cache=False, which is ours.
         config = copy.deepcopy(model.config)
@@ -233,10 +252,15 @@ def _checkpoint_layers(model: PreTrainedModel, config: ModelConfig) -> None:
         raise UserError(f"model.gradient_checkpointing: {error}") from None
 
 
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of which a model is a pile, as transformers names them; none if it does not."""
+    names = set(model._no_split_modules or [])
+    return [m for m in model.modules() if type(m).__name__ in names]
+
+
 def _compile_layers(model: PreTrainedModel) -> None:
     """Compile each decoder layer in place: one graph, reused by all layers of a shape."""
-    names = set(model._no_split_modules or [])
-    layers = [m for m in model.modules() if type(m).__name__ in names]
+    layers = decoder_layers(model)
     if not layers:
         raise UserError("model.compile: this architecture does not name its layers; set it false")
     for layer in layers:

@@ -4,24 +4,33 @@ import hashlib
 import json
 import random
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from src.config import Config, LoraConfig, flatten
-from src.utils.distributed import RANK, gather, on_main
+from src.training.strategy import local, part_of
+from src.utils.distributed import RANK, WORLD_SIZE, barrier, from_main, gather, is_main, on_main
 from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder
 
 MANIFEST = "manifest.json"
+SHARDS = "shard-{}-*"  # the files that DCP writes for one process, counted from 1
+ADAM = {"exp_avg", "exp_avg_sq"}
 # Keys that a resumed run must share with the one it continues.
 IDENTITY = (
     *("seed", "model.name", "model.quantization", "lora", "data.max_length", "data.packing"),
@@ -77,6 +86,10 @@ class Training:
         kept = [v for state in self.optimizer.state.values() for v in state.values()]
         return [v for v in kept if isinstance(v, Tensor)]
 
+    def optimized(self) -> list[Tensor]:
+        """The weights that train, in the optimizer's order, by which it numbers its moments."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
 
 def identify(config: Config, data_fingerprint: str, processes: int) -> dict[str, Any]:
     """What makes two runs the same one: the model, the data and the geometry of a step."""
@@ -95,22 +108,16 @@ def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
     Raises:
         RunError: it could not be written, e.g. to a full disk; those before are untouched.
     """
-    path, random_states = folder / f"step-{training.state.step:08d}", gather(_random_state())
-    on_main(_save, training, path, keep, random_states)
-    return path
-
-
-def _save(training: Training, path: Path, keep: int, random_states: list[Any]) -> None:
-    folder = path.parent
-    if path.exists():  # saved by the loop, and now again by a signal
-        return
+    path = folder / f"step-{training.state.step:08d}"
+    if from_main(path.exists):  # saved by the loop, and now again by a signal
+        return path
     try:
-        with new_folder(path) as temporary:
-            _write(training, temporary, random_states)
+        with _folder_for_all(path) as temporary:
+            _write(training, temporary)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save on a full disk says "unexpected pos 704 vs 598": say what is the matter.
         tensors = [*training.trained().values(), *training.moments()]
-        needed, free = sum(t.nbytes for t in tensors), shutil.disk_usage(folder).free
+        needed, free = sum(local(t).nbytes for t in tensors), shutil.disk_usage(folder).free
         why = str(error).splitlines()[0]
         if free < needed:
             sizes = f"it takes about {needed / 2**30:.2f} GiB and {free / 2**30:.2f} are free"
@@ -118,34 +125,85 @@ def _save(training: Training, path: Path, keep: int, random_states: list[Any]) -
         newest, _ = newest_checkpoint(folder)
         left = f"{newest.name} before it is whole" if newest else "there is none before it"
         raise RunError(f"{path}: this checkpoint could not be written: {why}; {left}") from error
-    prune(folder, keep, training.state.best_step)
+    on_main(prune, folder, keep, training.state.best_step)
+    return path
 
 
-def _write(training: Training, folder: Path, random_states: list[Any]) -> None:
-    # contiguous(): safetensors refuses views.
-    weights = {name: p.detach().contiguous() for name, p in training.trained().items()}
-    save_file(weights, folder / "weights.safetensors")
+@contextmanager
+def _folder_for_all(path: Path) -> Generator[Path]:
+    """`new_folder`, that all processes write into."""
+    with new_folder(path) if is_main() else nullcontext(path.with_name(f".{path.name}.tmp")) as new:
+        barrier()
+        yield new
+        barrier()
+
+
+def _write(training: Training, folder: Path) -> None:
+    """Each process its shards, if there are any; the main one all the rest."""
+    states: dict[str, Any] = {"random": gather(_random_state())}
     # Of the optimizer its moments alone: learning rate and decay are configuration, and the rate
     # follows from the step. Saved, they would overrule what a resumed run was told.
-    moments = training.optimizer.state_dict()["state"]
-    states = {"moments": moments, "scaler": training.scaler.state_dict(), "random": random_states}
-    torch.save(states, folder / "state.pt")
-    record = {"state": asdict(training.state), "identity": training.identity}
-    (folder / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-    manifest = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    states |= {"moments": training.optimizer.state_dict()["state"]}
+    states |= {"scaler": training.scaler.state_dict()}
+    weights = {name: p.detach().contiguous() for name, p in training.trained().items()}
+    if any(isinstance(p, DTensor) for p in weights.values()):
+        moments = states.pop("moments")
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(_flat(weights, moments), storage_writer=writer)
+    elif is_main():
+        save_file(weights, folder / "weights.safetensors")
+    if is_main():
+        torch.save(states, folder / "state.pt")
+        record = {"state": asdict(training.state), "identity": training.identity}
+        (folder / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    # Each reads back its own files, as one process would take long to read all.
+    mine = [file for file in folder.iterdir() if file.match(SHARDS.format(f"{RANK + 1:05}"))]
+    if is_main():
+        mine += [file for file in folder.iterdir() if not file.match(SHARDS.format("*"))]
+    checksums = gather([(file.name, _sha256(file)) for file in mine])
+    if is_main():
+        manifest = dict(sorted(chain.from_iterable(checksums)))
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
+def _flat(weights: dict[str, Tensor], moments: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Both under names of one kind, as DCP keeps them in safetensors files."""
+    named = {f"moments/{n}/{key}": v for n, kept in moments.items() for key, v in kept.items()}
+    return {f"weights/{name}": weight for name, weight in weights.items()} | named
+
+
+@torch.no_grad()
 def load_checkpoint(training: Training, path: Path) -> None:
-    """Put everything back as `save_checkpoint` found it, the random generators included."""
-    weights, trained = load_file(path / "weights.safetensors"), training.trained()
-    if weights.keys() != trained.keys():
-        raise UserError(f"{path}: its weights are not those of this model")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
+    """Put everything back as `save_checkpoint` found it, the random generators included.
+
+    It may have been saved by more or fewer processes, and with another strategy.
+    """
     # weights_only: a checkpoint is data and must not be able to run code.
     saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    trained, optimized = training.trained(), training.optimized()
+    if sharded := not (path / "weights.safetensors").exists():
+        reader = HuggingFaceStorageReader(str(path))
+        known = reader.read_metadata().state_dict_metadata
+        weights = {name: p.detach() for name, p in trained.items()}
+        saved["moments"] = {
+            n: {"step": torch.zeros(()), **{key: torch.zeros_like(p) for key in ADAM}}
+            for n, p in enumerate(optimized)
+            if f"moments/{n}/step" in known
+        }
+        found = {name.removeprefix("weights/") for name in known if name.startswith("weights/")}
+    else:
+        weights = load_file(path / "weights.safetensors")
+        found = weights.keys()
+    if found != trained.keys():
+        raise UserError(f"{path}: its weights are not those of this model")
+    if sharded:  # in place
+        dcp.load(_flat(weights, saved["moments"]), storage_reader=reader, no_dist=WORLD_SIZE == 1)
+    else:
+        for name, parameter in trained.items():
+            parameter.copy_(part_of(weights[name], parameter))
+        for n, kept in saved["moments"].items():
+            for key in ADAM & kept.keys():
+                kept[key] = part_of(kept[key], optimized[n])
     groups = training.optimizer.state_dict()["param_groups"]
     training.optimizer.load_state_dict({"state": saved["moments"], "param_groups": groups})
     training.scaler.load_state_dict(saved["scaler"])

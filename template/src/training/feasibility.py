@@ -12,8 +12,14 @@ from src.utils.memory import GIB
 MOST_ON_A_CPU = 2e9  # parameters; above, a step takes minutes and an epoch weeks
 
 
-def check_feasible(config: Config, device: torch.device, dtype: torch.dtype) -> None:
-    """Check the model's size against a CPU's speed, or full fine-tuning against a GPU's memory.
+def gib_held(config: Config, dtype: torch.dtype) -> float:
+    """GiB of weights, gradients and moments of a model that is not quantized."""
+    each = dtype.itemsize if config.lora else bytes_a_weight(config.training, dtype)
+    return count_before_loading(config.model) * each / GIB
+
+
+def check_feasible(config: Config, device: torch.device, dtype: torch.dtype, shards: int) -> None:
+    """Check the model's size against a CPU's speed, or full fine-tuning against GPUs' memory.
 
     Raises:
         UserError: with the figures, and what would work.
@@ -30,13 +36,12 @@ def check_feasible(config: Config, device: torch.device, dtype: torch.dtype) -> 
                 "model, or say device=cpu to do it all the same"
             )
     if device.type == "cuda" and config.lora is None:
-        count = count_before_loading(config.model)
-        needed = count * bytes_a_weight(training, dtype) / GIB
+        needed = gib_held(config, dtype) / shards
         total = torch.cuda.get_device_properties(device).total_memory / GIB
         if needed > total:
             less = "training.optimizer=adamw8bit, " * (training.optimizer == "adamw")
             raise UserError(
                 f"lora=null: the weights of {name}, their gradients and moments take "
-                f"{needed:.0f} GiB, and this GPU has {total:.0f}: try {less}lora.r=16, or a "
-                "smaller model"
+                f"{needed:.0f} GiB a GPU, and this one has {total:.0f}: try {less}more GPUs with "
+                "training.strategy=fsdp, lora.r=16, or a smaller model"
             )

@@ -6,6 +6,7 @@ positions go through the head, a chunk at a time.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,19 +30,23 @@ class PlainHead(NamedTuple):
 
 
 class Objective(nn.Module):
-    """A model with its summed loss as forward pass, which is what DDP can wrap.
+    """A model with its summed loss as forward pass, which is what DDP and FSDP can wrap.
 
     The loss goes past the model's own forward pass, where a wrapper of the model would not see it.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, head: PlainHead | None = None) -> None:
         super().__init__()
-        self.model = model
-        self.head = find_plain_head(model, device, dtype)
+        self.model: Any = model
+        self.head = head  # from `find_plain_head`
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """As `summed_loss`."""
         return summed_loss(self.model, batch, self.head)
+
+    def call(self, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Do something else with the model: see `src.training.strategy.within`."""
+        return work(self.model, *arguments, **options)
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Any], head: PlainHead | None) -> Tensor:

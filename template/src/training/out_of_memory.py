@@ -7,6 +7,7 @@ import torch
 
 from src.config import Config
 from src.training.checkpoint import Training
+from src.training.strategy import local
 from src.utils.errors import RunError
 from src.utils.memory import GIB, gpu_memory
 
@@ -23,9 +24,9 @@ def explain_out_of_memory(config: Config, training: Training) -> Generator[None]
     try:
         yield
     except torch.OutOfMemoryError:
-        weights = sum(p.nbytes for p in training.model.parameters()) / GIB
+        weights = sum(local(p).nbytes for p in training.model.parameters()) / GIB
         kept = [*training.trained().values(), *training.moments()]
-        others = sum(t.nbytes for t in kept) / GIB
+        others = sum(local(t).nbytes for t in kept) / GIB
         memory = gpu_memory()
         peak = f"; peak {memory['peak']:.1f} of {memory['total']:.1f} GiB" if memory else ""
         advice = "; ".join(f"({n}) {it}" for n, it in enumerate(next_settings(config)[:3], 1))

@@ -1,14 +1,12 @@
 """A run from its config to a saved model, stage by stage: when it logs, evaluates, saves, stops."""
 
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -17,10 +15,10 @@ from src.data.batching import TokenLoader
 from src.data.dataset import TokenDataset, load_documents
 from src.data.rows import read_rows
 from src.data.sources import expand
-from src.models.attention import isolates_documents
+from src.models.attention import isolates_documents, set_attention
 from src.models.generation import generate
-from src.models.model import RECIPE, load_model, load_tokenizer, save_model
-from src.training import report
+from src.models.model import RECIPE, build_model, load_tokenizer, save_model
+from src.training import report, strategy
 from src.training.checkpoint import (
     Training,
     check_identity,
@@ -30,7 +28,7 @@ from src.training.checkpoint import (
     save_checkpoint,
 )
 from src.training.feasibility import check_feasible
-from src.training.loss import Objective
+from src.training.loss import find_plain_head
 from src.training.optimizer import (
     count_steps,
     dtype_of_trained,
@@ -41,20 +39,13 @@ from src.training.out_of_memory import explain_out_of_memory
 from src.training.signals import StopSignal
 from src.training.speed import measure_speed
 from src.training.trainer import StepResult, evaluate, train_epoch
+from src.utils import distributed
 from src.utils.device import pick_device, pick_dtype
-from src.utils.distributed import (
-    RANK,
-    WORLD_SIZE,
-    is_main,
-    on_main,
-    own_device,
-    process_group,
-    replicate,
-)
 from src.utils.environment import from_root
-from src.utils.errors import RunError, UserError
-from src.utils.files import new_folder
+from src.utils.errors import RunError
+from src.utils.files import new_folder, only_run_in
 from src.utils.memory import clear_memory, print_gpu_memory
+from src.utils.ranks import RANK, WORLD_SIZE
 from src.utils.seed import set_seed
 
 NOT_FINITE = (
@@ -78,23 +69,23 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         Interrupted: after a signal, with the state saved.
     """
     set_seed(config.seed, config.deterministic)
-    device = own_device(pick_device(config.device))
+    device = distributed.own_device(pick_device(config.device))
     dtype, settings = pick_dtype(config.model.dtype, device), config.training
-    with process_group(device), _only_run_in(from_root(config.output_dir)) as output:
-        check_feasible(config, device, dtype)
+    output, final = from_root(config.output_dir), from_root(config.output_dir) / "final"
+    with distributed.process_group(device, settings.timeout), only_run_in(output):
+        shared, why = strategy.choose_strategy(config, device, dtype)
+        if shared:
+            report.say(f"strategy   {shared}: {why}")
+        check_feasible(config, device, dtype, strategy.shards(shared))
         tokenizer = load_tokenizer(config.model)
         documents = load_documents(config, tokenizer)
-        model = load_model(
-            config.model, config.lora, tokenizer, device, dtype, config.data.packing,
-            trained_in=dtype_of_trained(settings, dtype),
-        )  # fmt: skip
-        packing = config.data.packing and isolates_documents(model, device, dtype)
+        objective, packing = _load_objective(config, tokenizer, shared, device, dtype)
         train, evaluation = _make_loaders(documents, config, tokenizer.pad_token_id, packing)
+        model = strategy.unwrapped(objective).model
         # bf16 has fp32's range: only fp16's gradients need scaling.
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         identity = identify(config, train.dataset.facts.fingerprint, WORLD_SIZE)
-        optimizer = make_optimizer(model, settings)
-        training = Training(model, optimizer, scaler, identity)
+        training = Training(model, make_optimizer(model, settings), scaler, identity)
         total_steps = count_steps(settings, len(train.sampler))
         resumed_at = _resume(training, config, output, total_steps)
         speed = measure_speed(model, train.dataset.lengths, device, dtype)
@@ -102,28 +93,44 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         report.show_example(train, tokenizer)
         if device.type == "cuda":
             clear_memory()  # what loading left: the peak is then that of training
-            on_main(print_gpu_memory, "memory    ")
+            distributed.on_main(print_gpu_memory, "memory    ")
         recorder = report.Recorder(config, written, training.state, total_steps, speed)
         # From here on there is something to lose: a signal now waits for the end of a step.
         with StopSignal(command) as stop, recorder, explain_out_of_memory(config, training):
-            on_main(report.keep_left_out, [train, evaluation], output)
-            _train(training, train, evaluation, config, recorder, stop)
-            on_main(_save_final, training, tokenizer, dtype, output / "final", resumed_at)
+            distributed.on_main(report.keep_left_out, [train, evaluation], output)
+            _train(objective, training, train, evaluation, config, recorder, stop)
+            state = strategy.gathered(model)
+            distributed.on_main(_save_final, training, state, tokenizer, dtype, final, resumed_at)
         if settings.overfit:
-            _prove_overfitted(config, model, tokenizer)
+            strategy.within(objective, _prove_overfitted, config, tokenizer)
         report.summarise(config)
-    return output / "final"
+    return final
+
+
+def _load_objective(
+    config: Config, tokenizer: Tokenizer, shared: str, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, bool]:
+    """The model and its loss, shared among the processes; and whether its rows can be packed."""
+    build = partial(
+        build_model, config.model, config.lora, tokenizer,
+        dtype=dtype, trained_in=dtype_of_trained(config.training, dtype),
+    )  # fmt: skip
+    objective, packing = strategy.distribute(build, shared, device, dtype), config.data.packing
+    strategy.within(objective, set_attention, config.model.attention, packing, device, dtype)
+    packing = packing and strategy.within(objective, isolates_documents, device, dtype)
+    bare = strategy.unwrapped(objective)
+    bare.head = strategy.within(objective, find_plain_head, device, dtype)
+    return objective, packing
 
 
 def _train(
-    training: Training, train: TokenLoader, evaluation: TokenLoader | None,
+    objective: nn.Module, training: Training, train: TokenLoader, evaluation: TokenLoader | None,
     config: Config, recorder: report.Recorder, stop: StopSignal,
 ) -> None:  # fmt: skip
     """Train to the last step, early stopping or a signal: every *when* of a run is decided here."""
     state, settings, device = training.state, config.training, training.model.device
     dtype, total_steps = pick_dtype(config.model.dtype, device), recorder.total_steps
     scheduler = make_scheduler(training.optimizer, settings, total_steps, state.step)
-    objective = replicate(Objective(training.model, device, dtype))
 
     def due(every: int | None) -> bool:
         return every is not None and state.step % every == 0
@@ -181,7 +188,8 @@ def _resume(training: Training, config: Config, output: Path, total_steps: int) 
     """Load the checkpoint that `training.resume` means; return the step to go on from."""
     if RANK:  # the weights are the same on all; dropout must not be
         set_seed(config.seed + RANK, config.deterministic)
-    path, warnings = find_checkpoint(config.training.resume, output / "checkpoints")
+    wanted = config.training.resume
+    path, warnings = distributed.from_main(find_checkpoint, wanted, output / "checkpoints")
     for warning in warnings:
         report.say(f"warning: {warning}")
     if path is None:
@@ -197,8 +205,9 @@ def _resume(training: Training, config: Config, output: Path, total_steps: int) 
 
 
 def _save_final(
-    training: Training, tokenizer: Tokenizer, dtype: torch.dtype, final: Path, resumed_at: int
-) -> None:
+    training: Training, state: dict[str, Tensor], tokenizer: Tokenizer, dtype: torch.dtype,
+    final: Path, resumed_at: int,
+) -> None:  # fmt: skip
     if final.exists() and resumed_at == training.state.step:
         return  # nothing was left to train, so nothing has changed
     if final.exists():  # a finished run that goes on: its first result stays too
@@ -208,12 +217,12 @@ def _save_final(
             earlier = earlier.with_suffix(f".{number}")
         final.rename(earlier)
     with new_folder(final) as folder:
-        save_model(training.model, tokenizer, folder, dtype)
+        save_model(training.model, tokenizer, folder, dtype, state)
         shutil.copy(final.with_name("config.yaml"), folder / RECIPE)
     report.plot_loss(final.parent)
 
 
-def _prove_overfitted(config: Config, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+def _prove_overfitted(model: PreTrainedModel, config: Config, tokenizer: Tokenizer) -> None:
     """Ask for the first answer that was learnt: mask, template and stop token in one look."""
     first = expand(config.data.train)[0]
     messages = next(read_rows(first, config.data)).get("messages", [])
@@ -230,19 +239,3 @@ def _prove_overfitted(config: Config, model: PreTrainedModel, tokenizer: Tokeniz
             "is near zero, the template or its stop token is wrong; else train longer"
         )
     report.say("overfit    passed: the first row's answer comes back word for word, and ends")
-
-
-@contextmanager
-def _only_run_in(output: Path) -> Generator[Path]:
-    """Hold the output folder: a second run in it would write into the first one's files."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, not in it: nothing is written inside before all checks are done.
-    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
-    try:
-        held = lock.acquire() if is_main() else nullcontext()
-    except Timeout:
-        raise UserError(
-            f"output_dir: another run is writing to {output}; wait for it or choose another"
-        ) from None
-    with held:
-        yield output

@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from src.data.batching import to_device, with_targets
 from src.models.adapters import without_input_casts
-from src.training.loss import Objective
+from src.training import strategy
+from src.training.loss import Objective, find_plain_head
 from src.utils import distributed
 from src.utils.device import autocast
 
@@ -69,7 +70,7 @@ def train_epoch(
     device = torch.device(device)
     total, labelled, healthy = torch.zeros((), device=device), 0, None
     objective = as_objective(model, device, dtype).train()
-    with without_input_casts(distributed.unwrapped(objective).model):
+    with without_input_casts(strategy.unwrapped(objective).model):
         ready = time.perf_counter()
         for window in batched(loader, accumulation):
             waited = time.perf_counter() - ready
@@ -92,8 +93,8 @@ def train_epoch(
 
 def as_objective(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The model with its loss as forward pass, unless it is that already, also within DDP."""
-    ready = isinstance(distributed.unwrapped(model), Objective)
-    return model if ready else Objective(model, device, dtype)
+    ready = isinstance(strategy.unwrapped(model), Objective)
+    return model if ready else Objective(model, find_plain_head(model, device, dtype))
 
 
 def train_step(
@@ -112,7 +113,7 @@ def train_step(
     labelled = int(distributed.all_sum(sum(b["labelled"] for b in window)))
     loss = torch.zeros((), device=device)
     for number, batch in enumerate(window, 1):
-        with distributed.syncing(objective, now=number == len(window)):
+        with strategy.syncing(objective, now=number == len(window)):
             with autocast(device, dtype):
                 share = objective(to_device(batch, device)) / max(labelled, 1)
             (scaler.scale(share) if scaler else share).backward()
@@ -122,6 +123,7 @@ def train_step(
         scaler.unscale_(optimizer)
     # No limit is an infinite one. Clipping reads the norm on the device, and waits for nothing.
     norm = nn.utils.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
+    norm = strategy.full(norm)
     finite = torch.isfinite(loss)
     if not (scaler and scaler.is_enabled()):  # whose first gradients overflow by design
         finite = finite & torch.isfinite(norm)
@@ -178,11 +180,12 @@ def evaluate(
     device, training = torch.device(device), model.training
     total, labelled = torch.zeros((), device=device), 0
     model.eval()
-    objective = distributed.unwrapped(as_objective(model, device, dtype))
+    objective = strategy.unwrapped(as_objective(model, device, dtype))
     with without_input_casts(objective.model), autocast(device, dtype):
         for batch in map(with_targets, loader):
             total += objective(to_device(batch, device))
             labelled += batch["labelled"]
+    strategy.release(objective)
     model.train(training)
     distributed.sum_tensor(total)
     labelled = int(distributed.all_sum(labelled))

@@ -4,17 +4,17 @@
 them every function here does nothing, at no cost.
 """
 
-import inspect
+import time
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
+from src.utils.errors import RunError
 from src.utils.ranks import LOCAL_RANK, RANK, RESTARTS, WORLD_SIZE
 
 
@@ -29,8 +29,16 @@ def own_device(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Generator[None]:
-    """Join the other processes, if there are any."""
+def process_group(device: torch.device, timeout: int) -> Generator[None]:
+    """Join the other processes, if there are any.
+
+    Args:
+        device: what they compute on.
+        timeout: seconds to wait for one that hangs.
+
+    Raises:
+        RunError: naming the processes that were waited for in vain.
+    """
     if WORLD_SIZE == 1:
         yield
         return
@@ -41,10 +49,25 @@ def process_group(device: torch.device) -> Generator[None]:
     # Under its own prefix: the store outlives a restart, and with it the addresses of the dead.
     store, rank, size = next(rendezvous("env://"))
     store = dist.PrefixStore(str(RESTARTS), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    yield
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    try:
+        yield
+    except RuntimeError as error:
+        if "imed out" not in str(error) or not (silent := _silent(store)):
+            raise
+        names = ", ".join(map(str, silent))
+        late = f"training.timeout: rank {names} did not answer within {timeout} s"
+        raise RunError(f"{late}; the newest checkpoint is whole") from error
     # Not after an error: the others may be gone, and NCCL would wait for them.
     dist.destroy_process_group()
+
+
+def _silent(store: dist.Store) -> list[int]:
+    """The ranks that do not say, within some seconds, that they have noticed it too."""
+    store.set(f"noticed/{RANK}", "")
+    time.sleep(5)
+    return [rank for rank in range(WORLD_SIZE) if not store.check([f"noticed/{rank}"])]
 
 
 def all_sum(value: float) -> float:
@@ -68,6 +91,11 @@ def on_main(work: Callable[..., object], *arguments: object) -> None:
     barrier()
 
 
+def from_main(work: Callable[..., Any], *arguments: object) -> Any:
+    """What the main process gets for it, on all."""
+    return gather(work(*arguments) if is_main() else None)[0]
+
+
 def gather(value: Any) -> list[Any]:
     """The values of all processes, by rank."""
     if WORLD_SIZE == 1:
@@ -75,42 +103,6 @@ def gather(value: Any) -> list[Any]:
     found: list[Any] = [None] * WORLD_SIZE
     dist.all_gather_object(found, value)
     return found
-
-
-def replicate(module: nn.Module) -> nn.Module:
-    """Let DDP add up the gradients of all processes, in buckets, while the backward pass goes on.
-
-    It begins with the main process's weights on all. Its own averaging is replaced by a sum: the
-    loss is divided by the labels of all processes already.
-    """
-    if WORLD_SIZE == 1:
-        return module
-    parameters = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers"  # of which torch before 2.15 knows an older name only
-    buffers: Any = {name if name in parameters else "broadcast_buffers": False}
-    replica = DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)
-    replica.register_comm_hook(None, _sum_bucket)
-    return replica
-
-
-def _sum_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
-
-
-def syncing(module: nn.Module, now: bool) -> AbstractContextManager:
-    """Around a forward and backward pass: whether gradients are added up in it, or kept for later.
-
-    Once a step is enough, with its last microbatch.
-    """
-    if now or not isinstance(module, DistributedDataParallel):
-        return nullcontext()
-    return module.no_sync()
-
-
-def unwrapped(module: nn.Module) -> Any:
-    """What `replicate` was given."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def sum_tensor(value: torch.Tensor) -> torch.Tensor:

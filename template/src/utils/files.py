@@ -3,8 +3,13 @@
 import os
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from src.utils.errors import UserError
+from src.utils.ranks import RANK
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,6 +52,22 @@ def new_folder(path: Path) -> Generator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def only_run_in(output: Path) -> Generator[None]:
+    """Hold the output folder: a second run in it would write into the first one's files."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, not in it: nothing is written inside before all checks are done.
+    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
+    try:
+        held = lock.acquire() if RANK == 0 else nullcontext()
+    except Timeout:
+        raise UserError(
+            f"output_dir: another run is writing to {output}; wait for it or choose another"
+        ) from None
+    with held:
+        yield
 
 
 def sync(path: Path) -> None:

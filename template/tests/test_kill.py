@@ -100,7 +100,7 @@ def crash_harness(folder: Path) -> None:
         run.train_epoch = watched
         recorder = Recorder(settings, written, training.state, STEPS, Speed(1.0, 1.0, 1.0))
         with StopSignal([]) as stop, recorder:
-            run._train(training, loader, None, settings, recorder, stop)
+            run._train(model, training, loader, None, settings, recorder, stop)
 
     def start(output: Path) -> int:
         if pid := os.fork():

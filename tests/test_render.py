@@ -13,7 +13,12 @@ import yaml
 from helpers import QUESTIONS, ROOT, SETTINGS, TEMPLATE, choices, copy, files, render, run
 
 CHOICE_QUESTIONS = [name for name, question in QUESTIONS.items() if "choices" in question]
-COMBINATIONS = list(itertools.product(*map(choices, CHOICE_QUESTIONS)))
+# The launcher, asked last, adds one file that no other answer touches: each combination of the others has one of them.
+OTHERS = itertools.product(*map(choices, CHOICE_QUESTIONS[:-1]))
+COMBINATIONS = [
+    (*answers, launcher)
+    for answers, launcher in zip(OTHERS, itertools.cycle(choices("launcher")), strict=False)
+]
 # For every question an answer that is not its default.
 OTHER_ANSWERS = {
     "project_name": "llama-for-law",
@@ -26,6 +31,7 @@ OTHER_ANSWERS = {
     "base_model": "Qwen/Qwen3-8B",
     "quantization": "8bit",
     "ci": "gitlab",
+    "launcher": "slurm",
 }
 
 
@@ -46,7 +52,7 @@ def test_every_data_file_of_every_combination_parses(combination: Path) -> None:
         if path.endswith(".toml") or path == "uv.lock":
             tomllib.loads(text)
         elif path.endswith((".yml", ".yaml")):
-            yaml.safe_load(text)
+            list(yaml.safe_load_all(text))
         elif path.endswith(".json"):
             json.loads(text)
         elif path.endswith(".jsonl"):

@@ -63,7 +63,7 @@ def test_both_hosts_run_the_same_commands(tmp_path: Path) -> None:
 def test_this_repository_renders_every_choice_in_its_own_ci() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     matrix = workflow["jobs"]["rendered"]["strategy"]["matrix"]["include"]
-    for question in ("license", "quantization", "ci"):
+    for question in ("license", "quantization", "ci", "launcher"):
         assert {answers[question] for answers in matrix} == set(choices(question))
 
 

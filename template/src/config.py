@@ -153,7 +153,7 @@ class TrainingConfig(Section):
     eval_every: PositiveInt | None = None
     # Stop after so many evaluations without a better loss; null: never.
     patience: PositiveInt | None = None
-    # null: no checkpoints, only the final model.
+    # null: no checkpoints but the best evaluated one, and the final model.
     save_every: PositiveInt | None = 100
     # The newest so many stay, and the best one always.
     keep_checkpoints: PositiveInt = 2
@@ -165,6 +165,17 @@ class TrainingConfig(Section):
     # Train and evaluate on the first so many rows: a loss that will not go to zero shows a
     # wrong mask, template or stop token within a minute.
     overfit: PositiveInt | None = None
+
+
+class EvaluationConfig(Section):
+    """What the model is asked before the first step and at each evaluation: samples.jsonl."""
+
+    # null: what the first rows of data.eval ask.
+    prompts: Annotated[list[NotEmpty], Field(min_length=1)] | None = None
+    # How many of these rows; 0: no answers, if there are no prompts either.
+    samples: NotNegativeInt = 2
+    # Tokens of an answer at most.
+    max_length: PositiveInt = 64
 
 
 class TrackingConfig(Section):
@@ -188,6 +199,7 @@ class Config(Section):
     lora: LoraConfig | None = LoraConfig()
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from src.training.report import rewind_metrics
 
 def test_a_run_leaves_what_it_promises(smoke: Path) -> None:
     assert {p.name for p in smoke.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "loss.png", "checkpoints", "final",
+        "config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "checkpoints", "final",
     }  # fmt: skip
     assert load_config(smoke / "config.yaml")[0].output_dir == str(smoke)
     lines = metrics(smoke)

@@ -60,7 +60,8 @@ def generate(
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     options |= {"eos_token_id": stop_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     complete: Any = model.generate
-    with _inference_state(model):
+    # Eagerly: each length would be a new shape for a compiled layer.
+    with _inference_state(model), torch.compiler.set_stance("force_eager"):
         output = complete(
             **inputs, **options, max_new_tokens=max_length, use_cache=True, streamer=streamer
         )

@@ -29,6 +29,7 @@ from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder
 
 MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"  # of a checkpoint that is not sharded
 SHARDS = "shard-{}-*"  # the files that DCP writes for one process, counted from 1
 ADAM = {"exp_avg", "exp_avg_sq"}
 # Keys that a resumed run must share with the one it continues.
@@ -151,7 +152,7 @@ def _write(training: Training, folder: Path) -> None:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         dcp.save(_flat(weights, moments), storage_writer=writer)
     elif is_main():
-        save_file(weights, folder / "weights.safetensors")
+        save_file(weights, folder / WEIGHTS)
     if is_main():
         torch.save(states, folder / "state.pt")
         record = {"state": asdict(training.state), "identity": training.identity}
@@ -173,39 +174,64 @@ def _flat(weights: dict[str, Tensor], moments: dict[int, dict[str, Tensor]]) -> 
 
 
 @torch.no_grad()
+def load_weights(trained: dict[str, Tensor], path: Path) -> None:
+    """Copy the weights of a checkpoint into these, whatever strategy saved it.
+
+    Raises:
+        UserError: it has others.
+    """
+    if (path / WEIGHTS).exists():
+        saved = load_file(path / WEIGHTS)
+    else:
+        saved = {name.removeprefix("weights/") for name in _sharded(path, "weights/")}
+    if set(saved) != trained.keys():
+        raise UserError(f"{path}: its weights are not those of this model")
+    if isinstance(saved, set):
+        _load_shards(path, {f"weights/{name}": p.detach() for name, p in trained.items()})
+        return
+    for name, parameter in trained.items():
+        parameter.copy_(part_of(saved[name], parameter))
+
+
+def _load_moments(path: Path, whole: dict[int, dict], optimized: list[Tensor]) -> dict[int, dict]:
+    """AdamW's moments as the optimizer's own parameters are sharded, or not."""
+    if names := _sharded(path, "moments/"):
+        moments = {
+            n: {"step": torch.zeros(()), **{key: torch.zeros_like(p) for key in ADAM}}
+            for n, p in enumerate(optimized)
+            if f"moments/{n}/step" in names
+        }
+        _load_shards(path, _flat({}, moments))
+        return moments
+    for n, kept in whole.items():
+        kept.update({key: part_of(kept[key], optimized[n]) for key in ADAM & kept.keys()})
+    return whole
+
+
+def _sharded(path: Path, prefix: str) -> set[str]:
+    """The names of what a checkpoint keeps in shards."""
+    if (path / WEIGHTS).exists():
+        return set()
+    names = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {name for name in names if name.startswith(prefix)}
+
+
+def _load_shards(path: Path, tensors: dict[str, Tensor]) -> None:
+    alone = WORLD_SIZE == 1
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
+
+
 def load_checkpoint(training: Training, path: Path) -> None:
     """Put everything back as `save_checkpoint` found it, the random generators included.
 
     It may have been saved by more or fewer processes, and with another strategy.
     """
+    load_weights(training.trained(), path)
     # weights_only: a checkpoint is data and must not be able to run code.
     saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    trained, optimized = training.trained(), training.optimized()
-    if sharded := not (path / "weights.safetensors").exists():
-        reader = HuggingFaceStorageReader(str(path))
-        known = reader.read_metadata().state_dict_metadata
-        weights = {name: p.detach() for name, p in trained.items()}
-        saved["moments"] = {
-            n: {"step": torch.zeros(()), **{key: torch.zeros_like(p) for key in ADAM}}
-            for n, p in enumerate(optimized)
-            if f"moments/{n}/step" in known
-        }
-        found = {name.removeprefix("weights/") for name in known if name.startswith("weights/")}
-    else:
-        weights = load_file(path / "weights.safetensors")
-        found = weights.keys()
-    if found != trained.keys():
-        raise UserError(f"{path}: its weights are not those of this model")
-    if sharded:  # in place
-        dcp.load(_flat(weights, saved["moments"]), storage_reader=reader, no_dist=WORLD_SIZE == 1)
-    else:
-        for name, parameter in trained.items():
-            parameter.copy_(part_of(weights[name], parameter))
-        for n, kept in saved["moments"].items():
-            for key in ADAM & kept.keys():
-                kept[key] = part_of(kept[key], optimized[n])
+    moments = _load_moments(path, saved.get("moments", {}), training.optimized())
     groups = training.optimizer.state_dict()["param_groups"]
-    training.optimizer.load_state_dict({"state": saved["moments"], "param_groups": groups})
+    training.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     training.scaler.load_state_dict(saved["scaler"])
     training.state = TrainState(**_record(path)["state"])
     states = saved["random"] if isinstance(saved["random"], list) else [saved["random"]]

@@ -133,6 +133,7 @@ class Recorder:
         self.folder, self.speed = from_root(config.output_dir), speed
         self.checkpoints = self.folder / "checkpoints"
         self.tracker: Tracker | None = None
+        self.result = ""
         self.clear()
 
     def __enter__(self) -> Self:
@@ -143,7 +144,8 @@ class Recorder:
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.yaml", OmegaConf.to_yaml(self.written))
-            rewind_metrics(self.folder / "metrics.jsonl", self.state.step)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                rewind_metrics(self.folder / name, self.state.step)
             if (tracking := self.config.tracking).enabled:
                 name, run = tracking.run_name or self.folder.name, self.state.tracking_run
                 self.tracker = Tracker(tracking.experiment, name, self.written, run, say)
@@ -154,6 +156,15 @@ class Recorder:
         if self.tracker:
             stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
             self.tracker.close("KILLED" if stopped else "FAILED" if kind else "FINISHED")
+
+    def conclude(self, result: str) -> None:
+        """Say of which step the result is, wherever somebody may look for it."""
+        self.result = result
+        if distributed.is_main():
+            told = f"# final/ holds {result}\n{OmegaConf.to_yaml(self.written)}"
+            write_text(self.folder / "config.yaml", told)
+        if self.tracker:
+            self.tracker.tag("final", result)
 
     def clear(self) -> None:
         """Begin the next line's interval; its clock leaves out evaluating and saving."""
@@ -237,7 +248,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def rewind_metrics(path: Path, step: int) -> None:
     """Drop the lines after `step`: a resumed run takes those steps again."""
     kept = [row for row in read_metrics(path) if row["step"] <= step]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    if path.exists() or text:
+        write_text(path, text)
 
 
 def plot_loss(folder: Path) -> None:
@@ -258,14 +271,14 @@ def plot_loss(folder: Path) -> None:
     (folder / ".loss.png.tmp").replace(folder / "loss.png")
 
 
-def summarise(config: Config) -> None:
+def summarise(config: Config, result: str) -> None:
     """What came out, where it is, and what to do next."""
     last = read_metrics(from_root(config.output_dir) / "metrics.jsonl")[-1]
     losses = {"loss": last["loss"], "evaluation": last.get("eval_loss")}
     shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
     here = shlex.quote(config.output_dir)
     say(f"\ndone       {last['step']} steps, {shown or 'none of them with a loss'}")
-    say(f"model      {here}/final")
+    say(f"model      {here}/final: {result}")
     say(f"curve      {here}/loss.png, numbers in metrics.jsonl beside it")
     if config.tracking.enabled:
         # A server's address may hold a password, and whoever reads this has it in the environment.

@@ -1,22 +1,19 @@
 """A run from its config to a saved model, stage by stage: when it logs, evaluates, saves, stops."""
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
 from src.data.batching import TokenLoader
 from src.data.dataset import TokenDataset, load_documents
-from src.data.rows import read_rows
-from src.data.sources import expand
 from src.models.attention import isolates_documents, set_attention
-from src.models.generation import generate
 from src.models.model import RECIPE, build_model, load_tokenizer, save_model
 from src.training import report, strategy
 from src.training.checkpoint import (
@@ -25,6 +22,7 @@ from src.training.checkpoint import (
     find_checkpoint,
     identify,
     load_checkpoint,
+    load_weights,
     save_checkpoint,
 )
 from src.training.feasibility import check_feasible
@@ -36,6 +34,7 @@ from src.training.optimizer import (
     make_scheduler,
 )
 from src.training.out_of_memory import explain_out_of_memory
+from src.training.samples import ask, prove_overfitted, sample_prompts
 from src.training.signals import StopSignal
 from src.training.speed import measure_speed
 from src.training.trainer import StepResult, evaluate, train_epoch
@@ -98,12 +97,16 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         # From here on there is something to lose: a signal now waits for the end of a step.
         with StopSignal(command) as stop, recorder, explain_out_of_memory(config, training):
             distributed.on_main(report.keep_left_out, [train, evaluation], output)
-            _train(objective, training, train, evaluation, config, recorder, stop)
+            asks = partial(
+                ask, objective, tokenizer, sample_prompts(config), config, training.state
+            )
+            _train(objective, training, train, evaluation, config, recorder, stop, asks)
+            _take_best(training, recorder)
             state = strategy.gathered(model)
             distributed.on_main(_save_final, training, state, tokenizer, dtype, final, resumed_at)
         if settings.overfit:
-            strategy.within(objective, _prove_overfitted, config, tokenizer)
-        report.summarise(config)
+            strategy.within(objective, prove_overfitted, config, tokenizer)
+        report.summarise(config, recorder.result)
     return final
 
 
@@ -125,7 +128,7 @@ def _load_objective(
 
 def _train(
     objective: nn.Module, training: Training, train: TokenLoader, evaluation: TokenLoader | None,
-    config: Config, recorder: report.Recorder, stop: StopSignal,
+    config: Config, recorder: report.Recorder, stop: StopSignal, asks: Callable[[], None],
 ) -> None:  # fmt: skip
     """Train to the last step, early stopping or a signal: every *when* of a run is decided here."""
     state, settings, device = training.state, config.training, training.model.device
@@ -142,7 +145,7 @@ def _train(
     def after_step(step: StepResult) -> bool:
         state.count(step.microbatches * WORLD_SIZE, step.tokens)
         recorder.add(step)
-        done = finished()
+        done, best = finished(), False
         stopping = stop.requested() and not done
         evaluating = evaluation and not stopping and (done or due(settings.eval_every))
         saving = stopping or done or due(settings.save_every)
@@ -157,12 +160,17 @@ def _train(
             best, done = state.is_best(result.loss), finished()  # patience may be at its end now
             saving = saving or best or done
         recorder.log(metrics)  # first: who resumes a checkpoint finds every line up to it
-        if saving and settings.save_every is not None:
+        if evaluating:
+            asks()
+        if saving and (settings.save_every is not None or (best and not done)):
             save_checkpoint(training, recorder.checkpoints, settings.keep_checkpoints)
         if stopping:
             raise stop.farewell(state.step, total_steps, saved=settings.save_every is not None)
+        recorder.clear()
         return done
 
+    if state.step == 0:
+        asks()
     while not finished():
         train.sampler.epoch, train.sampler.position = state.epoch, state.position
         train_epoch(
@@ -204,6 +212,20 @@ def _resume(training: Training, config: Config, output: Path, total_steps: int) 
     return training.state.step
 
 
+def _take_best(training: Training, recorder: report.Recorder) -> None:
+    """Put the best evaluated weights back for the result; the last ones are in a checkpoint."""
+    state, best = training.state, training.state.best_step
+    held, why = state.step, "the last step"
+    if best is not None:
+        path, why = recorder.checkpoints / f"step-{best:08d}", "the best evaluation"
+        if best != state.step and distributed.from_main(path.exists):
+            load_weights(training.trained(), path)
+            held = best
+        elif best != state.step:
+            why = f"the last step, as the checkpoint of the best one, {best}, is gone"
+    recorder.conclude(f"step {held:,} of {state.step:,}, {why}")
+
+
 def _save_final(
     training: Training, state: dict[str, Tensor], tokenizer: Tokenizer, dtype: torch.dtype,
     final: Path, resumed_at: int,
@@ -220,22 +242,3 @@ def _save_final(
         save_model(training.model, tokenizer, folder, dtype, state)
         shutil.copy(final.with_name("config.yaml"), folder / RECIPE)
     report.plot_loss(final.parent)
-
-
-def _prove_overfitted(model: PreTrainedModel, config: Config, tokenizer: Tokenizer) -> None:
-    """Ask for the first answer that was learnt: mask, template and stop token in one look."""
-    first = expand(config.data.train)[0]
-    messages = next(read_rows(first, config.data)).get("messages", [])
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        return  # plain text asks nothing
-    at = roles.index("assistant")
-    wanted = (messages[at].get("content") or "").strip()
-    room = len(tokenizer(wanted)["input_ids"]) + 20  # to run on, if nothing stops it
-    answer = generate(model, tokenizer, [messages[:at]], max_length=room)[0]
-    if answer != wanted:
-        raise RunError(
-            f"overfit not passed: row 1 says {wanted!r}, the model {answer!r}. If the loss above "
-            "is near zero, the template or its stop token is wrong; else train longer"
-        )
-    report.say("overfit    passed: the first row's answer comes back word for word, and ends")

@@ -46,7 +46,7 @@ class Tracker:
         """
         self.run_id = run_id
         self._warn, self._status = warn, "FINISHED"
-        self._lines: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue()
+        self._lines: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue()
         self._thread = threading.Thread(
             target=self._send, args=(experiment, run_name, params), daemon=True, name="mlflow"
         )
@@ -56,6 +56,10 @@ class Tracker:
         """Queue one line of `metrics.jsonl`."""
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         self._lines.put((int(time.time() * 1000), numbers))
+
+    def tag(self, name: str, text: str) -> None:
+        """Queue a tag of the run."""
+        self._lines.put((0, {name: text}))
 
     def close(self, status: str) -> None:
         """Send what is queued and end the run as FINISHED, FAILED or KILLED."""
@@ -73,6 +77,10 @@ class Tracker:
             client, last = self._start(experiment, run_name, params)
             while (line := self._lines.get()) is not None:
                 timestamp, numbers = line
+                if not timestamp:
+                    for key, text in numbers.items():
+                        client.set_tag(str(self.run_id), key, text)
+                    continue
                 step = int(numbers.pop("step"))
                 if step > last:
                     points = [Metric(k, v, timestamp, step) for k, v in numbers.items()]

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT, SMOKE
 from src.config import load_config
+from src.data.dataset import Facts
 from src.training import run
 from src.training.checkpoint import Training, find_checkpoint, identify, load_checkpoint
 from src.training.optimizer import make_optimizer
@@ -78,7 +79,7 @@ def crash_harness(folder: Path) -> None:
         settings, written = load_config(SMOKE, [*saving, *quiet])
         optimizer = make_optimizer(model, settings.training)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        training = Training(model, optimizer, scaler, identify(settings, "", 1))
+        training = Training(model, optimizer, scaler, identify(settings, Facts()))
         torch.manual_seed(1)
         path, _ = find_checkpoint("auto", output / "checkpoints")
         if path:
@@ -100,7 +101,7 @@ def crash_harness(folder: Path) -> None:
         run.train_epoch = watched
         recorder = Recorder(settings, written, training.state, STEPS, Speed(1.0, 1.0, 1.0))
         with StopSignal([]) as stop, recorder:
-            run._train(model, training, loader, None, settings, recorder, stop)
+            run._train(model, training, loader, None, settings, recorder, stop, lambda: None)
 
     def start(output: Path) -> int:
         if pid := os.fork():

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from src.config import Config, LoraConfig, flatten
+from src.data.dataset import Facts
 from src.training.strategy import local, part_of
 from src.utils.distributed import RANK, WORLD_SIZE, barrier, from_main, gather, is_main, on_main
 from src.utils.environment import from_root
@@ -92,13 +93,13 @@ class Training:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
-def identify(config: Config, data_fingerprint: str, processes: int) -> dict[str, Any]:
+def identify(config: Config, data: Facts) -> dict[str, Any]:
     """What makes two runs the same one: the model, the data and the geometry of a step."""
     same = {k: v for k, v in flatten(config.model_dump()).items() if k.startswith(IDENTITY)}
-    data = f"{config.data.train} ({data_fingerprint[:12]})"
+    rows = f"{config.data.train} ({data.fingerprint[:12]})"
     # So 2 processes that accumulate 4 go on where 8 processes accumulated none.
-    window = config.training.gradient_accumulation_steps * processes
-    return same | {"data.train": data, WINDOW: window}
+    window = config.training.gradient_accumulation_steps * WORLD_SIZE
+    return same | {"data.train": rows, WINDOW: window}
 
 
 def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:

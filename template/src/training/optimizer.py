@@ -51,6 +51,11 @@ def make_optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.Op
     return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 
 
+def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """Of the loss, for fp16 alone: bf16 has fp32's range."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
 def make_scheduler(
     optimizer: torch.optim.Optimizer, settings: TrainingConfig, total_steps: int, done: int = 0
 ) -> LambdaLR:

@@ -27,7 +27,7 @@ from src.training.tracking import Tracker, tracking_uri
 from src.training.trainer import StepResult
 from src.utils import distributed
 from src.utils.environment import from_root
-from src.utils.errors import Interrupted
+from src.utils.errors import Interrupted, RunError
 from src.utils.files import write_text
 from src.utils.memory import GIB, gpu_memory
 
@@ -116,6 +116,13 @@ def show_example(train: TokenLoader, tokenizer: Tokenizer) -> None:
     say("example    " + (shown if len(shown) <= 300 else f"{shown[:300]} …"))
 
 
+NOT_FINITE = (
+    "step {}: the loss or a gradient is not finite; the step was not taken. Its batches held rows "
+    "{} of data.train (counted from 0). Lower training.learning_rate, mend the rows, or go on "
+    "without such steps with training.on_non_finite=skip"
+)
+
+
 class Recorder:
     """Writes a line of numbers everywhere: `metrics.jsonl` first, then the terminal and MLflow.
 
@@ -176,10 +183,13 @@ class Recorder:
         self._steps.append(step)
         self.bar.update()
 
-    def read(self, epoch: float) -> tuple[dict[str, Any], list[tuple[int, list[int]]]]:
-        """The numbers since the last line, and number and rows of each step that was not finite.
+    def read(self, epoch: float) -> dict[str, Any]:
+        """The numbers since the last line.
 
         This reads from the device, and so waits for it: the only place in training that does.
+
+        Raises:
+            RunError: a step was not finite, and `training.on_non_finite` says to stop there.
         """
         steps, state, world = self._steps, self.state, distributed.WORLD_SIZE
         device_values = [torch.stack([s.loss, s.grad_norm, s.finite]) for s in steps]
@@ -205,10 +215,11 @@ class Recorder:
         }
         if steps[-1].loss.is_cuda:
             metrics["peak_memory_gib"] = round(gpu_memory()["peak"], 3)
-        numbered = zip(range(state.step - len(steps) + 1, state.step + 1), steps, strict=True)
-        return metrics, [
-            (n, s.rows) for (n, s), good in zip(numbered, finite, strict=True) if not good
-        ]
+        first = state.step - len(steps) + 1
+        for number, (step, good) in enumerate(zip(steps, finite, strict=True), first):
+            if not good and self.config.training.on_non_finite == "stop":
+                raise RunError(NOT_FINITE.format(number, step.rows))
+        return metrics
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Write one line everywhere; keys as in `metrics.jsonl`."""

@@ -31,27 +31,21 @@ from src.training.optimizer import (
     count_steps,
     dtype_of_trained,
     make_optimizer,
+    make_scaler,
     make_scheduler,
 )
 from src.training.out_of_memory import explain_out_of_memory
-from src.training.samples import ask, prove_overfitted, sample_prompts
+from src.training.samples import prove_overfitted, start_asking
 from src.training.signals import StopSignal
 from src.training.speed import measure_speed
 from src.training.trainer import StepResult, evaluate, train_epoch
 from src.utils import distributed
 from src.utils.device import pick_device, pick_dtype
 from src.utils.environment import from_root
-from src.utils.errors import RunError
 from src.utils.files import new_folder, only_run_in
 from src.utils.memory import clear_memory, print_gpu_memory
 from src.utils.ranks import RANK, WORLD_SIZE
 from src.utils.seed import set_seed
-
-NOT_FINITE = (
-    "step {}: the loss or a gradient is not finite; the step was not taken. Its batches held rows "
-    "{} of data.train (counted from 0). Lower training.learning_rate, mend the rows, or go on "
-    "without such steps with training.on_non_finite=skip"
-)
 
 
 def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
@@ -79,12 +73,10 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         tokenizer = load_tokenizer(config.model)
         documents = load_documents(config, tokenizer)
         objective, packing = _load_objective(config, tokenizer, shared, device, dtype)
-        train, evaluation = _make_loaders(documents, config, tokenizer.pad_token_id, packing)
         model = strategy.unwrapped(objective).model
-        # bf16 has fp32's range: only fp16's gradients need scaling.
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        identity = identify(config, train.dataset.facts.fingerprint, WORLD_SIZE)
-        training = Training(model, make_optimizer(model, settings), scaler, identity)
+        train, evaluation = _make_loaders(documents, config, tokenizer.pad_token_id, packing)
+        optimizer, scaler = make_optimizer(model, settings), make_scaler(device, dtype)
+        training = Training(model, optimizer, scaler, identify(config, train.dataset.facts))
         total_steps = count_steps(settings, len(train.sampler))
         resumed_at = _resume(training, config, output, total_steps)
         speed = measure_speed(model, train.dataset.lengths, device, dtype)
@@ -97,13 +89,11 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         # From here on there is something to lose: a signal now waits for the end of a step.
         with StopSignal(command) as stop, recorder, explain_out_of_memory(config, training):
             distributed.on_main(report.keep_left_out, [train, evaluation], output)
-            asks = partial(
-                ask, objective, tokenizer, sample_prompts(config), config, training.state
-            )
+            asks = start_asking(objective, tokenizer, config, training.state)
             _train(objective, training, train, evaluation, config, recorder, stop, asks)
             _take_best(training, recorder)
-            state = strategy.gathered(model)
-            distributed.on_main(_save_final, training, state, tokenizer, dtype, final, resumed_at)
+            weights = strategy.gathered(model)
+            distributed.on_main(_save_final, training, weights, tokenizer, dtype, final, resumed_at)
         if settings.overfit:
             strategy.within(objective, prove_overfitted, config, tokenizer)
         report.summarise(config, recorder.result)
@@ -151,9 +141,7 @@ def _train(
         saving = stopping or done or due(settings.save_every)
         if not (evaluating or saving or due(settings.log_every)):
             return False
-        metrics, not_taken = recorder.read(state.epoch + state.position / train.sampler.batches)
-        if not_taken and settings.on_non_finite == "stop":
-            raise RunError(NOT_FINITE.format(*not_taken[0]))
+        metrics = recorder.read(state.epoch + state.position / train.sampler.batches)
         if evaluating:
             result = evaluate(objective, evaluation, device, dtype)
             metrics |= {"eval_loss": result.loss, "perplexity": result.perplexity}
@@ -169,8 +157,6 @@ def _train(
         recorder.clear()
         return done
 
-    if state.step == 0:
-        asks()
     while not finished():
         train.sampler.epoch, train.sampler.position = state.epoch, state.position
         train_epoch(

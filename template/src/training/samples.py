@@ -1,6 +1,8 @@
 """A few answers before the first step and at each evaluation: what a loss cannot say."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -43,7 +45,17 @@ def questions(source: str, config: Config, limit: int) -> list[tuple[list[dict],
     return found
 
 
-def ask(
+def start_asking(
+    objective: nn.Module, tokenizer: Tokenizer, config: Config, state: TrainState
+) -> Callable[[], None]:
+    """Ask before the first step; return what asks again."""
+    asks = partial(_ask, objective, tokenizer, sample_prompts(config), config, state)
+    if state.step == 0:
+        asks()
+    return asks
+
+
+def _ask(
     objective: nn.Module, tokenizer: Tokenizer, prompts: list[Prompt], config: Config,
     state: TrainState,
 ) -> None:  # fmt: skip

@@ -69,6 +69,12 @@ def run(
     return done
 
 
+def script(folder: Path, name: str, *arguments: str) -> str:
+    """Run a script of a rendered project in this repository's environment; return its output."""
+    command = (sys.executable, f"scripts/{name}.py", *arguments)
+    return run(*command, cwd=folder, PYTHONPATH=str(folder)).stdout
+
+
 @cache
 def offline() -> tuple[str, ...]:
     """Return the words before a command that leave it no network but the machine's own loopback.

@@ -1,50 +1,110 @@
-"""Ask a trained model: `uv run scripts/inference.py MODEL_DIR PROMPT…` prints its answers only."""
+"""Ask a trained model: `uv run scripts/inference.py MODEL [PROMPT…]` prints its answers only.
+
+MODEL is a run's folder, its final/, a checkpoint, any saved model, a hub id or an MLflow URI.
+Without prompts one is read from standard input. A file of rows is answered in order, and a command
+that was stopped goes on where it was:
+  uv run scripts/inference.py outputs/train --input rows.jsonl --output answers.jsonl
+A conversation, word by word: uv run scripts/inference.py outputs/train --chat
+"""
 
 import argparse
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from src.preflight import check_trained
+from src.preflight import find_trained
 from src.utils.environment import load_environment
-from src.utils.errors import run_script
+from src.utils.errors import UserError, run_script
 from src.utils.imports import quick_imports
 
 
 def main(arguments: list[str]) -> None:
-    """Check the folder first, then import torch."""
+    """Check the folder and the rows first, then import torch."""
     options = _parse(arguments)
     load_environment()
-    folder = Path(options.model_dir)
-    check_trained(folder, options.base)
+    name = find_trained(options.model, options.base)
+    prompts, done, total = _prompts(options), 0, 0
+    if options.input:
+        from src.data.answers import answer_rows, check_answers
+
+        done, total = check_answers(options.input, Path(options.output))
 
     with quick_imports():
         from transformers.utils import logging
 
         from src.models.generation import generate
-        from src.models.model import load_trained
+        from src.trained import load_trained
         from src.utils.device import pick_device
         from src.utils.seed import set_seed
 
     logging.disable_progress_bar()
-    set_seed(options.seed)
     device = pick_device(options.device)
-    model, tokenizer = load_trained(folder, device, options.base, options.quantization)
+    model, tokenizer = load_trained(name, device, options.base, options.quantization)
+    set_seed(options.seed + done)  # a file that goes on draws new random numbers
     sampling = {"temperature": options.temperature, "top_p": options.top_p}
-    for answer in generate(
-        model, tokenizer, list(options.prompt), options.max_length, raw=options.raw, **sampling
-    ):
-        print(answer)
+    answer: Any = partial(
+        generate, model, tokenizer, max_length=options.max_length, raw=options.raw,
+        batch_size=options.batch_size, **sampling,
+    )  # fmt: skip
+    if options.chat:
+        _chat(answer, tokenizer)
+    elif options.input:
+        answer_rows(options.input, Path(options.output), done, total, answer)
+    else:
+        print(*answer(prompts), sep="\n")
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    """Those of the command line, or one from standard input.
+
+    Raises:
+        UserError: there is none, or one is empty; or options contradict each other.
+    """
+    ways = [bool(options.prompt), bool(options.input), options.chat]
+    if sum(ways) > 1 or bool(options.input) != bool(options.output):
+        raise UserError("give prompts, or --input with --output, or --chat")
+    if options.chat or options.input:
+        return []
+    prompts = list(options.prompt) or [sys.stdin.read()]
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("an empty prompt: there is nothing to answer")
+    return prompts
+
+
+def _chat(answer: Callable[..., str], tokenizer: Any) -> None:
+    """A conversation, until an empty line or the end of input."""
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    messages: list[dict[str, str]] = []
+    while said := _line("you: "):
+        messages.append({"role": "user", "content": said})
+        text = answer(messages, streamer=streamer)
+        messages.append({"role": "assistant", "content": text})
+
+
+def _line(ask: str) -> str:
+    try:
+        return input(ask).strip()
+    except EOFError:
+        return ""
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="uv run scripts/inference.py",
-        description="Complete each prompt with a trained model; prints the completions only.",
-    )
+        prog="uv run scripts/inference.py", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add = parser.add_argument
-    add("model_dir", help="a run's final folder: a full model or an adapter")
-    add("prompt", nargs="+", help="a question; several are answered as a batch")
+    add("model", help="what answers; see above")
+    add("prompt", nargs="*", help="a question; several are answered as a batch")
+    add("--input", help="a file of rows with `messages` or `prompt`, of any size")
+    add("--output", help="where its rows go, with their answers as `generated`")
+    add("--chat", action="store_true", help="a conversation; an empty line ends it")
     add("--max-length", type=_at_least(1, int), default=256, help="new tokens at most")
+    add("--batch-size", type=_at_least(1, int), default=16, help="prompts at a time")
     add("--raw", action="store_true", help="continue the text, without template")
     add("--temperature", type=_at_least(0, float), default=0.0, help="0: the likeliest")
     add("--top-p", type=float, default=1.0, help="sample from this probability")

@@ -42,29 +42,53 @@ def check_run(config: Config, output: bool = True) -> None:
         raise UserError(*problems)
 
 
-def check_trained(folder: Path, base: str | None) -> None:
-    """Check the folder of a trained model, and that an adapter's local base is where it was.
+def find_trained(name: str, base: str | None = None) -> str:
+    """The folder or hub id that a script's MODEL means, checked before anything is loaded.
 
     Args:
-        folder: as `scripts/inference.py` is given it.
+        name: a run's folder, its `final/`, a checkpoint, any saved model, a hub id, or an MLflow
+            URI (`models:/...`, `runs:/...`), whose files are fetched.
         base: the adapter's base model, if it has moved.
 
     Raises:
         UserError: it is no saved model, or lacks its tokenizer or its base.
     """
+    if name.startswith(("models:/", "runs:/")):
+        name = _from_mlflow(name)
+    folder = from_root(name)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; training prints where its model is")
+        if _is_local(name):
+            raise UserError(f"{name}: no such folder; training prints where its model is")
+        return name
     files = {path.name for path in folder.iterdir()}
+    if not files & {"config.json", ADAPTER, "run.json"} and (folder / "final").is_dir():
+        folder = folder / "final"
+        files = {path.name for path in folder.iterdir()}
+    if "run.json" in files:  # a checkpoint
+        return str(folder)
     if not files & {"config.json", ADAPTER}:
-        hint = f"; did you mean {folder / 'final'}?" if "final" in files else ""
-        raise UserError(f"{folder}: no config.json or {ADAPTER}: not a saved model{hint}")
+        raise UserError(f"{folder}: no config.json or {ADAPTER}: not a saved model")
     if not files & TOKENIZER_FILES:
         raise UserError(f"{folder}: no tokenizer in it; save one with tokenizer.save_pretrained")
     if ADAPTER in files:
         described = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-        name = Path(base or described.get("base_model_name_or_path", ""))
-        if name.is_absolute() and not name.is_dir():
-            raise UserError(f"{folder}: its base model was at {name}, and is not now; give --base")
+        origin = Path(base or described.get("base_model_name_or_path", ""))
+        if origin.is_absolute() and not origin.is_dir():
+            gone = f"its base model was at {origin}, and is not now; give --base"
+            raise UserError(f"{folder}: {gone}")
+    return str(folder)
+
+
+def _from_mlflow(uri: str) -> str:
+    import mlflow
+
+    from src.training.tracking import tracking_uri
+
+    mlflow.set_tracking_uri(tracking_uri())
+    try:
+        return mlflow.artifacts.download_artifacts(uri)
+    except Exception as error:  # noqa: BLE001 - whatever its store raises
+        raise UserError(f"{uri}: {str(error).splitlines()[0]}") from None
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:

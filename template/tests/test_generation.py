@@ -4,7 +4,8 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from src.models.generation import generate
-from src.models.model import load_trained, save_model
+from src.models.model import save_model
+from src.trained import load_trained
 
 
 def test_a_batch_of_prompts_gets_the_answers_each_gets_alone(make_model, tokenizer) -> None:

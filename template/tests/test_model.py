@@ -21,7 +21,8 @@ from src.config import LoraConfig, ModelConfig
 from src.data.batching import collate_packed
 from src.data.dataset import Document
 from src.models.adapters import without_input_casts
-from src.models.model import load_model, load_tokenizer, load_trained, save_model
+from src.models.model import load_model, load_tokenizer, save_model
+from src.trained import load_trained
 from src.training.loss import find_plain_head, summed_loss
 from src.training.trainer import evaluate
 from src.utils.errors import UserError

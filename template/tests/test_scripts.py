@@ -52,7 +52,7 @@ def test_a_start_imports_nothing_that_a_run_may_not_need() -> None:
     ("make", "expected"),
     [
         (lambda folder: folder / "absent", "no such folder"),
-        (lambda folder: folder, "not a saved model; did you mean"),
+        (lambda folder: folder, "not a saved model"),
     ],
 )
 def test_inference_refuses_what_is_no_model(tmp_path, refused, make, expected) -> None:

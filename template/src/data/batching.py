@@ -10,10 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
 from src.data import IGNORE
-from src.data.dataset import Document, TokenDataset
+from src.data.dataset import Document, TokenDataset, load_tokens
 from src.utils.distributed import RANK, WORLD_SIZE
 
 OPEN_BINS = 256  # how many part-filled rows packing chooses from
@@ -153,6 +154,16 @@ def collate_packed(
     batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.from_numpy(bounds))
     batch |= {"max_length_q": max_length, "max_length_k": max_length, "tokens": tokens}
     return with_targets({**batch, "position_ids": torch.from_numpy(positions)[None]})
+
+
+def padded_loader(
+    sources: str | list[str], tokenizer: Tokenizer, config: Config, limit: int | None = None
+) -> TokenLoader:
+    """Rows in their order, padded, for a model in the attention that transformers picks."""
+    rows, pad = load_tokens(sources, tokenizer, config.data, limit), tokenizer.pad_token_id
+    return TokenLoader(
+        rows, config=config, pad_id=pad, packing=False, shuffle=False, pin_memory=False
+    )
 
 
 def short_row(*firsts: int) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def _conversation(key: str, turns: Any, row: Row, data: DataConfig) -> Row | Unr
         return Unreadable(f"`{key}` must be a list with at least one message")
     messages = []
     for number, turn in enumerate(turns, 1):
-        message = _message(turn, data)
+        message = read_message(turn, data)
         if isinstance(message, str):
             return Unreadable(f"message {number}{message}")
         messages.append(message)
@@ -186,7 +186,7 @@ def _conversation(key: str, turns: Any, row: Row, data: DataConfig) -> Row | Unr
     return {"messages": messages, "tools": tools or None, "read_as": key}
 
 
-def _message(turn: Any, data: DataConfig) -> dict[str, Any] | str:
+def read_message(turn: Any, data: DataConfig) -> dict[str, Any] | str:
     """A message with `role` and text as `content`, or what is wrong with it."""
     if not isinstance(turn, dict):
         return " must be an object with `role` and `content`"

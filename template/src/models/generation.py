@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from itertools import batched
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -12,7 +13,7 @@ from src.data.chat import chat_text
 from src.data.encoding import stop_token_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import BatchEncoding, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
     from transformers.generation.streamers import BaseStreamer
 
@@ -23,9 +24,9 @@ Prompt = str | list[dict[str, str]]
 def generate(
     model: PreTrainedModel, tokenizer: Tokenizer, prompt: Prompt | list[Prompt],
     max_length: int = 256, *, raw: bool = False, temperature: float = 0.0, top_p: float = 1.0,
-    streamer: BaseStreamer | None = None,
+    tools: list[dict] | None = None, batch_size: int = 16, streamer: BaseStreamer | None = None,
 ) -> str | list[str]:  # fmt: skip
-    """Complete one prompt, or a batch of prompts at once.
+    """Complete one prompt, or many, those of similar length together.
 
     Args:
         model: a causal language model, with or without adapters, in any mode; its mode and its
@@ -35,47 +36,56 @@ def generate(
         max_length: how many *new* tokens at most. transformers' own `max_length` counts the
             prompt too, and a long prompt then leaves nothing for the answer.
         raw: continue the text as it is, without the chat template.
-        temperature: 0 takes the likeliest token each time; above, samples.
+        temperature: 0 takes the likeliest token each time; above, samples: see `set_seed`.
         top_p: sample from the likeliest tokens that add up to this probability.
+        tools: what the model may call, for templates that write it.
+        batch_size: prompts at a time.
         streamer: receives tokens as they come (one prompt only), e.g. a `TextStreamer`.
 
     Returns:
-        The completion without the prompt and special tokens; a list of them for a list.
+        The completion without the prompt and special tokens; a list of them for a list, in its
+        order.
     """
     single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], dict))
     prompts: list[Any] = [prompt] if single else list(prompt)
-    if not prompts:
-        return []
     # Raw text wants the tokenizer's BOS; a rendered template has written its own already.
     raw = raw or tokenizer.chat_template is None
-    # On the left: the answer continues the prompt, not its padding. Right padding gives other
-    # completions, silently.
-    inputs = tokenizer(
-        [_as_text(each, tokenizer, raw) for each in prompts],
-        return_tensors="pt", padding=len(prompts) > 1, padding_side="left",
-        add_special_tokens=raw, return_token_type_ids=False,
-    ).to(model.device)  # fmt: skip
+    texts = [_as_text(each, tokenizer, raw, tools) for each in prompts]
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    options |= {"eos_token_id": stop_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    complete: Any = model.generate
+    stops = stop_token_ids(tokenizer)
+    options |= {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+    options |= {"max_new_tokens": max_length, "use_cache": True, "streamer": streamer}
+    answers, complete = [""] * len(texts), cast(Any, model).generate
+    # The longest first: what does not fit is known at once.
+    order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
     # Eagerly: each length would be a new shape for a compiled layer.
     with _inference_state(model), torch.compiler.set_stance("force_eager"):
-        output = complete(
-            **inputs, **options, max_new_tokens=max_length, use_cache=True, streamer=streamer
-        )
-    new = output[:, inputs["input_ids"].shape[1] :]  # (prompts, new tokens)
-    answers = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        for some in batched(order, batch_size):
+            inputs = _encode([texts[n] for n in some], tokenizer, raw).to(model.device)
+            new = complete(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+            for n, ids in zip(some, new.tolist(), strict=True):
+                end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
+                answers[n] = str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
     return answers[0] if single else answers
 
 
-def _as_text(prompt: Prompt, tokenizer: Tokenizer, raw: bool) -> str:
+def _encode(texts: list[str], tokenizer: Tokenizer, raw: bool) -> BatchEncoding:
+    # On the left: the answer continues the prompt, not its padding. Right padding gives other
+    # completions, silently.
+    return tokenizer(
+        texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left",
+        add_special_tokens=raw, return_token_type_ids=False,
+    )  # fmt: skip
+
+
+def _as_text(prompt: Prompt, tokenizer: Tokenizer, raw: bool, tools: list[dict] | None) -> str:
     if isinstance(prompt, str):
         if raw:
             return prompt
         prompt = [{"role": "user", "content": prompt}]
-    return chat_text(tokenizer, prompt, add_generation_prompt=True)
+    return chat_text(tokenizer, prompt, True, tools)
 
 
 @contextmanager

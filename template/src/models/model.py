@@ -1,14 +1,12 @@
 """Load a tokenizer and a model as the config says; save what was trained, adapter or model."""
 
 import copy
-import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -16,9 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from src.config import LoraConfig, ModelConfig
 from src.data.encoding import stop_token_ids
-from src.models.adapters import add_adapters, load_adapters
+from src.models.adapters import add_adapters
 from src.models.attention import set_attention
-from src.utils.device import pick_dtype
 from src.utils.environment import PROJECT_ROOT, from_root
 from src.utils.errors import UserError
 
@@ -32,7 +29,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     Raises:
         UserError: there is none, or it cannot say where its tokens begin in the text.
     """
-    with _explained(config.name):
+    with explained(config.name):
         tokenizer = AutoTokenizer.from_pretrained(
             _resolve(config.name), trust_remote_code=config.trust_remote_code
         )
@@ -79,7 +76,7 @@ def build_model(
         UserError: the model is gated, absent, damaged or too large a wish: see each message.
     """
     trust, name = {"trust_remote_code": config.trust_remote_code}, _resolve(config.name)
-    with _explained(config.name):
+    with explained(config.name):
         hf_config = AutoConfig.from_pretrained(name, **trust)
     hf_config.use_cache = False  # with a cache, transformers no longer sees packed documents
     weights = trained_in if lora is None else dtype
@@ -87,7 +84,7 @@ def build_model(
         with torch.device("meta" if device.type == "meta" else "cpu"):
             model = AutoModelForCausalLM.from_config(hf_config, dtype=weights, **trust).to(device)
     else:
-        model = _read_weights(config, device, weights, config=hf_config)
+        model = read_weights(config, device, weights, config=hf_config)
     rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > rows:
         sizes = f"its tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings"
@@ -109,41 +106,6 @@ def build_model(
     if config.compile:
         _compile_layers(model)
     return model
-
-
-def load_trained(
-    folder: Path, device: torch.device, base: str | None = None, quantization: Any = None
-) -> tuple[PreTrainedModel, Tokenizer]:
-    """Load what `save_model` wrote: a full model, or an adapter on its base.
-
-    Args:
-        folder: a run's `final`.
-        device: where the model goes.
-        base: the adapter's base model, if it is not where it was.
-        quantization: of the base; None: what the adapter was trained on, because it learnt to
-            make up for that rounding too.
-
-    Returns:
-        The model in evaluation mode, and its tokenizer.
-
-    Raises:
-        UserError: the base is absent or gated, or a file is damaged.
-    """
-    adapter, recipe, name = folder / "adapter_config.json", folder / RECIPE, str(folder.resolve())
-    trained = yaml.safe_load(recipe.read_text("utf-8"))["model"] if recipe.is_file() else {}
-    if adapter.is_file():
-        name = base or json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
-        quantization = quantization or trained.get("quantization")
-    trust = trained.get("trust_remote_code", False)
-    config = ModelConfig(name=name, quantization=quantization or "none", trust_remote_code=trust)
-    # In the attention that transformers picks: it understands padding and a cache.
-    model = _read_weights(config, device, pick_dtype("auto", device))
-    with _explained(str(folder)):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if adapter.is_file():
-            model = load_adapters(model, folder)
-    model.eval()
-    return model, cast(Tokenizer, tokenizer)
 
 
 def save_model(
@@ -193,7 +155,7 @@ def count_before_loading(config: ModelConfig) -> int:
         UserError: as `load_model` does.
     """
     trust = {"trust_remote_code": config.trust_remote_code}
-    with _explained(config.name), torch.device("meta"):
+    with explained(config.name), torch.device("meta"):
         described = AutoConfig.from_pretrained(_resolve(config.name), **trust)
         model = AutoModelForCausalLM.from_config(described, **trust)
     return model.num_parameters()
@@ -204,9 +166,10 @@ def _resolve(name: str) -> str:
     return str(from_root(name).resolve()) if from_root(name).is_dir() else name
 
 
-def _read_weights(
+def read_weights(
     settings: ModelConfig, device: torch.device, dtype: torch.dtype, **options: Any
 ) -> PreTrainedModel:
+    """Saved weights as they are, quantized or not, in the attention that transformers picks."""
     options |= {"dtype": dtype, "device_map": {"": device}}
     options |= {"trust_remote_code": settings.trust_remote_code}
     options |= {"use_safetensors": True}  # a pickled .bin can run code when it is read
@@ -220,7 +183,7 @@ def _read_weights(
             # Unset, bitsandbytes computes in fp32, inside bf16 autocast too, and says nothing.
             bnb_4bit_compute_dtype=torch.bfloat16 if dtype == torch.float32 else dtype,
         )
-    with _explained(settings.name):
+    with explained(settings.name):
         return AutoModelForCausalLM.from_pretrained(_resolve(settings.name), **options)
 
 
@@ -268,7 +231,7 @@ def _compile_layers(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _explained(name: str) -> Generator[None]:
+def explained(name: str) -> Generator[None]:
     """Turn the many ways in which loading fails into one line that says what to do."""
     try:
         yield

@@ -6,12 +6,14 @@ A background thread does all of it. A server that is down costs a run one warnin
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config import flatten
@@ -128,3 +130,21 @@ def tracking_uri() -> str:
     MLflow's own default is one in whatever folder you are in.
     """
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{PROJECT_ROOT / 'mlflow.db'}"
+
+
+def send_evaluation(folder: Path, figures: dict[str, float], files: list[Path]) -> None:
+    """Add figures and files to the MLflow run that made what is in `folder`, if there is one."""
+    records = sorted(folder.parent.glob("checkpoints/step-*/run.json"))
+    run_id = json.loads(records[-1].read_text())["state"]["tracking_run"] if records else None
+    if run_id is None:
+        return
+    try:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri())
+        for name, value in figures.items():
+            client.log_metric(run_id, f"evaluation_{name}", value)
+        for file in files:
+            client.log_artifact(run_id, str(file))
+    except Exception as error:  # noqa: BLE001 - the files are written in any case
+        print(f"warning: MLflow did not take it ({type(error).__name__})")

@@ -1,0 +1,59 @@
+"""An evaluation says what training said, and compares with the base."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import scripts.evaluate
+from conftest import SMOKE, chat, metrics
+from src.evaluation import as_markdown
+
+SAMPLE = str(Path(SMOKE).parents[1] / "data/sample.jsonl")
+
+
+def test_the_loss_is_the_one_that_training_found(smoke: Path, capsys) -> None:
+    scripts.evaluate.main([str(smoke), SAMPLE, "--samples", "5", "--max-length", "40"])
+    found = json.loads((smoke / "final/evaluation.json").read_text())
+    figures = found["scores"]["model"]
+    assert figures["loss"] == pytest.approx(metrics(smoke)[-1]["eval_loss"], rel=1e-4)
+    assert figures["exact"] == figures["contains"] == 1
+    assert len(found["samples"]) == 5
+    assert (smoke / "final/evaluation.md").read_text().strip() in capsys.readouterr().out
+
+
+def test_an_adapter_is_compared_with_its_base(smoke: Path, train, write_rows) -> None:
+    rows = write_rows(chat("What is the code?", "seven"), chat("And the answer?", "It is seven."))
+    folder = train(
+        f"model.name={smoke / 'final'}", "model.init=pretrained", "lora.r=8",
+        f"data.train={rows}", "data.eval=null", "training.epochs=40", "training.batch_size=1",
+        "training.learning_rate=1e-2",
+    )  # fmt: skip
+    scripts.evaluate.main([str(folder), rows, "--max-length", "16"])
+    found = json.loads((folder / "final/evaluation.json").read_text())
+    scores = found["scores"]
+    assert scores["model"]["loss"] < 0.1 < scores["base"]["loss"]
+    assert scores["model"]["exact"] == 1 > scores["base"]["exact"]
+    assert {"prompt", "wanted", "model", "base"} == found["samples"][0].keys()
+
+
+def test_exact_and_contained_answers_are_counted_apart(smoke: Path, write_rows) -> None:
+    said = "Hello! I am a very small model."
+    rows = [chat("Say hello.", answer) for answer in (said, "a very small model", "no")]
+    scripts.evaluate.main([str(smoke), write_rows(*rows), "--max-length", "40"])
+    figures = json.loads((smoke / "final/evaluation.json").read_text())["scores"]["model"]
+    assert figures["exact"] == pytest.approx(1 / 3)
+    assert figures["contains"] == pytest.approx(2 / 3)
+
+
+def test_bad_rows_are_named_before_anything_is_loaded(smoke: Path, refused, write_rows) -> None:
+    rows = write_rows(chat("a", "b"), {"prompt": "x"})
+    assert ":2: `completion` is missing" in refused(scripts.evaluate.main, str(smoke), rows)[0]
+    assert "no such file" in refused(scripts.evaluate.main, str(smoke), "nothing.jsonl")[0]
+
+
+def test_a_table_survives_what_models_say() -> None:
+    figures = {"loss": 1.0, "perplexity": 2.7, "exact": 0.5, "contains": 1.0}
+    row = {"prompt": [{"role": "user", "content": "a | b\nc"}], "wanted": "x" * 300, "model": ""}
+    text = as_markdown({"data": "d", "scores": {"model": figures}, "samples": [row]})
+    assert r"| a \| b c | " + "x" * 200 + " … |  |" in text

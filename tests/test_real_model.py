@@ -23,8 +23,9 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     smollm2.make(folder / "model")
     script(
         folder, "train", "model.name=model", "data.train=data/sample.jsonl", "device=cpu",
-        "data.eval=data/sample.jsonl", "data.max_length=256", "training.batch_size=2",
-        "training.max_steps=40", "training.epochs=40", "training.learning_rate=2e-3",
+        "data.eval=data/sample.jsonl", "data.max_length=256", "training.batch_size=4",
+        "training.max_steps=40", "training.epochs=40", "training.learning_rate=1e-3",
+        "training.warmup_steps=2", "training.scheduler=linear",
         "training.eval_every=20", "output_dir=outputs/tuned", "tracking.enabled=false",
     )  # fmt: skip
     return folder

@@ -52,3 +52,37 @@ def test_a_model_that_knows_no_sdpa_is_loaded_and_answers(tmp_path, tokenizer) -
     model, saved = load_trained(tmp_path / "m", torch.device("cpu"))
     assert model.config._attn_implementation == "eager"
     assert isinstance(generate(model, saved, "Hi", max_length=2), str)
+
+
+def test_an_answer_ends_at_either_of_two_stop_tokens(make_model, tokenizer, monkeypatch) -> None:
+    model = make_model(packing=False)
+    first, second = 1, tokenizer.convert_tokens_to_ids("<|begin|>")
+    monkeypatch.setattr("src.models.generation.stop_token_ids", lambda _: [first, second])
+    said = tokenizer("said", add_special_tokens=False)["input_ids"]
+    rows = [[*said, first, *said], [*said, second, *said]]
+    asked = {}
+
+    def stub(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
+        asked.update(options)
+        return torch.cat([input_ids, torch.tensor(rows)], dim=1)
+
+    monkeypatch.setattr(model, "generate", stub)
+    assert generate(model, tokenizer, ["a", "b"]) == ["said", "said"]
+    assert asked["eos_token_id"] == [first, second]
+
+
+def test_many_prompts_of_any_length_are_answered_in_their_order(make_model, tokenizer) -> None:
+    model = make_model(lora=True)
+    prompts = ["word " * (n * 7 % 23) + "?" for n in range(11)]
+    alone = [generate(model, tokenizer, prompt, max_length=6) for prompt in prompts]
+    assert generate(model, tokenizer, prompts, max_length=6, batch_size=4) == alone
+    assert len(set(alone)) > 1
+
+
+def test_tools_reach_the_template(make_model, tokenizer, monkeypatch) -> None:
+    seen = {}
+    monkeypatch.setattr(
+        "src.models.generation.chat_text", lambda _, m, __, tools: seen.update(t=tools) or "x"
+    )
+    generate(make_model(), tokenizer, "Hi", max_length=1, tools=[{"name": "look"}])
+    assert seen == {"t": [{"name": "look"}]}

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import scripts.evaluate
+import scripts.inference
 import scripts.train
-from conftest import SMOKE, metrics
+from conftest import SMOKE, chat, metrics
+from src.preflight import find_trained
 from src.training.report import Recorder
 from src.training.tracking import Tracker
 from src.utils.errors import Interrupted
@@ -24,8 +27,42 @@ def test_mlflow_has_the_parameters_and_metrics_of_the_run(smoke: Path) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.params["training.learning_rate"] == "0.003"
     assert run.data.params["model.name"] == "configs/tiny"
+    assert run.data.tags["final"] == "step 160 of 160, the best evaluation"
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(p.step, p.value) for p in history] == [(m["step"], m["loss"]) for m in metrics(smoke)]
+
+
+def test_an_evaluation_is_added_to_the_run_that_made_the_model(
+    smoke: Path, monkeypatch, tmp_path, write_rows
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{shutil.copy(smoke.parent / 'mlflow.db', tmp_path / 'mlflow.db')}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    rows = write_rows(chat("Say hello.", "Hello! I am a very small model."))
+    scripts.evaluate.main([str(smoke), rows, "--max-length", "32"])
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("smoke")
+    assert experiment
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.metrics["evaluation_exact"] == 1
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["evaluation.md"]
+
+
+def test_a_model_of_mlflow_is_found_by_its_uri(tmp_path, monkeypatch, smoke: Path, refused) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{shutil.copy(smoke.parent / 'mlflow.db', tmp_path / 'mlflow.db')}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = MlflowClient(uri)
+    number = client.create_experiment("models", (tmp_path / "store").as_uri())
+    run = client.create_run(number).info.run_id
+    client.log_artifacts(run, str(smoke / "final"), "model")
+    found = Path(find_trained(f"runs:/{run}/model"))
+    saved = "model.safetensors"
+    assert (found / saved).read_bytes() == (smoke / "final" / saved).read_bytes()
+    lines = refused(scripts.inference.main, "runs:/0123456789abcdef0123456789abcdef/model", "hi")
+    assert lines[0].startswith("runs:/0123456789abcdef0123456789abcdef/model: ")
 
 
 def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(tmp_path, monkeypatch, mlflow_database):

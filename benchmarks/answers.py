@@ -31,7 +31,7 @@ def main() -> None:
         size = make(folder / "large", layers=12, hidden=1536)
         took = export(folder)
         print(
-            f"\nexport    of {size:.2f} GiB: {peak:.2f} GiB above the imports, {took / size:.2f} x"
+            f"\nexport    of {size:.2f} GiB: {took:.2f} GiB above the imports, {took / size:.2f} x"
         )
 
 

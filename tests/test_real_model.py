@@ -4,6 +4,7 @@ uv run --group smollm2 pytest tests/test_real_model.py
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,11 @@ def test_its_evaluation_beats_its_base(tuned: Path) -> None:
     assert scores["model"]["exact"] > 0.7 > 0.1 > scores["base"]["exact"]
 
 
-def test_merged_into_the_full_base_it_still_says_so(tuned: Path) -> None:
+def test_merged_into_the_full_base_it_tells_what_four_bits_were_worth(tuned: Path) -> None:
     told = script(tuned, "export", "outputs/tuned", "exported")
-    assert "merging changed the logits by" in told
-    answer = script(tuned, "inference", "exported", "What does LoRA train?", "--max-length", "40")
-    assert answer.strip().startswith("Two small matrices per layer")
+    found = re.search(r"the loss is now ([\d.]+), and was ([\d.]+) on the 4bit base", told)
+    assert found, told
+    merged, trained = map(float, found.groups())
+    assert trained < merged
+    paris = script(tuned, "inference", "exported", "What is the capital of France?")
+    assert "Paris" in paris

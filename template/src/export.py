@@ -17,12 +17,14 @@ from src.data.encoding import stop_token_ids
 from src.models.adapters import load_adapters
 from src.models.model import RECIPE, explained, load_tokenizer, read_weights, save_model
 from src.preflight import ADAPTER
+from src.trained import load_trained
 from src.training.report import read_metrics
 from src.training.trainer import evaluate
 from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError
 from src.utils.memory import GIB
 
+CPU = torch.device("cpu")
 # What merging may change: a bf16 weight keeps 8 bits of the sum, and layers add up their roundings.
 MOST = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
@@ -50,32 +52,44 @@ def export(folder: Path, out: Path, base: str | None, config: Config) -> str:
         RunError: merging changed the model by more than rounding does.
     """
     name, told = _weights_of(folder, base), "all weights were trained: there is nothing to merge"
+    trust = config.model.trust_remote_code
     with explained(name):
-        described = AutoConfig.from_pretrained(name)
+        described = AutoConfig.from_pretrained(name, trust_remote_code=trust)
     if getattr(described, "quantization_config", None):
         why = "is quantized, and an adapter merged into it would be rounded away"
         raise UserError(f"{name}: {why}; name the original with --base")
     dtype = described.dtype or torch.float32
-    model = read_weights(ModelConfig(name=name), torch.device("cpu"), dtype)
-    tokenizer = load_tokenizer(ModelConfig(name=str(folder)))
+    settings = ModelConfig(name=name, trust_remote_code=trust)
+    tokenizer = load_tokenizer(ModelConfig(name=str(folder), trust_remote_code=trust))
     if (folder / ADAPTER).is_file():
         own = isinstance(config.data.eval, str | list)
         rows = config.data.eval if own else config.data.train
         batches = list(padded_loader(rows, tokenizer, config, limit=8))
+        told = _as_trained(folder, base, config.model.quantization, batches)
+        model = read_weights(settings, CPU, dtype)
         adapted = load_adapters(model, folder).eval()
         logits, loss = _measure(adapted, batches)
         model = _merge(adapted)
         merged, merged_loss = _measure(model, batches)
         change = float((merged - logits).norm() / logits.norm())
-        told = (
-            f"merging changed the logits by {change:.1e} and the loss by {merged_loss - loss:+.1e}"
-        )
+        changed = f"the logits by {change:.1e} and the loss by {merged_loss - loss:+.1e}"
+        told = f"merging changed {changed}; the loss is now {merged_loss:.4f}{told}"
         if not change <= MOST[dtype]:
             raise RunError(f"{told}: more than rounding ({MOST[dtype]:g}); nothing is written")
+    else:
+        model = read_weights(settings, CPU, dtype)
     model.generation_config.eos_token_id = stop_token_ids(tokenizer)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     save_model(model, tokenizer, out, dtype)
     return told
+
+
+def _as_trained(folder: Path, base: str | None, kind: str, batches: list[dict[str, Any]]) -> str:
+    """The loss on the quantized base, for which an adapter learnt to make up."""
+    if kind == "none":
+        return ""
+    model, _ = load_trained(folder, CPU, base)
+    return f", and was {_measure(model, batches)[1]:.4f} on the {kind} base it was trained on"
 
 
 def _weights_of(folder: Path, base: str | None) -> str:

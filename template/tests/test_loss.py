@@ -31,7 +31,7 @@ def test_the_chunked_loss_equals_the_full_one(monkeypatch, labels: int, bias: bo
         if chunked:
             batch = with_targets({"input_ids": label, "labels": label})
             loss = loss_module._ChunkedCrossEntropy.apply(
-                h[batch["positions"]], w, b, batch["targets"]
+                h[batch["positions"]], w, b, batch["targets"], loss_module.CPU_CHUNK
             )
         else:
             loss = F.cross_entropy(

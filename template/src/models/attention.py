@@ -7,6 +7,7 @@ variable-length flash attention (no flash-attn package), on a CPU document by do
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -145,6 +146,8 @@ def _attend_by_document(
 # No mask function is registered with it: transformers then makes no mask at all, and makes no
 # synchronising test on position_ids either.
 AttentionInterface.register("varlen", varlen_attention)
+# The GPU's way on any device, for a plan on tensors without data.
+AttentionInterface.register("varlen_kernel", partial(varlen_attention, kernel=attend_by_kernel))
 
 
 def set_attention(

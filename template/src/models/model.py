@@ -31,7 +31,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """
     with explained(config.name):
         tokenizer = AutoTokenizer.from_pretrained(
-            _resolve(config.name), trust_remote_code=config.trust_remote_code
+            resolve(config.name), trust_remote_code=config.trust_remote_code
         )
     if tokenizer is None or not tokenizer.is_fast:
         raise UserError(f"model.name: {config.name}: needs a fast tokenizer (a tokenizer.json)")
@@ -75,7 +75,7 @@ def build_model(
     Raises:
         UserError: the model is gated, absent, damaged or too large a wish: see each message.
     """
-    trust, name = {"trust_remote_code": config.trust_remote_code}, _resolve(config.name)
+    trust, name = {"trust_remote_code": config.trust_remote_code}, resolve(config.name)
     with explained(config.name):
         hf_config = AutoConfig.from_pretrained(name, **trust)
     hf_config.use_cache = False  # with a cache, transformers no longer sees packed documents
@@ -102,7 +102,7 @@ def build_model(
     if lora is not None:
         model = add_adapters(model, lora)
     if config.gradient_checkpointing:
-        _checkpoint_layers(model, config)
+        checkpoint_layers(model, config)
     if config.compile:
         _compile_layers(model)
     return model
@@ -156,12 +156,12 @@ def count_before_loading(config: ModelConfig) -> int:
     """
     trust = {"trust_remote_code": config.trust_remote_code}
     with explained(config.name), torch.device("meta"):
-        described = AutoConfig.from_pretrained(_resolve(config.name), **trust)
+        described = AutoConfig.from_pretrained(resolve(config.name), **trust)
         model = AutoModelForCausalLM.from_config(described, **trust)
     return model.num_parameters()
 
 
-def _resolve(name: str) -> str:
+def resolve(name: str) -> str:
     """A local folder as an absolute path, so that an adapter finds its base from anywhere."""
     return str(from_root(name).resolve()) if from_root(name).is_dir() else name
 
@@ -184,7 +184,7 @@ def read_weights(
             bnb_4bit_compute_dtype=torch.bfloat16 if dtype == torch.float32 else dtype,
         )
     with explained(settings.name):
-        return AutoModelForCausalLM.from_pretrained(_resolve(settings.name), **options)
+        return AutoModelForCausalLM.from_pretrained(resolve(settings.name), **options)
 
 
 def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
@@ -201,7 +201,8 @@ def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
         setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
-def _checkpoint_layers(model: PreTrainedModel, config: ModelConfig) -> None:
+def checkpoint_layers(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Recompute activations in the backward pass, as the config says."""
     # transformers 5.23 renamed it; the old name warns there, and goes in 6.
     name = "activation_checkpointing_enable"
     enable: Any = getattr(model, name, None) or model.gradient_checkpointing_enable

@@ -27,6 +27,7 @@ class PlainHead(NamedTuple):
 
     backbone: nn.Module
     linear: nn.Linear
+    chunk: int = CHUNK  # rows of logits at a time
 
 
 class Objective(nn.Module):
@@ -67,7 +68,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], head: PlainHead | None)
     weight, bias = head.linear.weight, head.linear.bias
     if not torch.is_grad_enabled():  # weights that train would be given a gradient all the same
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets)
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, head.chunk)
 
 
 def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
@@ -116,7 +117,9 @@ def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) 
     base.train(training)
     same = (hidden - seen["hidden"].float()).norm() <= 0.01 * hidden.norm()
     plain = bool(same) and torch.equal(logits.float(), seen["ramp"].float())
-    return PlainHead(backbone, head) if plain else None
+    return (
+        PlainHead(backbone, head, CPU_CHUNK if device.type == "cpu" else CHUNK) if plain else None
+    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -129,7 +132,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
     ) -> Tensor:
         # fp32: thousands of rows are added up, which bf16 would round at each step.
         dtypes = (hidden.dtype, torch.float32, torch.float32)
@@ -139,7 +142,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ]
         grad_hidden, grad_weight, grad_bias = grads
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        chunk = CPU_CHUNK if hidden.device.type == "cpu" else CHUNK
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             h, target = hidden[rows], targets[rows]
@@ -164,4 +166,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if g is None else (g * upstreams[0]).to(dtype) for g, dtype in grads), None
+        found = (None if g is None else (g * upstreams[0]).to(dtype) for g, dtype in grads)
+        return *found, None, None

@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +26,7 @@ from src.training.speed import Speed
 from src.training.tracking import Tracker, tracking_uri
 from src.training.trainer import StepResult
 from src.utils import distributed
-from src.utils.environment import from_root
+from src.utils.environment import PROJECT_ROOT, from_root
 from src.utils.errors import Interrupted, RunError
 from src.utils.files import write_text
 from src.utils.memory import GIB, gpu_memory
@@ -133,8 +133,15 @@ class Recorder:
 
     def __init__(
         self, config: Config, written: dict[str, Any], state: TrainState, total_steps: int,
-        speed: Speed,
+        speed: Speed, loaders: Sequence[TokenLoader | None] = (),
     ) -> None:  # fmt: skip
+        self.data = [
+            (key, str(source), loader.dataset.facts.fingerprint)
+            for key, source, loader in zip(
+                ("train", "eval"), (config.data.train, config.data.eval), loaders, strict=False
+            )
+            if loader is not None
+        ]
         self.config, self.written, self.state = config, written, state
         self.total_steps = total_steps
         self.folder, self.speed = from_root(config.output_dir), speed
@@ -155,14 +162,17 @@ class Recorder:
                 rewind_metrics(self.folder / name, self.state.step)
             if (tracking := self.config.tracking).enabled:
                 name, run = tracking.run_name or self.folder.name, self.state.tracking_run
-                self.tracker = Tracker(tracking.experiment, name, self.written, run, say)
+                told = (tracking.experiment, name, self.written, run, say, self.data)
+                self.tracker = Tracker(*told)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.close()
         if self.tracker:
             stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
-            self.tracker.close("KILLED" if stopped else "FAILED" if kind else "FINISHED")
+            names = ("config.yaml", "samples.jsonl", "left_out.jsonl", "loss.png")
+            files = [*(self.folder / name for name in names), PROJECT_ROOT / "uv.lock"]
+            self.tracker.close("KILLED" if stopped else "FAILED" if kind else "FINISHED", files)
 
     def conclude(self, result: str) -> None:
         """Say of which step the result is, wherever somebody may look for it."""

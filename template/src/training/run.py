@@ -74,7 +74,7 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         documents = load_documents(config, tokenizer)
         objective, packing = _load_objective(config, tokenizer, shared, device, dtype)
         model = strategy.unwrapped(objective).model
-        train, evaluation = _make_loaders(documents, config, tokenizer.pad_token_id, packing)
+        loaders = train, evaluation = _make_loaders(documents, config, tokenizer, packing)
         optimizer, scaler = make_optimizer(model, settings), make_scaler(device, dtype)
         training = Training(model, optimizer, scaler, identify(config, train.dataset.facts))
         total_steps = count_steps(settings, len(train.sampler))
@@ -85,10 +85,10 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         if device.type == "cuda":
             clear_memory()  # what loading left: the peak is then that of training
             distributed.on_main(print_gpu_memory, "memory    ")
-        recorder = report.Recorder(config, written, training.state, total_steps, speed)
+        recorder = report.Recorder(config, written, training.state, total_steps, speed, loaders)
         # From here on there is something to lose: a signal now waits for the end of a step.
         with StopSignal(command) as stop, recorder, explain_out_of_memory(config, training):
-            distributed.on_main(report.keep_left_out, [train, evaluation], output)
+            distributed.on_main(report.keep_left_out, loaders, output)
             asks = start_asking(objective, tokenizer, config, training.state)
             _train(objective, training, train, evaluation, config, recorder, stop, asks)
             _take_best(training, recorder)
@@ -169,10 +169,14 @@ def _train(
 
 
 def _make_loaders(
-    documents: tuple[TokenDataset, TokenDataset | None], config: Config, pad_id: int, packing: bool
+    documents: tuple[TokenDataset, TokenDataset | None],
+    config: Config,
+    tokenizer: Tokenizer,
+    packing: bool,
 ) -> tuple[TokenLoader, TokenLoader | None]:
     """Batches of both, in memory that a GPU copies from without being waited for."""
     pinned = torch.cuda.is_available() and config.device != "cpu"
+    pad_id = tokenizer.pad_token_id
     make = partial(TokenLoader, config=config, pad_id=pad_id, packing=packing, pin_memory=pinned)
     train, evaluation = documents
     return make(train, shuffle=True), make(evaluation, shuffle=False) if evaluation else None

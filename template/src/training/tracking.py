@@ -12,11 +12,12 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config import flatten
+from src.training.provenance import hide, provenance, uncommitted
 from src.utils.environment import PROJECT_ROOT
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Tracker:
 
     def __init__(
         self, experiment: str, run_name: str, params: dict[str, Any], run_id: str | None = None,
-        warn: Callable[[str], None] = print,
+        warn: Callable[[str], None] = print, data: Sequence[tuple[str, str, str]] = (),
     ) -> None:  # fmt: skip
         """Start, or with `run_id` continue, a run; returns at once.
 
@@ -45,9 +46,11 @@ class Tracker:
             params: the configuration, nested as it is.
             run_id: of the run to continue.
             warn: called once if MLflow cannot be reached.
+            data: name, source and fingerprint of each dataset.
         """
         self.run_id = run_id
-        self._warn, self._status = warn, "FINISHED"
+        self._warn, self._status, self._data = warn, "FINISHED", data
+        self._files: list[Path] = []
         self._lines: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue()
         self._thread = threading.Thread(
             target=self._send, args=(experiment, run_name, params), daemon=True, name="mlflow"
@@ -63,9 +66,9 @@ class Tracker:
         """Queue a tag of the run."""
         self._lines.put((0, {name: text}))
 
-    def close(self, status: str) -> None:
-        """Send what is queued and end the run as FINISHED, FAILED or KILLED."""
-        self._status = status
+    def close(self, status: str, files: Sequence[Path] = ()) -> None:
+        """Send what is queued and these files; end the run as FINISHED, FAILED or KILLED."""
+        self._status, self._files = status, [file for file in files if file.is_file()]
         self._lines.put(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
@@ -87,11 +90,22 @@ class Tracker:
                 if step > last:
                     points = [Metric(k, v, timestamp, step) for k, v in numbers.items()]
                     client.log_batch(str(self.run_id), metrics=points)
+            self._keep(client)
             client.set_terminated(str(self.run_id), self._status)
         except Exception as error:  # noqa: BLE001 - tracking must never stop a training
             # Its type alone: MLflow's messages repeat the URI with user and password.
             what = f"MLflow failed ({type(error).__name__}) and gets no more of this run"
             self._warn(f"{what}; metrics.jsonl has all numbers")
+
+    def _keep(self, client: MlflowClient) -> None:
+        """Store the run's files as artifacts, what is text in them without secrets."""
+        for file in self._files:
+            if file.suffix == ".png":
+                client.log_artifact(str(self.run_id), str(file))
+            else:
+                client.log_text(str(self.run_id), hide(file.read_text("utf-8")), file.name)
+        if changes := uncommitted():
+            client.log_text(str(self.run_id), changes, "uncommitted.diff")
 
     def _start(
         self, experiment: str, run_name: str, params: dict[str, Any]
@@ -102,7 +116,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         from filelock import FileLock
         from mlflow import MlflowClient
-        from mlflow.entities import Param
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -113,14 +127,23 @@ class Tracker:
             folder = (PROJECT_ROOT / "mlruns").as_uri() if own else None
             found = client.get_experiment_by_name(experiment)
             number = found.experiment_id if found else client.create_experiment(experiment, folder)
+        tags = [RunTag(key, text) for key, text in provenance().items()]
         if self.run_id:
+            client.log_batch(self.run_id, tags=tags)
             client.update_run(self.run_id, status="RUNNING")
             # The steps after the checkpoint are taken again; MLflow would store both.
             history = client.get_metric_history(self.run_id, "loss")
             return client, max((point.step for point in history), default=-1)
-        self.run_id = client.create_run(number, run_name=run_name).info.run_id
-        flat = [Param(key, str(value)[:LIMIT]) for key, value in flatten(params).items()]
-        client.log_batch(self.run_id, params=flat)
+        self.run_id = client.create_run(number, run_name=hide(run_name)).info.run_id
+        flat = [Param(key, hide(str(value))[:LIMIT]) for key, value in flatten(params).items()]
+        client.log_batch(self.run_id, params=flat, tags=tags)
+        client.log_inputs(self.run_id, [
+            DatasetInput(
+                Dataset(name, digest[:36], "local", json.dumps({"uri": source})),
+                [InputTag("mlflow.data.context", name)],
+            )
+            for name, source, digest in self._data
+        ])  # fmt: skip
         return client, -1
 
 

@@ -3,6 +3,7 @@
 transformers loads such a file too, but keeps its weights packed and cannot save them.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ def gguf_file() -> Path | None:
 def make(folder: Path) -> None:
     """Write config, bf16 weights and tokenizer."""
     import torch
-    from gguf import GGUFReader, dequantize
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source = gguf_file()
     assert source is not None
-    reader = GGUFReader(source)
+    gguf: Any = import_module("gguf")  # not in every environment
+    reader = gguf.GGUFReader(source)
     heads, kv_heads = (field(reader, f"llama.attention.head_count{x}") for x in ("", "_kv"))
     config = LlamaConfig(
         vocab_size=49152, hidden_size=field(reader, "llama.embedding_length"),
@@ -37,7 +38,7 @@ def make(folder: Path) -> None:
     )  # fmt: skip
     weights = {}
     for tensor in reader.tensors:
-        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        value = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             # GGUF lays the two halves of each rotary pair side by side.
             count = heads if "attn_q" in tensor.name else kv_heads

@@ -52,7 +52,7 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
-ONE = "[Apache-2.0-4bit-github]"
+ONE = "[Apache-2.0-4bit-github-none]"
 GUARDS = [
     (
         bump_a_dependency_in_the_project_alone,

@@ -68,7 +68,7 @@ runpy.run_path("scripts/train.py", run_name="__main__")
 """
 LOAD_AND_RESUME = """
 import pathlib, runpy, torch
-from src.models.model import load_trained
+from src.trained import load_trained
 load_trained(pathlib.Path("outputs/train/final"), torch.device("cpu"))
 runpy.run_path("scripts/train.py", run_name="__main__")
 """

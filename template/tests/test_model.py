@@ -180,7 +180,7 @@ def test_checkpoints_are_kept_in_the_hosts_memory_on_a_gpu(make_model) -> None:
     for place, expected in (("cuda", True), ("cpu", False)):
         enable = Mock()
         model = SimpleNamespace(device=torch.device(place), activation_checkpointing_enable=enable)
-        model_module._checkpoint_layers(model, ModelConfig(name="x", **options))
+        model_module.checkpoint_layers(model, ModelConfig(name="x", **options))
         assert enable.call_args.kwargs["offload"] is expected
 
 
@@ -190,7 +190,7 @@ def test_a_model_without_linear_layers_cannot_be_quantized(make_model, monkeypat
     monkeypatch.setattr(bnb, "Linear4bit", torch.nn.Conv3d)  # as if none had been replaced
     monkeypatch.setattr(bnb, "Linear8bitLt", torch.nn.Conv3d)
     model = make_model()
-    monkeypatch.setattr(model_module, "_read_weights", lambda *_, **__: model)
+    monkeypatch.setattr(model_module, "read_weights", lambda *_, **__: model)
     expected = r"model.quantization: .* has no layer that bitsandbytes can quantize"
     with pytest.raises(UserError, match=expected):
         make_model(lora=True, quantization="4bit")

@@ -410,7 +410,7 @@ def run_generate(c: Campaign) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from src.models.generation import generate
-    from src.models.model import load_trained
+    from src.trained import load_trained
 
     asked = sorted(_questions(c), key=len)
     prompts = [asked[n * (len(asked) - 1) // 7] for n in range(8)]  # the shortest to the longest

@@ -32,14 +32,11 @@ def main(arguments: list[str]) -> None:
         done, total = check_answers(options.input, Path(options.output))
 
     with quick_imports():
-        from transformers.utils import logging
-
         from src.models.generation import generate
         from src.trained import load_trained
         from src.utils.device import pick_device
         from src.utils.seed import set_seed
 
-    logging.disable_progress_bar()
     device = pick_device(options.device)
     model, tokenizer = load_trained(name, device, options.base, options.quantization)
     set_seed(options.seed + done)  # a file that goes on draws new random numbers

@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
 
 from src.config import Config, ModelConfig
 from src.data.batching import padded_loader
@@ -52,6 +53,7 @@ def export(folder: Path, out: Path, base: str | None, config: Config) -> str:
         RunError: merging changed the model by more than rounding does.
     """
     name, told = _weights_of(folder, base), "all weights were trained: there is nothing to merge"
+    logging.disable_progress_bar()
     trust = config.model.trust_remote_code
     with explained(name):
         described = AutoConfig.from_pretrained(name, trust_remote_code=trust)

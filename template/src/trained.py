@@ -8,6 +8,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging
 
 from src.config import Config, ModelConfig, load_config
 from src.models.adapters import load_adapters
@@ -35,6 +36,7 @@ def load_trained(
     Raises:
         UserError: the base is absent or gated, or a file is damaged.
     """
+    logging.disable_progress_bar()  # of loading: answers are all that is printed
     folder = Path(name)
     if (folder / "run.json").is_file():
         return _load_checkpoint(folder, device)

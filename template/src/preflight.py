@@ -82,8 +82,9 @@ def find_trained(name: str, base: str | None = None) -> str:
 def _from_mlflow(uri: str) -> str:
     import mlflow
 
-    from src.training.tracking import tracking_uri
+    from src.training.tracking import connect, tracking_uri
 
+    connect()
     mlflow.set_tracking_uri(tracking_uri())
     try:
         return mlflow.artifacts.download_artifacts(uri)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from src.config import Config, ModelConfig, load_config
 from src.models.adapters import load_adapters
 from src.models.model import RECIPE, build_model, explained, load_tokenizer, read_weights
-from src.training.checkpoint import find_damage, load_weights
+from src.training.checkpoint import MOMENTS, find_damage, load_weights
 from src.utils.device import pick_dtype
 from src.utils.errors import UserError
 
@@ -61,8 +61,9 @@ def load_trained(
 
 def _load_checkpoint(path: Path, device: torch.device) -> tuple[PreTrainedModel, Tokenizer]:
     """The weights of a checkpoint, in the model that its run's config describes."""
-    config, dtype = config_of(path.parent.parent), pick_dtype("auto", device)
-    if damage := find_damage(path):
+    own = (path / "config.yaml").is_file()  # one that MLflow kept
+    config, dtype = config_of(path if own else path.parent.parent), pick_dtype("auto", device)
+    if damage := find_damage(path, without=MOMENTS):
         raise UserError(f"{path}: {damage}")
     tokenizer = load_tokenizer(config.model)
     model = build_model(config.model, config.lora, tokenizer, device, dtype, trained_in=dtype)

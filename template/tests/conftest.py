@@ -164,12 +164,11 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
 @pytest.fixture(scope="session")
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database without runs; making one takes seconds, so tests copy it."""
-    from src.training.tracking import Tracker
-
-    path, warnings = tmp_path_factory.mktemp("mlflow") / "mlflow.db", []
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     with mock.patch.dict(os.environ, MLFLOW_TRACKING_URI=f"sqlite:///{path}"):
-        Tracker("first", "first", {}, warn=warnings.append).close("FINISHED")
-    assert not warnings
+        from src.training.tracking import connect
+
+        connect().create_experiment("first")
     return path
 
 
@@ -181,6 +180,8 @@ def smoke(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Pa
     folder = tmp_path_factory.mktemp("smoke")
     shutil.copy(mlflow_database, folder / "mlflow.db")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
-    with mock.patch.dict(os.environ, MLFLOW_TRACKING_URI=uri):
-        scripts.train.main([SMOKE, f"output_dir={folder / 'run'}", "device=cpu"])
+    watched = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}  # every 10 s else
+    with mock.patch.dict(os.environ, watched, MLFLOW_TRACKING_URI=uri):
+        saved = "training.save_every=80"  # two checkpoints
+        scripts.train.main([SMOKE, f"output_dir={folder / 'run'}", "device=cpu", saved])
     return folder / "run"

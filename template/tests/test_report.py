@@ -12,6 +12,7 @@ from src.training.report import rewind_metrics
 def test_a_run_leaves_what_it_promises(smoke: Path) -> None:
     assert {p.name for p in smoke.iterdir()} == {
         "config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "checkpoints", "final",
+        "record.json",
     }  # fmt: skip
     assert load_config(smoke / "config.yaml")[0].output_dir == str(smoke)
     lines = metrics(smoke)
@@ -21,6 +22,7 @@ def test_a_run_leaves_what_it_promises(smoke: Path) -> None:
     assert {"eval_loss", "perplexity"} <= lines[-1].keys()
     assert lines[0]["loss"] > 5 > 0.1 > lines[-1]["loss"]
     assert lines[-1]["tokens"] == 1844 * 40
+    assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
     assert (smoke / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

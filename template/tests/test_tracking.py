@@ -1,130 +1,425 @@
-"""MLflow has what `metrics.jsonl` has, and never holds up or stops a run."""
+"""MLflow has what a run's folder has, and never holds up or stops a run."""
 
+import http.server
+import json
 import os
 import shutil
 import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 import scripts.evaluate
 import scripts.inference
+import scripts.sync
 import scripts.train
-from conftest import SMOKE, chat, metrics
+from conftest import ROOT, SMOKE, chat, metrics
+from src.config import load_config
 from src.preflight import find_trained
+from src.training import tracking
+from src.training.record import Record
 from src.training.report import Recorder
-from src.training.tracking import Tracker
+from src.training.tracking import Tracker, connect
 from src.utils.errors import Interrupted
 
+QUESTION = "What does LoRA train?"
+ANSWER = "Two small matrices per layer, whose product is added to the frozen weight."
 
-def test_mlflow_has_the_parameters_and_metrics_of_the_run(smoke: Path) -> None:
-    from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{smoke.parent / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("smoke")
-    (run,) = client.search_runs([experiment.experiment_id])
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch, mlflow_database: Path) -> Path:
+    """A database of MLflow's that runs are sent to."""
+    path = Path(shutil.copy(mlflow_database, tmp_path / "mlflow.db"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+    connect().create_experiment("smoke", (tmp_path / "store").as_uri())
+    return path
+
+
+@pytest.fixture
+def seen(smoke: Path, tmp_path, monkeypatch) -> Path:
+    """The smoke run and a copy of the database that has it."""
+    copy = shutil.copy(smoke.parent / "mlflow.db", tmp_path / "seen.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{copy}")
+    return smoke
+
+
+def runs(experiment: str = "smoke") -> list:
+    client = connect()
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id])) if found else []
+
+
+def steps(run) -> list[int]:
+    """The steps that MLflow has of a run, each as often as it has it."""
+    return [p.step for p in connect().get_metric_history(run.info.run_id, "loss")]
+
+
+def begin(folder: Path, step: int = 0, **tracking: object) -> Record:
+    """A run's folder and record, as Recorder makes them."""
+    config, written = load_config(SMOKE, [f"tracking.{k}={v}" for k, v in tracking.items()])
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(json.dumps(written), encoding="utf-8")
+    return Record.start(folder, written, [("train", str(config.data.train), "0" * 64)], step)
+
+
+def add(record: Record, *steps: int) -> None:
+    with (record.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for step in steps:
+            line = {"step": step, "loss": 1 / step, "eval_loss": None, "learning_rate": 0.1}
+            file.write(json.dumps(line | {"time": time.time()}) + "\n")
+
+
+def end(record: Record, tracker: Tracker, status: str = "FINISHED") -> None:
+    record.update(status=status, ended=int(time.time() * 1000))
+    tracker.close(status)
+
+
+def test_mlflow_has_the_parameters_metrics_and_tags_of_the_run(seen: Path) -> None:
+    client, (run,) = connect(), runs()
     assert run.info.status == "FINISHED"
     assert run.data.params["training.learning_rate"] == "0.003"
     assert run.data.params["model.name"] == "configs/tiny"
     assert run.data.tags["final"] == "step 160 of 160, the best evaluation"
+    assert {"config", "fingerprint.train", "fingerprint.eval"} <= run.data.tags.keys()
     history = client.get_metric_history(run.info.run_id, "loss")
-    assert [(p.step, p.value) for p in history] == [(m["step"], m["loss"]) for m in metrics(smoke)]
+    wanted = [(m["step"], m["loss"], int(m["time"] * 1000)) for m in metrics(seen)]
+    assert [(p.step, p.value, p.timestamp) for p in history] == wanted
+    assert "system/cpu_utilization_percentage" in run.data.metrics
 
 
-def test_an_evaluation_is_added_to_the_run_that_made_the_model(
-    smoke: Path, monkeypatch, tmp_path, write_rows
+def test_mlflow_shows_the_answers_before_and_after_as_a_table(seen: Path) -> None:
+    (run,) = runs()
+    table = connect().load_table(run.info.experiment_id, "samples.json")
+    assert set(table["step"]) == {0, 160}
+    asked = table[table["prompt"].map(lambda prompt: prompt[0]["content"] == QUESTION)]
+    assert list(asked["step"]) == [0, 160]
+    assert asked["answer"].iloc[0] != ANSWER == asked["answer"].iloc[1]
+
+
+def test_kept_checkpoints_and_the_result_are_models_that_answer_by_their_uri(
+    seen: Path, capfd
 ) -> None:
-    from mlflow import MlflowClient
+    client, (run,) = connect(), runs()
+    best_first = [{"field_name": "metrics.eval_loss"}]
+    models = client.search_logged_models([run.info.experiment_id], order_by=best_first)
+    assert [(model.name, model.status) for model in models] == [
+        ("final-160", "READY"), ("checkpoint-80", "READY"),
+    ]  # fmt: skip
+    assert {out.model_id for out in run.outputs.model_outputs} == {m.model_id for m in models}
+    last = metrics(seen)[-1]
+    assert {m.key: m.value for m in models[0].metrics}["eval_loss"] == last["eval_loss"]
+    kept = {file.path for file in client.list_logged_model_artifacts(models[1].model_id)}
+    assert kept == {"config.yaml", "manifest.json", "run.json", "weights.safetensors"}
+    answers = []
+    for name in (f"models:/{models[0].model_id}", str(seen), f"models:/{models[1].model_id}"):
+        capfd.readouterr()
+        scripts.inference.main([name, QUESTION])
+        answers.append(capfd.readouterr().out)
+    assert answers[0] == answers[1] == f"{ANSWER}\n"
+    assert answers[2] not in {"", answers[0]}, "a checkpoint's own weights"
 
-    uri = f"sqlite:///{shutil.copy(smoke.parent / 'mlflow.db', tmp_path / 'mlflow.db')}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+
+def test_a_model_larger_than_the_limit_is_listed_without_its_files(
+    store, seen, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")  # which has no runs yet
+    copy = shutil.copytree(seen, tmp_path / "copy")
+    config = (copy / "config.yaml").read_text().replace("max_model_gib: 1.0", "max_model_gib: 0")
+    (copy / "config.yaml").write_text(config)
+    for _ in range(2):
+        scripts.sync.main([str(copy)])
+    client, (run,) = connect(), runs()
+    models = client.search_logged_models([run.info.experiment_id])
+    assert [m.name for m in models] == ["checkpoint-80", "final-160"]
+    assert models[1].tags["folder"] == str(copy / "final")
+    assert not list((tmp_path / "store").rglob("*.safetensors"))
+
+
+def test_an_evaluation_is_added_to_the_run_that_made_the_model(seen, write_rows) -> None:
     rows = write_rows(chat("Say hello.", "Hello! I am a very small model."))
-    scripts.evaluate.main([str(smoke), rows, "--max-length", "32"])
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("smoke")
-    assert experiment
-    (run,) = client.search_runs([experiment.experiment_id])
+    scripts.evaluate.main([str(seen), rows, "--max-length", "32"])
+    (run,) = runs()
     assert run.data.metrics["evaluation_exact"] == 1
-    kept = {file.path for file in client.list_artifacts(run.info.run_id)}
+    kept = {file.path for file in connect().list_artifacts(run.info.run_id)}
     assert {"evaluation.md", "config.yaml", "samples.jsonl", "loss.png"} <= kept
 
 
-def test_a_model_of_mlflow_is_found_by_its_uri(tmp_path, monkeypatch, smoke: Path, refused) -> None:
-    from mlflow import MlflowClient
-
-    uri = f"sqlite:///{shutil.copy(smoke.parent / 'mlflow.db', tmp_path / 'mlflow.db')}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    client = MlflowClient(uri)
+def test_files_of_a_run_are_found_by_its_uri(tmp_path, seen: Path, refused) -> None:
+    client = connect()
     number = client.create_experiment("models", (tmp_path / "store").as_uri())
     run = client.create_run(number).info.run_id
-    client.log_artifacts(run, str(smoke / "final"), "model")
+    client.log_artifacts(run, str(seen / "final"), "model")
     found = Path(find_trained(f"runs:/{run}/model"))
     saved = "model.safetensors"
-    assert (found / saved).read_bytes() == (smoke / "final" / saved).read_bytes()
+    assert (found / saved).read_bytes() == (seen / "final" / saved).read_bytes()
     lines = refused(scripts.inference.main, "runs:/0123456789abcdef0123456789abcdef/model", "hi")
     assert lines[0].startswith("runs:/0123456789abcdef0123456789abcdef/model: ")
 
 
-def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(tmp_path, monkeypatch, mlflow_database):
-    from mlflow import MlflowClient
-
-    shutil.copy(mlflow_database, tmp_path / "mlflow.db")
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(tmp_path, monkeypatch, store):
+    folder = tmp_path / "run"
     arguments = [
-        SMOKE, f"output_dir={tmp_path / 'run'}", "device=cpu", "data.eval=null",
+        SMOKE, f"output_dir={folder}", "device=cpu", "data.eval=null",
         "training.max_steps=12", "training.log_every=2",
     ]  # fmt: skip
-    add = Recorder.add
+    counted = Recorder.add
 
     def interrupt(self, step):
-        add(self, step)
+        counted(self, step)
         if self.state.step == 8:
-            # The tracker starts in the background: wait until it has an id to save.
-            while not self.tracker.run_id:
-                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Recorder, "add", interrupt)
     with pytest.raises(Interrupted, match=r"stopped by SIGINT after step 8 of 12") as stopped:
         scripts.train.main(arguments)
     assert stopped.value.exit_code == 130
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("smoke")
-    assert experiment
-    (run,) = client.search_runs([experiment.experiment_id])
+    (run,) = runs()
     assert run.info.status == "KILLED"
-    monkeypatch.setattr(Recorder, "add", add)
-    scripts.train.main([*arguments, "training.resume=auto"])
-    (run,) = client.search_runs([experiment.experiment_id])
+    monkeypatch.setattr(Recorder, "add", counted)
+    scripts.train.main([*arguments, "training.resume=auto", "training.learning_rate=1e-3"])
+    (run,) = runs()
     assert run.info.status == "FINISHED"
-    points = client.get_metric_history(run.info.run_id, "loss")
-    assert [p.step for p in points] == [2, 4, 6, 8, 10, 12], "nothing twice"
+    assert steps(run) == [2, 4, 6, 8, 10, 12], "nothing twice"
+    assert run.data.params["training.learning_rate"] == "0.003"
+    assert run.data.tags["changed.training.learning_rate"] == "0.001"
 
 
-def test_steps_that_are_taken_again_after_a_crash_are_sent_once(
-    tmp_path, monkeypatch, mlflow_database
-):
+def test_steps_that_are_taken_again_after_a_kill_are_sent_once(tmp_path, store) -> None:
+    record = begin(tmp_path / "run")
+    tracker = Tracker(record, pytest.fail)
+    add(record, 2, 4, 6)
+    tracker.wake()
+    while not (found := runs()) or steps(found[0]) != [2, 4, 6]:
+        time.sleep(0.05)
+    assert found[0].info.status == "RUNNING"
+    (record.folder / "metrics.jsonl").unlink()  # as rewind_metrics would
+    again = begin(tmp_path / "run", step=2)
+    add(again, 2, 4, 6, 8)
+    end(again, Tracker(again, pytest.fail))
+    (run,) = runs()
+    assert steps(run) == [2, 4, 6, 8]
+    assert run.info.status == "FINISHED"
+
+
+def test_a_run_that_was_killed_before_it_saved_is_closed_by_the_next_one(tmp_path, store) -> None:
+    record = begin(tmp_path / "run")
+    Tracker(record, pytest.fail)
+    while not runs() or runs()[0].info.status != "RUNNING":
+        time.sleep(0.05)
+    again = begin(tmp_path / "run")
+    end(again, Tracker(again, pytest.fail))
+    assert sorted(run.info.status for run in runs()) == ["FINISHED", "KILLED"]
+
+
+class Broken(http.server.BaseHTTPRequestHandler):
+    """A server that answers everything with 500."""
+
+    def answer(self) -> None:
+        self.send_response(500)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_POST = answer  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture(params=["refuses", "hangs", "answers 500", "is locked"])
+def fault(request, tmp_path, monkeypatch, mlflow_database) -> Iterator[None]:
+    """A place that takes no runs, in its ways."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # 10 s else
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 3.0)
+    uri = "http://user:canary@127.0.0.1:{}"
+    if request.param == "is locked":
+        path = shutil.copy(mlflow_database, tmp_path / "locked.db")
+        with closing(sqlite3.connect(path)) as held:
+            held.execute("BEGIN EXCLUSIVE")
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+            yield
+    elif request.param == "answers 500":
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(server.server_port))
+            yield
+            server.shutdown()
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = 9 if request.param == "refuses" else server.getsockname()[1]
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(port))
+            yield
+
+
+@pytest.mark.usefixtures("fault")
+def test_a_place_that_takes_no_runs_costs_one_warning_and_gets_all_later(
+    tmp_path, capfd, store_later
+) -> None:
+    warnings: list[str] = []
+    record = begin(tmp_path / "run")
+    started = time.perf_counter()
+    tracker = Tracker(record, warnings.append)
+    assert time.perf_counter() - started < 1, "a start waits for nobody"
+    for step in range(1, 21):
+        add(record, step)
+        before = time.perf_counter()
+        tracker.wake()
+        assert time.perf_counter() - before < 0.1
+        time.sleep(0.02)
+    end(record, tracker, "KILLED")
+    assert time.perf_counter() - started < 10
+    (told,) = warnings
+    assert "warning: MLflow " in told
+    assert told.endswith(f"uv run scripts/sync.py {tmp_path / 'run'}")
+    store_later()
+    scripts.sync.main([str(tmp_path / "run")])
+    (run,) = runs()
+    assert steps(run) == [*range(1, 21)]
+    assert run.info.status == "KILLED"
+    scripts.sync.main([str(tmp_path / "run")])
+    (run,) = runs()
+    assert steps(run) == [*range(1, 21)]
+    printed = capfd.readouterr()
+    assert "20 lines and models sent" in printed.out
+    assert "nothing was missing" in printed.out
+    assert "canary" not in printed.out + printed.err + told
+
+
+@pytest.fixture
+def store_later(tmp_path, mlflow_database, monkeypatch):
+    """A database that works, once it is asked for."""
+
+    def use() -> None:
+        path = shutil.copy(mlflow_database, tmp_path / "later.db")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        connect().create_experiment("smoke", (tmp_path / "store").as_uri())
+
+    return use
+
+
+def test_a_server_that_comes_back_gets_the_rest(tmp_path, store, monkeypatch) -> None:
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+    warnings: list[str] = []
+    record, uri = begin(tmp_path / "run"), os.environ["MLFLOW_TRACKING_URI"]
+    tracker = Tracker(record, warnings.append)
+    add(record, 1, 2)
+    tracker.wake()
+    while not runs() or steps(runs()[0]) != [1, 2]:
+        time.sleep(0.05)
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{shutil.copy(mlflow_database, tmp_path / 'mlflow.db')}"
+    with monkeypatch.context() as broken:
+        broken.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
+        add(record, 3)
+        tracker.wake()
+        while not warnings:
+            time.sleep(0.05)
+    assert os.environ["MLFLOW_TRACKING_URI"] == uri
+    add(record, 4)
+    end(record, tracker)
+    (run,) = runs()
+    assert steps(run) == [1, 2, 3, 4]
+    assert len(warnings) == 1
+
+
+def test_only_a_run_that_has_ended_is_sent_later(tmp_path, store, refused) -> None:
+    from src.utils.files import only_run_in
+
+    record = begin(tmp_path / "run")
+    with only_run_in(record.folder):
+        assert "another run is writing to" in refused(scripts.sync.main, str(record.folder))[0]
+    assert "no record.json in it" in refused(scripts.sync.main, str(tmp_path))[0]
+
+
+@pytest.mark.slow  # four interpreters that import MLflow
+def test_four_runs_that_start_at_once_on_a_fresh_store_all_arrive(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'fresh.db'}")
+    code = (
+        "import sys; from pathlib import Path; import test_tracking as t\n"
+        "record = t.begin(Path(sys.argv[1])); t.add(record, 1, 2, 3)\n"
+        "t.tracking.CLOSE_SECONDS = 120\n"
+        "t.end(record, t.Tracker(record, lambda warning: sys.exit(warning)), 'KILLED')"
+    )
+    folders = [tmp_path / str(number) for number in range(4)]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder)],
+            env=os.environ | {"PYTHONPATH": paths}, cwd=ROOT,
+        )
+        for folder in folders
+    ]  # fmt: skip
+    assert [process.wait() for process in started] == [0, 0, 0, 0]
+    assert [steps(run) for run in runs()] == [[1, 2, 3]] * 4
+
+
+@pytest.mark.slow  # a server takes a quarter of a minute to start
+def test_a_real_server_dies_and_comes_back_and_has_all_in_the_end(tmp_path, monkeypatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    run_id = None
-    for steps in ([2, 4, 6], [4, 6, 8]):
-        tracker = Tracker("again", "run", {}, run_id, pytest.fail)
-        for step in steps:
-            tracker.log({"step": step, "loss": 1 / step, "eval_loss": None})
-        tracker.close("FINISHED")
-        run_id = tracker.run_id
-    points = MlflowClient(uri).get_metric_history(str(run_id), "loss")
-    assert [(p.step, p.value) for p in points] == [(n, 1 / n) for n in (2, 4, 6, 8)]
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 3.0)
+    warnings: list[str] = []
+    with serve(tmp_path, port) as server:
+        record = begin(tmp_path / "run")
+        tracker = Tracker(record, warnings.append)
+        add(record, 1, 2)
+        tracker.wake()
+        while not runs() or steps(runs()[0]) != [1, 2]:
+            time.sleep(0.1)
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        add(record, 3)
+        tracker.wake()
+        add(record, 4)
+        (record.folder / "loss.png").write_bytes(b"png")
+        end(record, tracker)
+        assert len(warnings) == 1
+    with serve(tmp_path, port):
+        for _ in range(2):
+            scripts.sync.main([str(record.folder)])
+            (run,) = runs()
+            assert run.info.status == "FINISHED"
+            assert steps(run) == [1, 2, 3, 4]
+        kept = {file.path for file in connect().list_artifacts(run.info.run_id)}
+        assert kept >= {"config.yaml", "loss.png"}
 
 
-def test_a_tracking_server_that_refuses_costs_one_warning(train, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:canary@127.0.0.1:9")
-    folder = train("tracking.enabled=true", "training.max_steps=4", "training.log_every=1")
-    printed = capsys.readouterr()
-    assert printed.out.count("MLflow failed") + printed.out.count("did not answer") == 1
-    assert "canary" not in printed.out + printed.err
-    assert len(metrics(folder)) == 4
+class serve:  # noqa: N801 - a context manager
+    """`mlflow server` on a database in this folder."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.command = [
+            *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)),
+            *("--backend-store-uri", f"sqlite:///{folder / 'server.db'}"),
+            *("--artifacts-destination", str(folder / "artifacts")),
+        ]
+        self.health = f"http://127.0.0.1:{port}/health"
+
+    def __enter__(self) -> subprocess.Popen:
+        import requests
+
+        self.server = subprocess.Popen(
+            self.command, start_new_session=True, cwd=ROOT,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        for _ in range(600):
+            try:
+                if requests.get(self.health, timeout=1).ok:
+                    return self.server
+            except requests.RequestException:
+                time.sleep(0.2)
+        raise TimeoutError(self.health)
+
+    def __exit__(self, *_: object) -> None:
+        if self.server.poll() is None:
+            os.killpg(self.server.pid, signal.SIGKILL)
+            self.server.wait()

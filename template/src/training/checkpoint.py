@@ -31,6 +31,7 @@ from src.utils.files import new_folder
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"  # of a checkpoint that is not sharded
+MOMENTS = "state.pt"  # of the optimizer where they are not sharded, and random states
 SHARDS = "shard-{}-*"  # the files that DCP writes for one process, counted from 1
 ADAM = {"exp_avg", "exp_avg_sq"}
 # Keys that a resumed run must share with the one it continues.
@@ -53,7 +54,6 @@ class TrainState:
     best_loss: float = float("inf")
     best_step: int | None = None
     evaluations_without_gain: int = 0
-    tracking_run: str | None = None  # MLflow's id, so that a resumed run continues it
 
     def count(self, microbatches: int, tokens: int) -> None:
         """Remember an optimizer step."""
@@ -155,7 +155,7 @@ def _write(training: Training, folder: Path) -> None:
     elif is_main():
         save_file(weights, folder / WEIGHTS)
     if is_main():
-        torch.save(states, folder / "state.pt")
+        torch.save(states, folder / MOMENTS)
         record = {"state": asdict(training.state), "identity": training.identity}
         (folder / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     # Each reads back its own files, as one process would take long to read all.
@@ -229,7 +229,7 @@ def load_checkpoint(training: Training, path: Path) -> None:
     """
     load_weights(training.trained(), path)
     # weights_only: a checkpoint is data and must not be able to run code.
-    saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    saved = torch.load(path / MOMENTS, map_location="cpu", weights_only=True)
     moments = _load_moments(path, saved.get("moments", {}), training.optimized())
     groups = training.optimizer.state_dict()["param_groups"]
     training.optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -269,8 +269,10 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
-def find_damage(path: Path) -> str | None:
+def find_damage(path: Path, without: str = "") -> str | None:
     """What differs from the manifest: a missing, truncated or altered file; None if whole.
+
+    `without` is a file that nobody will read.
 
     Checksums, because one flipped bit loads silently in safetensors' and torch's formats.
     """
@@ -279,6 +281,8 @@ def find_damage(path: Path) -> str | None:
     except (OSError, ValueError):
         return "no readable manifest"
     for name, checksum in manifest.items():
+        if name == without:
+            continue
         if not (path / name).is_file():
             return f"{name} is missing"
         if _sha256(path / name) != checksum:
@@ -317,6 +321,7 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
 
 def _record(path: Path) -> dict[str, Any]:
     record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    record["state"].pop("tracking_run", None)  # which is in record.json today
     # At first the position was that of each process, which then could not become more or fewer.
     if processes := record["identity"].get("number of processes"):
         accumulated = record["identity"]["training.gradient_accumulation_steps"]

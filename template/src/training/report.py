@@ -22,11 +22,12 @@ from src.models.adapters import adapted_names, frozen_experts
 from src.models.model import count_parameters
 from src.training.checkpoint import TrainState
 from src.training.optimizer import bytes_a_weight
+from src.training.record import Record
 from src.training.speed import Speed
-from src.training.tracking import Tracker, tracking_uri
+from src.training.tracking import Tracker, where_to_look
 from src.training.trainer import StepResult
 from src.utils import distributed
-from src.utils.environment import PROJECT_ROOT, from_root
+from src.utils.environment import from_root
 from src.utils.errors import Interrupted, RunError
 from src.utils.files import write_text
 from src.utils.memory import GIB, gpu_memory
@@ -146,6 +147,7 @@ class Recorder:
         self.total_steps = total_steps
         self.folder, self.speed = from_root(config.output_dir), speed
         self.checkpoints = self.folder / "checkpoints"
+        self.record: Record | None = None
         self.tracker: Tracker | None = None
         self.result = ""
         self.clear()
@@ -160,28 +162,27 @@ class Recorder:
             write_text(self.folder / "config.yaml", OmegaConf.to_yaml(self.written))
             for name in ("metrics.jsonl", "samples.jsonl"):
                 rewind_metrics(self.folder / name, self.state.step)
-            if (tracking := self.config.tracking).enabled:
-                name, run = tracking.run_name or self.folder.name, self.state.tracking_run
-                told = (tracking.experiment, name, self.written, run, say, self.data)
-                self.tracker = Tracker(*told)
+            self.record = Record.start(self.folder, self.written, self.data, self.state.step)
+            if self.config.tracking.enabled:
+                self.tracker = Tracker(self.record, say)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.close()
+        stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
+        status = "KILLED" if stopped else "FAILED" if kind else "FINISHED"
+        if self.record:
+            self.record.update(status=status, ended=int(time.time() * 1000))
         if self.tracker:
-            stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
-            names = ("config.yaml", "samples.jsonl", "left_out.jsonl", "loss.png")
-            files = [*(self.folder / name for name in names), PROJECT_ROOT / "uv.lock"]
-            self.tracker.close("KILLED" if stopped else "FAILED" if kind else "FINISHED", files)
+            self.tracker.close(status)
 
-    def conclude(self, result: str) -> None:
+    def conclude(self, step: int, why: str) -> None:
         """Say of which step the result is, wherever somebody may look for it."""
-        self.result = result
-        if distributed.is_main():
+        self.result = result = f"step {step:,} of {self.state.step:,}, {why}"
+        if self.record:
             told = f"# final/ holds {result}\n{OmegaConf.to_yaml(self.written)}"
             write_text(self.folder / "config.yaml", told)
-        if self.tracker:
-            self.tracker.tag("final", result)
+            self.record.update(final=result, final_step=step)
 
     def clear(self) -> None:
         """Begin the next line's interval; its clock leaves out evaluating and saving."""
@@ -235,13 +236,13 @@ class Recorder:
         """Write one line everywhere; keys as in `metrics.jsonl`."""
         # A NaN is not JSON, so it is written as null.
         clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        clean["time"] = round(time.time(), 3)
         if distributed.is_main():
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
         say(self._line(metrics))
         if self.tracker:
-            self.tracker.log(clean)
-            self.state.tracking_run = self.tracker.run_id
+            self.tracker.wake()
         self.clear()
 
     def _line(self, m: dict[str, Any]) -> str:
@@ -274,22 +275,25 @@ def rewind_metrics(path: Path, step: int) -> None:
         write_text(path, text)
 
 
-def plot_loss(folder: Path) -> None:
-    """Draw a run's training and evaluation loss over steps as `loss.png`."""
+def draw_curves(folders: Sequence[Path], picture: Path) -> None:
+    """Draw the training and evaluation loss of one run or several over their steps."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
-    rows = read_metrics(folder / "metrics.jsonl")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
-        if points := [(row["step"], row[key]) for row in rows if row.get(key) is not None]:
-            axes.plot(*zip(*points, strict=True), style, label=label)
+    for number, folder in enumerate(folders):
+        rows, name = read_metrics(folder / "metrics.jsonl"), f"{folder.name}: " * (len(folders) > 1)
+        for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o--")):
+            if points := [(row["step"], row[key]) for row in rows if row.get(key) is not None]:
+                color = f"C{number}" if name else None
+                axes.plot(*zip(*points, strict=True), style, label=name + label, color=color)
     axes.set(xlabel="optimizer step", ylabel="loss per labelled token (nats)", ylim=(0, None))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(folder / ".loss.png.tmp", dpi=120, format="png")
-    (folder / ".loss.png.tmp").replace(folder / "loss.png")
+    temporary = picture.with_name(f".{picture.name}.tmp")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(picture)
 
 
 def summarise(config: Config, result: str) -> None:
@@ -301,9 +305,6 @@ def summarise(config: Config, result: str) -> None:
     say(f"\ndone       {last['step']} steps, {shown or 'none of them with a loss'}")
     say(f"model      {here}/final: {result}")
     say(f"curve      {here}/loss.png, numbers in metrics.jsonl beside it")
-    if config.tracking.enabled:
-        # A server's address may hold a password, and whoever reads this has it in the environment.
-        own = tracking_uri().startswith("sqlite:///")
-        uri = shlex.quote(tracking_uri()) if own else '"$MLFLOW_TRACKING_URI"'
-        say(f"runs       uv run mlflow ui --backend-store-uri {uri}")
+    if config.tracking.enabled and distributed.is_main():
+        say(f"runs       {where_to_look(Record(from_root(config.output_dir)))}")
     say(f'next       uv run scripts/inference.py {here}/final "your question"')

@@ -213,7 +213,7 @@ def _take_best(training: Training, recorder: report.Recorder) -> None:
             held = best
         elif best != state.step:
             why = f"the last step, as the checkpoint of the best one, {best}, is gone"
-    recorder.conclude(f"step {held:,} of {state.step:,}, {why}")
+    recorder.conclude(held, why)
 
 
 def _save_final(
@@ -231,4 +231,4 @@ def _save_final(
     with new_folder(final) as folder:
         save_model(training.model, tokenizer, folder, dtype, state)
         shutil.copy(final.with_name("config.yaml"), folder / RECIPE)
-    report.plot_loss(final.parent)
+    report.draw_curves([final.parent], final.with_name("loss.png"))

@@ -1,150 +1,84 @@
-"""Send a run's config and log lines to MLflow, without ever holding up or stopping the training.
+"""Send a run to MLflow from a thread of its own, without ever holding up or stopping the training.
 
-A background thread does all of it. A server that is down costs a run one warning;
-`metrics.jsonl` has every number in any case.
+MLflow gets what is in the run's folder already, so nothing is lost with a server: whatever did not
+arrive, `uv run scripts/sync.py FOLDER` sends later.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import queue
+import shlex
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from src.config import flatten
-from src.training.provenance import hide, provenance, uncommitted
-from src.utils.environment import PROJECT_ROOT
+from src.training.provenance import hide
+from src.training.record import Record
+from src.utils.environment import PROJECT_ROOT, to_root
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-LIMIT = 500  # characters of a parameter's value, which every MLflow store takes
-CLOSE_SECONDS = 20.0  # how long the end of a run waits for what is still queued
+RETRY_SECONDS = 30.0  # after a failure, until MLflow is asked again
+CLOSE_SECONDS = 20.0  # how long the end of a run waits for a server that may be gone
+UPLOAD_SECONDS = 1800.0  # and for one that answers, as models may be large
 
 
 class Tracker:
-    """One MLflow run.
+    """The thread that brings MLflow what a run has written, whenever there is more of it."""
 
-    Attributes:
-        run_id: MLflow's id once the run has started; a checkpoint keeps it.
-    """
-
-    def __init__(
-        self, experiment: str, run_name: str, params: dict[str, Any], run_id: str | None = None,
-        warn: Callable[[str], None] = print, data: Sequence[tuple[str, str, str]] = (),
-    ) -> None:  # fmt: skip
-        """Start, or with `run_id` continue, a run; returns at once.
+    def __init__(self, record: Record, warn: Callable[[str], None] = print) -> None:
+        """Begin; returns at once.
 
         Args:
-            experiment: made if it does not exist.
-            run_name: shown in the list of runs.
-            params: the configuration, nested as it is.
-            run_id: of the run to continue.
+            record: of the run, in whose folder all that is sent lies.
             warn: called once if MLflow cannot be reached.
-            data: name, source and fingerprint of each dataset.
         """
-        self.run_id = run_id
-        self._warn, self._status, self._data = warn, "FINISHED", data
-        self._files: list[Path] = []
-        self._lines: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue()
-        self._thread = threading.Thread(
-            target=self._send, args=(experiment, run_name, params), daemon=True, name="mlflow"
-        )
+        self._record, self._warn, self._warned = record, warn, False
+        self._news, self._closing, self._failed = threading.Event(), "", 0.0
+        self._thread = threading.Thread(target=self._work, daemon=True, name="mlflow")
+        self.wake()
         self._thread.start()
 
-    def log(self, metrics: dict[str, Any]) -> None:
-        """Queue one line of `metrics.jsonl`."""
-        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        self._lines.put((int(time.time() * 1000), numbers))
+    def wake(self) -> None:
+        """Say that the folder has more; never waits."""
+        self._news.set()
 
-    def tag(self, name: str, text: str) -> None:
-        """Queue a tag of the run."""
-        self._lines.put((0, {name: text}))
-
-    def close(self, status: str, files: Sequence[Path] = ()) -> None:
-        """Send what is queued and these files; end the run as FINISHED, FAILED or KILLED."""
-        self._status, self._files = status, [file for file in files if file.is_file()]
-        self._lines.put(None)
-        self._thread.join(CLOSE_SECONDS)
+    def close(self, status: str) -> None:
+        """Send all that is left, and that the run is FINISHED, FAILED or KILLED."""
+        self._closing = status
+        self.wake()
+        self._thread.join(UPLOAD_SECONDS if status == "FINISHED" else CLOSE_SECONDS)
         if self._thread.is_alive():
-            self._warn("MLflow did not answer in time; metrics.jsonl has all numbers")
+            self._complain("did not answer in time")
 
-    def _send(self, experiment: str, run_name: str, params: dict[str, Any]) -> None:
-        """What the thread does, from the start of the run to its end."""
-        try:
-            from mlflow.entities import Metric
+    def _work(self) -> None:
+        from src.training.sending import Sender  # imports MLflow, which takes seconds
 
-            client, last = self._start(experiment, run_name, params)
-            while (line := self._lines.get()) is not None:
-                timestamp, numbers = line
-                if not timestamp:
-                    for key, text in numbers.items():
-                        client.set_tag(str(self.run_id), key, text)
-                    continue
-                step = int(numbers.pop("step"))
-                if step > last:
-                    points = [Metric(k, v, timestamp, step) for k, v in numbers.items()]
-                    client.log_batch(str(self.run_id), metrics=points)
-            self._keep(client)
-            client.set_terminated(str(self.run_id), self._status)
-        except Exception as error:  # noqa: BLE001 - tracking must never stop a training
-            # Its type alone: MLflow's messages repeat the URI with user and password.
-            what = f"MLflow failed ({type(error).__name__}) and gets no more of this run"
-            self._warn(f"{what}; metrics.jsonl has all numbers")
+        sender = Sender(self._record, live=True)
+        closing = ""
+        while not closing:
+            self._news.wait()
+            self._news.clear()
+            closing = self._closing
+            if self._failed and time.monotonic() - self._failed < RETRY_SECONDS:
+                continue
+            try:
+                sender.send(closing)
+                self._failed = 0.0
+            except Exception as error:  # noqa: BLE001 - tracking must never stop a training
+                # Its type alone: MLflow's messages repeat the URI with user and password.
+                self._complain(f"failed ({type(error).__name__})")
+                self._failed = time.monotonic()
 
-    def _keep(self, client: MlflowClient) -> None:
-        """Store the run's files as artifacts, what is text in them without secrets."""
-        for file in self._files:
-            if file.suffix == ".png":
-                client.log_artifact(str(self.run_id), str(file))
-            else:
-                client.log_text(str(self.run_id), hide(file.read_text("utf-8")), file.name)
-        if changes := uncommitted():
-            client.log_text(str(self.run_id), changes, "uncommitted.diff")
-
-    def _start(
-        self, experiment: str, run_name: str, params: dict[str, Any]
-    ) -> tuple[MlflowClient, int]:
-        """Connect, and begin or continue the run; returns the last step that it has already."""
-        # Its own defaults wait four minutes for a server that refuses, twenty for one that hangs.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        from filelock import FileLock
-        from mlflow import MlflowClient
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
-
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        # Two first starts on a fresh database both create its tables, and one of them fails.
-        with FileLock(PROJECT_ROOT / "mlflow.db.lock"):
-            client = MlflowClient(tracking_uri())
-            own = not os.environ.get("MLFLOW_TRACKING_URI")
-            folder = (PROJECT_ROOT / "mlruns").as_uri() if own else None
-            found = client.get_experiment_by_name(experiment)
-            number = found.experiment_id if found else client.create_experiment(experiment, folder)
-        tags = [RunTag(key, text) for key, text in provenance().items()]
-        if self.run_id:
-            client.log_batch(self.run_id, tags=tags)
-            client.update_run(self.run_id, status="RUNNING")
-            # The steps after the checkpoint are taken again; MLflow would store both.
-            history = client.get_metric_history(self.run_id, "loss")
-            return client, max((point.step for point in history), default=-1)
-        self.run_id = client.create_run(number, run_name=hide(run_name)).info.run_id
-        flat = [Param(key, hide(str(value))[:LIMIT]) for key, value in flatten(params).items()]
-        client.log_batch(self.run_id, params=flat, tags=tags)
-        client.log_inputs(self.run_id, [
-            DatasetInput(
-                Dataset(name, digest[:36], "local", json.dumps({"uri": source})),
-                [InputTag("mlflow.data.context", name)],
-            )
-            for name, source, digest in self._data
-        ])  # fmt: skip
-        return client, -1
+    def _complain(self, what: str) -> None:
+        if not self._warned:
+            command = f"uv run scripts/sync.py {shlex.quote(to_root(self._record.folder))}"
+            self._warn(f"warning: MLflow {what}; what is missing there, this sends: {command}")
+        self._warned = True
 
 
 def tracking_uri() -> str:
@@ -155,16 +89,37 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{PROJECT_ROOT / 'mlflow.db'}"
 
 
+def where_to_look(record: Record) -> str:
+    """What shows the run in a browser: a server's page, or the command that starts a server."""
+    facts, uri = record.facts, tracking_uri()
+    if uri.startswith("http") and "mlflow" in facts:
+        page = f"#/experiments/{facts['mlflow_experiment']}/runs/{facts['mlflow']}"
+        return f"{hide(uri).replace('***@', '').rstrip('/')}/{page}"
+    # A database's address may hold a password, and whoever reads this has it in the environment.
+    own = shlex.quote(uri) if uri.startswith("sqlite:///") else '"$MLFLOW_TRACKING_URI"'
+    return f"uv run mlflow ui --backend-store-uri {own}"
+
+
+def connect() -> MlflowClient:
+    """A client that gives up within seconds, and prints nothing of an address with a password."""
+    # Its own defaults wait four minutes for a server that refuses, twenty for one that hangs.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return MlflowClient(tracking_uri())
+
+
 def send_evaluation(folder: Path, figures: dict[str, float], files: list[Path]) -> None:
     """Add figures and files to the MLflow run that made what is in `folder`, if there is one."""
-    records = sorted(folder.parent.glob("checkpoints/step-*/run.json"))
-    run_id = json.loads(records[-1].read_text())["state"]["tracking_run"] if records else None
-    if run_id is None:
+    record = Record.find(folder.parent, folder.parent.parent)
+    if record is None or (run_id := record.facts.get("mlflow")) is None:
         return
     try:
-        from mlflow import MlflowClient
-
-        client = MlflowClient(tracking_uri())
+        client = connect()
         for name, value in figures.items():
             client.log_metric(run_id, f"evaluation_{name}", value)
         for file in files:

@@ -37,3 +37,9 @@ def load_environment() -> None:
 def from_root(path: str) -> Path:
     """A path from the config: relative to the project's root wherever the command was typed."""
     return PROJECT_ROOT / Path(path).expanduser()
+
+
+def to_root(path: Path) -> str:
+    """A path as people would type it: relative to the project's root where it lies below."""
+    inside = path.is_relative_to(PROJECT_ROOT)
+    return str(path.relative_to(PROJECT_ROOT) if inside else path)

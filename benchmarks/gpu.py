@@ -182,6 +182,7 @@ STAGES = {  # in order of worth
     "deterministic": Stage(stages.run_deterministic, 20, 60, correctness=True),
     "lora": Stage(stages.run_lora, 35, 90),
     "qlora": Stage(stages.run_qlora, 35, 90, ("bitsandbytes",)),
+    "plan": Stage(stages.run_plan, 60, 200),
     "trl": Stage(stages.run_trl, 60, 130, TRL),
     "resume": Stage(stages.run_resume, 45, 150, correctness=True),
     "generate": Stage(stages.run_generate, 25, 70, correctness=True),

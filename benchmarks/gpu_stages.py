@@ -1,7 +1,7 @@
 """The stages of gpu.py: what each does in its own process, and what it reports.
 
 Of the project they call `load_tokenizer`, `load_model`, `load_trained`, `make_optimizer`,
-`train_epoch`, `generate`, `collate_packed` and `Document`; everything else is its scripts.
+`train_epoch`, `generate`, `plan`, `collate_packed` and `Document`; all else is its scripts.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def _kill_after(step: int, command: list[str], metrics: Path, folder: Path) -> N
         raise RuntimeError(f"exit {process.returncode} before it could be killed at step {step}")
 
 
-def load(c: Campaign, shape: dict[str, Any], r: int = 16, **model: Any) -> Any:
-    """A random model with adapters, by the project's own `load_model`."""
+def load(c: Campaign, shape: dict[str, Any], r: int | None = 16, **model: Any) -> Any:
+    """A random model, with adapters unless r is None, by the project's own `load_model`."""
     import torch
 
     from src.config import LoraConfig, ModelConfig
@@ -162,7 +162,7 @@ def load(c: Campaign, shape: dict[str, Any], r: int = 16, **model: Any) -> Any:
     kind = _register_llama(device, in_4bit=config.quantization == "4bit")
     kind(**shape, bos_token_id=0, eos_token_id=1, pad_token_id=2).save_pretrained(folder)
     tokenizer = load_tokenizer(ModelConfig(name="configs/tiny"))
-    lora = LoraConfig(r=r)
+    lora = LoraConfig(r=r) if r else None
     model = load_model(config, lora, tokenizer, device, torch.bfloat16, packing=True)
     if (attention := model.config._attn_implementation) != "varlen":
         raise RuntimeError(f"attention is {attention}: no figure would be that of packed documents")
@@ -350,6 +350,38 @@ def run_qlora(c: Campaign) -> None:
     for row in c.rows():
         if row["name"] == MIXED:
             c.record("4-bit/bf16 tokens/s", found.rate / row["value"], goal=">= 0.95")
+
+
+def run_plan(c: Campaign) -> None:
+    """The peak that `plan` tells beforehand, against the one that steps have."""
+    from src.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
+    from src.training.plan import plan
+
+    kinds = [("LoRA", LLAMA_8B, 16, "none"), ("full, 1B", LLAMA_1B, None, "none")]
+    if find_spec("bitsandbytes"):
+        kinds.insert(1, ("4-bit LoRA", LLAMA_8B, 16, "4bit"))
+    for name, shape, r, bits in kinds:
+        for checkpointing in (True, False):
+            shape = TINY if c.cpu else shape
+            settings = {"quantization": bits, "gradient_checkpointing": checkpointing}
+            model = load(c, shape, r, **settings)
+            rows = documents(shape["vocab_size"], c.longest, 2 * c.longest, mixed=False)
+            found = train(c, model, rows, 1, 2)
+            del model
+            clear()
+            config = Config(
+                output_dir="unused",
+                model=ModelConfig(name=str(c.work / f"shape-{shape['hidden_size']}"), **settings),
+                lora=LoraConfig(r=r) if r else None,
+                data=DataConfig(train="unused", max_length=c.longest),
+                training=TrainingConfig(batch_size=2),
+            )
+            planned = plan(config)
+            peak = planned.peak_gib - planned.overhead
+            what = f"plan of {name}{', checkpointing' * checkpointing}"
+            c.record(what, peak, "GiB", peak_gib=found.peak)
+            if not c.cpu:
+                c.record(f"{what}: off by", abs(peak / found.peak - 1), goal="<= 0.10")
 
 
 def run_compile(c: Campaign) -> None:

@@ -280,6 +280,13 @@ def from_command_line(arguments: list[str]) -> tuple[Config, dict]:
     return load_config(path, arguments[1:] if named else arguments)
 
 
+def changed(config: Config, keys: str) -> Config:
+    """The config with these `key=value` instead, several of them apart by spaces."""
+    plain = OmegaConf.create(config.model_dump())
+    merged = OmegaConf.merge(plain, OmegaConf.from_dotlist(keys.split()))
+    return Config.model_validate(OmegaConf.to_container(merged))
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}."""
     flat: dict[str, Any] = {}

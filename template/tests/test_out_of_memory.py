@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import SMOKE
-from src.config import load_config
+from src.config import changed, flatten, load_config
 from src.training import loss as loss_module
 from src.training.out_of_memory import next_settings
 from src.utils.errors import RunError
@@ -28,6 +28,8 @@ def test_out_of_memory_says_what_took_it_and_what_to_try(train, monkeypatch):
 def test_every_setting_that_is_advised_is_accepted():
     for overrides in ([], ["model.init=pretrained", "training.batch_size=1"]):
         config, _ = load_config(SMOKE, overrides)
-        for change in next_settings(config)[:-1]:
-            keys = change.partition(" (")[0].partition(":")[0].split(" ")
-            load_config(SMOKE, [*overrides, *keys])
+        for keys, _ in next_settings(config):
+            key, _, value = keys.split(" ")[0].partition("=")
+            then = load_config(SMOKE, [*overrides, *keys.split(" ")])[0]
+            assert changed(config, keys) == then
+            assert str(flatten(then.model_dump())[key]).lower() == value

@@ -1,17 +1,25 @@
 """The plan of the memory is what the step really holds, and a script says what follows from it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import scripts.plan
-from conftest import SMOKE, packed
-from src.config import load_config
+from conftest import SMOKE, metrics, packed
+from src.config import DataConfig, ModelConfig, load_config
+from src.data.dataset import load_tokens
 from src.models.adapters import without_input_casts
+from src.models.model import load_tokenizer
+from src.training import plan as plan_module
+from src.training import report
+from src.training.checkpoint import TrainState
 from src.training.optimizer import make_optimizer
-from src.training.plan import Tracker, plan
+from src.training.plan import Tracker, cheapest_that_fits, plan
+from src.training.speed import Speed, count_flops
 from src.training.trainer import as_objective, train_step
 from src.utils.memory import GIB
 
@@ -77,35 +85,111 @@ def test_what_is_counted_without_data_is_what_lives_with_it(
         for _ in range(2):
             tracker.peak = tracker.now
             train_step(objective, [batch], optimizer, None, CPU, max_grad_norm=1.0, dtype=dtype)
-    from src.training import plan as module
-
     overrides = [f"model.name={saved_model}", "model.init=pretrained", "data.max_length=64"]
     if options.get("lora"):
         overrides += ["lora.r=4", "lora.alpha=8"]
     overrides += [f"model.gradient_checkpointing={'gradient_checkpointing' in options}".lower()]
     config = load_config(SMOKE, overrides)[0]
-    walked = module.walk(config, dtype, batch, attention="sdpa", chunk=objective.head.chunk)
+    walked = plan_module.walk(config, dtype, batch, attention="sdpa", chunk=objective.head.chunk)
     assert walked.peak_gib - walked.overhead == pytest.approx(tracker.peak / GIB, rel=0.1)
 
 
-def test_the_script_says_what_fits(llama, tmp_path, capsys) -> None:
+@pytest.fixture
+def two_layers(llama, tmp_path) -> list[str]:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": 2}))
-    arguments = [SMOKE, *llama, "lora.r=16"]
+    return [SMOKE, *llama, "lora.r=16"]
+
+
+def planned(capsys, *arguments: str) -> dict:
     scripts.plan.main([*arguments, "--json"])
-    found = json.loads(capsys.readouterr().out)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_script_says_what_fits(two_layers, capsys) -> None:
+    found = planned(capsys, *two_layers)
     parts = ("weights", "gradients", "moments", "activations", "overhead")
     assert found["peak_gib"] == pytest.approx(sum(found[part] for part in parts), abs=0.01)
     for room, fits, size in ((1.0, True, 8), (-0.1, False, 7)):
-        scripts.plan.main([*arguments, "--gpu", f"{found['peak_gib'] + room}GB", "--json"])
-        told = json.loads(capsys.readouterr().out)
+        told = planned(capsys, *two_layers, "--gpu", f"{found['peak_gib'] + room}GB")
         assert told["fits"] == fits
         assert told["largest_batch_size"] >= size if fits else told["largest_batch_size"] == size
-    scripts.plan.main([*arguments, "--gpu", "3"])
+
+
+@pytest.mark.parametrize(
+    ("gib", "keys"),
+    [
+        (7, "model.gradient_checkpointing=true"),
+        (4.6, "model.gradient_checkpointing=true training.batch_size=1"),
+    ],
+)
+def test_the_cheapest_change_that_fits_is_planned_before_it_is_told(
+    two_layers, gib: float, keys: str
+) -> None:
+    found = cheapest_that_fits(load_config(two_layers[0], two_layers[1:])[0], gib)
+    assert found
+    assert set(keys.split()) <= set(found[0].split())
+    assert found[1] <= gib
+    again = plan(load_config(two_layers[0], [*two_layers[1:], *found[0].split()])[0])
+    assert again.peak_gib == found[1]
+
+
+def test_where_nothing_fits_nothing_is_advised() -> None:
+    assert cheapest_that_fits(load_config(SMOKE, ["data.max_length=32"])[0], 0.5) is None
+
+
+def test_the_script_says_what_would_fit(two_layers, capsys) -> None:
+    scripts.plan.main([*two_layers, "--gpu", "4.7"])
     shown = capsys.readouterr().out
-    assert "does not fit in 3 GiB; none does" in shown
+    assert "does not fit in 4.7 GiB; no training.batch_size does" in shown
     assert "try model.gradient_checkpointing=true" in shown
+    assert "as planned with it" in shown
+
+
+def test_steps_tokens_and_hours_of_the_run_are_those_that_training_counts(
+    smoke, capsys, two_layers
+) -> None:
+    last = metrics(smoke)[-1]
+    found = planned(capsys, SMOKE, "--gpu", "h100", "--mfu", "0.5")
+    assert (found["steps"], found["tokens"]) == (last["step"], last["tokens"])
+    # As mfu was counted: the FLOPs of a token are those of the run that trained.
+    model = AutoModelForCausalLM.from_pretrained(smoke / "final")
+    rows = load_tokens("data/sample.jsonl", load_tokenizer(ModelConfig(name="configs/tiny")),
+                       DataConfig(train="x", max_length=128))  # fmt: skip
+    token, label = count_flops(model, rows.lengths)
+    flops = 40 * (token * rows.lengths.sum() + label * rows.facts.labelled_tokens)
+    assert found["hours"] == pytest.approx(flops / (0.5 * 989e12) / 3600, rel=0.01)
+    limited = planned(capsys, SMOKE, "training.max_steps=8")
+    assert (limited["steps"], limited["tokens"]) == (8, last["tokens"] // 20)
+    assert "hours" not in limited
+    assert "not_counted" in planned(capsys, *two_layers), "without a tokenizer"
 
 
 def test_a_gpu_that_nobody_knows_is_refused(refused) -> None:
     assert "--gpu big: neither a size" in refused(scripts.plan.main, SMOKE, "--gpu", "big")[0]
     assert "unknown key" in refused(scripts.plan.main, SMOKE, "lora.rr=1")[0]
+
+
+def test_a_run_on_a_gpu_tells_its_plan_and_then_what_was_measured(monkeypatch, capsys, tmp_path):
+    for name in ("clear_memory", "print_gpu_memory"):
+        monkeypatch.setattr(report, name, lambda *_: None)
+    config = load_config(SMOKE, [f"output_dir={tmp_path}", "tracking.enabled=false"])[0]
+    show = partial(report.show_memory, config, dtype=torch.bfloat16)
+    assert show(CPU, shared="") is None
+    with monkeypatch.context() as many:
+        many.setattr(report.strategy, "shards", lambda _: 8)
+        assert show(torch.device("cuda"), shared="fsdp") is None
+    assert capsys.readouterr().out == ""
+    planned = show(torch.device("cuda"), shared="")
+    wanted = plan(config)
+    assert planned == wanted.peak_gib - wanted.overhead
+    assert capsys.readouterr().out.startswith(f"planned    {planned:.2f} GiB at the peak: weights ")
+    recorder = report.Recorder(config, {}, TrainState(), 4, Speed(1, 1, 1), planned=planned)
+    line = dict.fromkeys(("epoch", "loss", "learning_rate", "grad_norm", "mfu"), 0.5)
+    line |= {"step": 2, "tokens_per_second": 9, "peak_memory_gib": planned * 1.1}
+    for _ in range(2):
+        recorder.log(line)
+    told = f"measured   {planned * 1.1:.2f} GiB at the peak of 2 steps, +10 % of what was planned\n"
+    assert capsys.readouterr().out.count(told) == 1
+    monkeypatch.setattr(plan_module, "walk", lambda *_: 1 / 0)
+    assert show(torch.device("cuda"), shared="") is None
+    assert "planned    not known: ZeroDivisionError" in capsys.readouterr().out

@@ -29,7 +29,9 @@ def explain_out_of_memory(config: Config, training: Training) -> Generator[None]
         others = sum(local(t).nbytes for t in kept) / GIB
         memory = gpu_memory()
         peak = f"; peak {memory['peak']:.1f} of {memory['total']:.1f} GiB" if memory else ""
-        advice = "; ".join(f"({n}) {it}" for n, it in enumerate(next_settings(config)[:3], 1))
+        changes = [f"{keys} ({now})" for keys, now in next_settings(config)[:3]]
+        changes += ["a smaller model, or a GPU with more memory"] * (len(changes) < 3)
+        advice = "; ".join(f"({n}) {change}" for n, change in enumerate(changes, 1))
         raise RunError(
             f"out of memory: weights {weights:.1f} GiB, gradients and optimizer {others:.1f} GiB, "
             f"the rest activations of {config.training.batch_size} x {config.data.max_length} "
@@ -37,26 +39,27 @@ def explain_out_of_memory(config: Config, training: Training) -> Generator[None]
         ) from None
 
 
-def next_settings(config: Config) -> list[str]:
-    """Changes that save memory, the one that costs the least first, with today's values."""
+def next_settings(config: Config) -> list[tuple[str, str]]:
+    """Changes that save memory, the one that costs the least first: keys, and what they are now."""
     model, training, full = config.model, config.training, config.lora is None
     size, window = training.batch_size, training.gradient_accumulation_steps
     every, length = model.gradient_checkpointing_every_n_layers, config.data.max_length
     changes = []
     if not model.gradient_checkpointing:
-        changes.append("model.gradient_checkpointing=true (now false; a fifth slower)")
+        changes.append(("model.gradient_checkpointing=true", "now false; a fifth slower"))
     elif every > 1:
-        changes.append(f"model.gradient_checkpointing_every_n_layers=1 (now {every})")
+        changes.append(("model.gradient_checkpointing_every_n_layers=1", f"now {every}"))
     elif size == 1 and not model.gradient_checkpointing_offload:
-        changes.append("model.gradient_checkpointing_offload=true (now false; slower)")
+        changes.append(("model.gradient_checkpointing_offload=true", "now false; slower"))
     if full and training.optimizer == "adamw":
-        changes.append("training.optimizer=adamw8bit (now adamw)")
+        changes.append(("training.optimizer=adamw8bit", "now adamw"))
     if size > 1:
         fewer = f"training.batch_size={size // 2} training.gradient_accumulation_steps={2 * window}"
-        changes.append(f"{fewer} (now {size} and {window}; the same steps)")
+        changes.append((fewer, f"now {size} and {window}; the same steps"))
     if full and model.init == "pretrained":
-        changes.append("lora.r=16: adapters instead of all weights (now lora=null)")
+        changes.append(("lora.r=16", "adapters instead of all weights; now lora=null"))
     if not full and model.quantization != "4bit":
-        changes.append(f"model.quantization=4bit (now {model.quantization})")
-    changes.append(f"data.max_length={length // 2} (now {length}; longer rows are cut)")
-    return [*changes, "a smaller model, or a GPU with more memory"]
+        changes.append(("model.quantization=4bit", f"now {model.quantization}"))
+    if length >= 16:
+        changes.append((f"data.max_length={length // 2}", f"now {length}; longer rows are cut"))
+    return changes

@@ -18,20 +18,23 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from src.config import Config
+from src.config import Config, changed
 from src.data import IGNORE
-from src.data.batching import collate_packed
-from src.data.dataset import Document
+from src.data.batching import TokenBudgetSampler, collate_packed
+from src.data.dataset import Document, TokenDataset
 from src.models.adapters import add_adapters, head_of, without_input_casts
 from src.models.model import checkpoint_layers, explained, resolve
 from src.training.loss import CHUNK, Objective, PlainHead
-from src.training.optimizer import MOMENTS, dtype_of_trained, make_optimizer
+from src.training.optimizer import MOMENTS, count_steps, dtype_of_trained, make_optimizer
+from src.training.out_of_memory import next_settings
+from src.training.speed import count_flops
 from src.training.trainer import train_step
 from src.utils.memory import GIB
 
 CPU = torch.device("cpu")  # which the fake tensors are said to be on: autocast works there
 EIGHT = "adamw8bit"
 BLOCK = 512  # bytes; the CUDA allocator rounds up to it
+MOST_ROWS = 1024  # nobody needs more in a microbatch
 OVERHEAD = 1.0  # GiB: the CUDA context, cuBLAS' workspaces and what fragmentation wastes
 
 
@@ -129,24 +132,78 @@ def walk(
 
 
 def largest_batch(config: Config, gib: float, dtype: torch.dtype = torch.bfloat16) -> int:
-    """The largest `training.batch_size` that fits; 0 if none does.
+    """The largest `training.batch_size` that fits, up to MOST_ROWS; 0 if none does.
 
     Memory grows nearly in a line: the next guess is where the last two points meet the limit.
     """
-    known: dict[int, float] = {}
-    size = 1
+    known: dict[int, float] = {0: 0.0}
+    size, low = 1, 0
     while size not in known:
-        training = config.training.model_copy(update={"batch_size": size})
-        known[size] = plan(config.model_copy(update={"training": training}), dtype).peak_gib
-        low = max((n for n, peak in known.items() if peak <= gib), default=0)
-        high = min((n for n, peak in known.items() if peak > gib), default=10 * low + 10)
-        if low == 0:
-            return 0
-        one, two = sorted(known, key=lambda n: abs(n - low))[:2] if len(known) > 1 else (0, low)
-        slope = (known[two] - known.get(one, 0.0)) / (two - one)
-        guess = low + int((gib - known[low]) / slope)
-        size = max(low, min(max(guess, low + 1), high - 1))
+        known[size] = plan(changed(config, f"training.batch_size={size}"), dtype).peak_gib
+        low = max(n for n, peak in known.items() if peak <= gib)
+        high = min((n for n, peak in known.items() if peak > gib), default=MOST_ROWS + 1)
+        # Between the last that fits and the first that does not, or beyond the last two that fit.
+        one, two = (low, high) if high in known else sorted(known)[-2:]
+        slope = (known[two] - known[one]) / (two - one)
+        size = min(max(low + int((gib - known[low]) / slope), low + 1), high - 1)
     return low
+
+
+def cheapest_that_fits(
+    config: Config, gib: float, dtype: torch.dtype = torch.bfloat16
+) -> tuple[str, float] | None:
+    """The changes that cost the least and bring the peak below so many GiB, as planned with them.
+
+    Returns:
+        The keys, for a command line, and the peak then in GiB; None if nothing fits.
+    """
+
+    def peak(keys: list[str]) -> float:
+        return plan(changed(config, " ".join(keys)), dtype).peak_gib
+
+    for key, _ in next_settings(config):  # one of them alone
+        if (then := peak([key])) <= gib:
+            return key, then
+    keys: list[str] = []
+    while (then := peak(keys)) > gib:  # or several, in their order
+        if not (more := next_settings(changed(config, " ".join(keys)))):
+            return None
+        keys.append(more[0][0])
+    last = dict(key.split("=", 1) for key in " ".join(keys).split())
+    return " ".join(f"{key}={value}" for key, value in last.items()), then
+
+
+@dataclass
+class Cost:
+    """What a whole run takes of one GPU."""
+
+    steps: int
+    tokens: int  # real ones, each as often as it is trained on
+    flops: float  # that the model needs for them, recomputing left out
+
+    def hours(self, flops_a_second: float, share: float) -> float:
+        """On a GPU with this peak, of which a share is used."""
+        return self.flops / (flops_a_second * share) / 3600
+
+
+def cost(config: Config, data: TokenDataset, dtype: torch.dtype = torch.bfloat16) -> Cost:
+    """Count a run's steps, tokens and model FLOPs on one GPU from its rows.
+
+    Args:
+        config: of the run.
+        data: the rows to train on, as tokens.
+        dtype: that matmuls run in.
+    """
+    settings = config.training
+    sampler = TokenBudgetSampler(
+        data.lengths, config.data.max_length, settings.batch_size, config.data.packing,
+        config.seed, shuffle=True,
+    )  # fmt: skip
+    steps = count_steps(settings, len(sampler))
+    epochs = steps * settings.gradient_accumulation_steps / len(sampler)
+    per_token, per_label = count_flops(_shapes(config, dtype), data.lengths)
+    tokens, labelled = int(data.lengths.sum()), data.facts.labelled_tokens
+    return Cost(steps, int(epochs * tokens), epochs * (per_token * tokens + per_label * labelled))
 
 
 class _Still(torch.optim.Optimizer):

@@ -20,8 +20,10 @@ from src.data.batching import TokenLoader
 from src.data.look import data_notes, show_document
 from src.models.adapters import adapted_names, frozen_experts
 from src.models.model import count_parameters
+from src.training import strategy
 from src.training.checkpoint import TrainState
 from src.training.optimizer import bytes_a_weight
+from src.training.plan import plan
 from src.training.record import Record
 from src.training.speed import Speed
 from src.training.tracking import Tracker, where_to_look
@@ -30,7 +32,7 @@ from src.utils import distributed
 from src.utils.environment import from_root
 from src.utils.errors import Interrupted, RunError
 from src.utils.files import write_text
-from src.utils.memory import GIB, gpu_memory
+from src.utils.memory import GIB, clear_memory, gpu_memory, print_gpu_memory
 
 
 def say(text: str) -> None:
@@ -111,6 +113,31 @@ def _warnings(config: Config, model: PreTrainedModel) -> Iterator[str]:
         yield f"no adapter reaches the experts; lora.target_parameters=[{names}] adds some"
 
 
+def show_memory(
+    config: Config, device: torch.device, dtype: torch.dtype, shared: str
+) -> float | None:
+    """On a GPU say what loading left there, and what a step is planned to take.
+
+    Returns:
+        GiB that the peak of a step should be; None where it is not known.
+    """
+    if device.type != "cuda":
+        return None
+    clear_memory()  # what loading left: the peak is then that of training
+    distributed.on_main(print_gpu_memory, "memory    ")
+    if strategy.shards(shared) > 1:
+        return None
+    try:
+        planned = plan(config, dtype)
+    except Exception as error:  # noqa: BLE001 - a model that cannot be walked can be trained
+        say(f"planned    not known: {type(error).__name__}")
+        return None
+    peak = planned.peak_gib - planned.overhead  # which torch does not count either
+    parts = f"weights {planned.weights:.2f}, activations {planned.activations:.2f}"
+    say(f"planned    {peak:.2f} GiB at the peak: {parts}, gradients and moments the rest")
+    return peak
+
+
 def show_example(train: TokenLoader, tokenizer: Tokenizer) -> None:
     """The first document as the model sees it, what carries loss between [ and ]."""
     shown = show_document(train.dataset[[0]][0], tokenizer).replace("\n", "\\n")
@@ -134,7 +161,7 @@ class Recorder:
 
     def __init__(
         self, config: Config, written: dict[str, Any], state: TrainState, total_steps: int,
-        speed: Speed, loaders: Sequence[TokenLoader | None] = (),
+        speed: Speed, loaders: Sequence[TokenLoader | None] = (), planned: float | None = None,
     ) -> None:  # fmt: skip
         self.data = [
             (key, str(source), loader.dataset.facts.fingerprint)
@@ -144,7 +171,7 @@ class Recorder:
             if loader is not None
         ]
         self.config, self.written, self.state = config, written, state
-        self.total_steps = total_steps
+        self.total_steps, self.planned = total_steps, planned
         self.folder, self.speed = from_root(config.output_dir), speed
         self.checkpoints = self.folder / "checkpoints"
         self.record: Record | None = None
@@ -241,6 +268,10 @@ class Recorder:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
         say(self._line(metrics))
+        if self.planned and (peak := metrics.get("peak_memory_gib")):
+            more = f"{100 * (peak / self.planned - 1):+.0f} % of what was planned"
+            say(f"measured   {peak:.2f} GiB at the peak of {metrics['step']} steps, {more}")
+            self.planned = None
         if self.tracker:
             self.tracker.wake()
         self.clear()

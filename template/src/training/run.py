@@ -43,7 +43,6 @@ from src.utils import distributed
 from src.utils.device import pick_device, pick_dtype
 from src.utils.environment import from_root
 from src.utils.files import new_folder, only_run_in
-from src.utils.memory import clear_memory, print_gpu_memory
 from src.utils.ranks import RANK, WORLD_SIZE
 from src.utils.seed import set_seed
 
@@ -82,10 +81,9 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         speed = measure_speed(model, train.dataset.lengths, device, dtype)
         report.describe(config, model, dtype, train, evaluation, total_steps, speed)
         report.show_example(train, tokenizer)
-        if device.type == "cuda":
-            clear_memory()  # what loading left: the peak is then that of training
-            distributed.on_main(print_gpu_memory, "memory    ")
-        recorder = report.Recorder(config, written, training.state, total_steps, speed, loaders)
+        planned = report.show_memory(config, device, dtype, shared)
+        told = (config, written, training.state, total_steps, speed, loaders, planned)
+        recorder = report.Recorder(*told)
         # From here on there is something to lose: a signal now waits for the end of a step.
         with StopSignal(command) as stop, recorder, explain_out_of_memory(config, training):
             distributed.on_main(report.keep_left_out, loaders, output)

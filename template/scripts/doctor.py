@@ -1,76 +1,80 @@
-"""Say what this machine can do for training: `uv run scripts/doctor.py`, OK, WARN or FAIL a line.
+"""Look before the GPU hour: `uv run scripts/doctor.py [CONFIG] [key=value ...] [--json]`.
 
-Exit code 1 if something FAILs. Paste its output when you ask somebody for help.
+Says of this machine, this project, the config's rows and its memory what is OK, what to WARN of and
+what would FAIL, with the command that mends it. Exit code 1 if something FAILs; nothing is changed.
+CONFIG and keys are those of scripts/train.py. Paste the page when you ask somebody for help.
 """
 
-import os
-import platform
-import shutil
+import json
+import shlex
 import sys
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable
 
+from src.doctor import Finding
 from src.utils.environment import PROJECT_ROOT, load_environment
 from src.utils.errors import UserError, run_script
+from src.utils.imports import quick_imports
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "omegaconf", "mlflow")
-Finding = tuple[str, str]  # (OK | WARN | FAIL, what and what to do)
+COLOURS = {"OK": "\033[32m", "WARN": "\033[33m", "FAIL": "\033[31m"}
+PLAIN = "\033[0m"
 
 
 def main(arguments: list[str]) -> None:
-    """Print every finding; none of them changes anything."""
+    """Print every finding, part by part."""
     if "-h" in arguments or "--help" in arguments:
-        print(__doc__)
+        print(__doc__.strip())
         return
-    if arguments:
-        raise UserError(f"doctor takes no arguments, not {' '.join(arguments)}")
+    as_json = "--json" in arguments
+    arguments = [argument for argument in arguments if argument != "--json"]
     load_environment()
-    failed = False
-    for verdict, text in (*_software(), *_disk(), *_secrets(), *_gpu()):
-        print(f"{verdict:<4} {text}")
-        failed |= verdict == "FAIL"
-    sys.exit(1 if failed else 0)
+    from src.config import from_command_line
+
+    config, _ = from_command_line(arguments)
+    coloured = sys.stdout.isatty() and not as_json
+
+    with quick_imports():
+        from src.data.look import GREEN
+        from src.doctor.machine import check_machine
+        from src.doctor.memory import check_memory
+        from src.doctor.project import check_project
+        from src.doctor.rows import check_rows
+        from src.training.plan import plan
+
+    planned, why_not = None, ""
+    try:
+        planned = plan(config)
+    except UserError as error:
+        why_not = error.problems[0]
+    except Exception as error:  # noqa: BLE001 - a model that cannot be walked without data
+        why_not = f"{type(error).__name__} in walking this model"
+    marks = GREEN if coloured else ("[", "]")
+    rows = list(check_rows(config, marks, shlex.join(arguments)))
+    if any(each.what == why_not for each in rows):
+        why_not = "see above"
+    parts: dict[str, Iterable[Finding]] = {
+        "machine": check_machine(config, planned),
+        "project": check_project(config, PROJECT_ROOT),
+        "data and template": rows,
+        "memory plan": check_memory(config, planned, why_not),
+    }
+    page: dict[str, list[Finding]] = {}
+    for name, findings in parts.items():
+        if not as_json:
+            print(f"\n{name}" if page else name)
+        page[name] = list(findings) if as_json else [_show(each, coloured) for each in findings]
+    if as_json:
+        told = {name: [each._asdict() for each in found] for name, found in page.items()}
+        print(json.dumps(told, ensure_ascii=False))
+    sys.exit(any(each.verdict == "FAIL" for found in page.values() for each in found))
 
 
-def _software() -> Iterator[Finding]:
-    yield "OK", f"python {platform.python_version()} on {platform.platform()}"
-    for name in PACKAGES:
-        try:
-            yield "OK", f"{name} {version(name)}"
-        except PackageNotFoundError:
-            yield "FAIL", f"{name} is not installed: uv sync --locked"
-
-
-def _disk() -> Iterator[Finding]:
-    free = shutil.disk_usage(PROJECT_ROOT).free / 2**30
-    # An 8B model's weights in bf16 are 15 GiB, and a checkpoint needs room beside the last one.
-    text = f"{free:.0f} GiB free on the project's disk"
-    yield ("OK", text) if free > 40 else ("WARN", f"{text}; an 8B model and its runs take 40")
-
-
-def _secrets() -> Iterator[Finding]:
-    if not (PROJECT_ROOT / ".env").is_file():
-        yield "WARN", "no .env: cp .env.example .env (only gated models and settings need it)"
-    gated = "HF_TOKEN is not set: gated models such as Llama cannot be fetched"
-    yield ("OK", "HF_TOKEN is set") if os.environ.get("HF_TOKEN") else ("WARN", gated)
-
-
-def _gpu() -> Iterator[Finding]:
-    import torch
-
-    from src.utils.device import unusable_gpu
-
-    if not torch.cuda.is_available():
-        unusable = unusable_gpu()
-        yield ("FAIL", unusable) if unusable else ("WARN", "no GPU: only tiny models train here")
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        name = f"cuda:{index} {torch.cuda.get_device_name(index)}"
-        free, total = (value / 2**30 for value in torch.cuda.mem_get_info(index))
-        yield "OK", f"{name}, {free:.1f} of {total:.1f} GiB free"
-        if free < 0.9 * total:
-            yield "WARN", f"{name} is in use by another process: see nvidia-smi"
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            yield "WARN", f"{name} has no bf16: training uses fp16 with a loss scaler"
+def _show(finding: Finding, coloured: bool) -> Finding:
+    colour, plain = (COLOURS[finding.verdict], PLAIN) if coloured else ("", "")
+    text = finding.what.replace("\n", "\\n")
+    print(f"  {colour}{finding.verdict:<4}{plain}  {text}", flush=True)
+    if finding.mend and finding.verdict != "OK":
+        print(f"        → {finding.mend}")
+    return finding
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import shutil
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -21,7 +23,7 @@ from src.config import LoraConfig, ModelConfig
 from src.data.batching import collate_packed
 from src.data.dataset import Document
 from src.models.adapters import without_input_casts
-from src.models.model import load_model, load_tokenizer, save_model
+from src.models.model import load_model, load_tokenizer, resolve, save_model
 from src.trained import load_trained
 from src.training.loss import find_plain_head, summed_loss
 from src.training.trainer import evaluate
@@ -235,6 +237,7 @@ def test_a_gated_model_says_where_to_ask_and_where_the_token_goes(monkeypatch) -
         raise OSError("You are trying to access a gated repo.\n401 Client Error.")
 
     monkeypatch.setattr(model_module.AutoTokenizer, "from_pretrained", refuse)
+    monkeypatch.setattr(model_module, "resolve", str)
     with pytest.raises(UserError, match=r"org/gated is gated: ask for access .*HF_TOKEN"):
         load_tokenizer(ModelConfig(name="org/gated"))
 
@@ -257,8 +260,30 @@ def test_what_went_wrong_while_loading_gets_its_own_advice(monkeypatch, error, a
         raise error
 
     monkeypatch.setattr(model_module.AutoTokenizer, "from_pretrained", refuse)
+    monkeypatch.setattr(model_module, "resolve", str)
     with pytest.raises(UserError, match=f"org/broken {advice}"):
         load_tokenizer(ModelConfig(name="org/broken"))
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch) -> None:
+    asked: list[str] = []
+
+    def answer(_: object, name: str, **__: object) -> None:
+        asked.append(name)
+        if name == "org/gone":
+            raise HfHubHTTPError(
+                "404", response=cast(Any, SimpleNamespace(headers={}, request=None))
+            )
+        raise RuntimeError("whatever this version of the hub's library raises")
+
+    monkeypatch.setattr(model_module.HfApi, "model_info", answer)
+    with pytest.raises(UserError, match="org/away is not on this machine and could not be"):
+        resolve("org/away")
+    assert resolve("org/gone") == "org/gone", "it answered: what loads the model explains it"
+    assert asked == ["org/away", "org/gone"]
+    monkeypatch.setattr(model_module, "try_to_load_from_cache", lambda *_: "a/file")
+    assert resolve("org/here") == "org/here"
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

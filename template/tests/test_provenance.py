@@ -34,7 +34,7 @@ def tracked(tmp_path, monkeypatch, mlflow_database):
         ("status", "--porcelain"): " M src/config.py",
         ("diff", "HEAD"): f"+token = '{SECRETS['HF_TOKEN']}'\n+other = '{LOOSE}'",
     }
-    monkeypatch.setattr(provenance, "_git", lambda *words: answers[words])
+    monkeypatch.setattr(provenance, "git", lambda _, *words: answers[words])
     monkeypatch.setattr("sys.argv", ["scripts/train.py", f"--x={SECRETS['MY_API_KEY']}"])
     scripts.train.main([
         SMOKE, f"output_dir={tmp_path / 'run'}", "device=cpu", "training.max_steps=2",

@@ -4,13 +4,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-import scripts.doctor
 import scripts.inference
 import scripts.look
 from conftest import ROOT, SMOKE, chat
-from src.utils import device
 
 
 @pytest.mark.parametrize(
@@ -58,25 +55,6 @@ def test_a_start_imports_nothing_that_a_run_may_not_need() -> None:
 def test_inference_refuses_what_is_no_model(tmp_path, refused, make, expected) -> None:
     (tmp_path / "final").mkdir()
     assert expected in refused(scripts.inference.main, str(make(tmp_path)), "hi")[0]
-
-
-def test_the_doctor_fails_a_gpu_that_torch_cannot_use(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(device, "unusable_gpu", lambda: "an NVIDIA GPU is here, but its driver …")
-    with pytest.raises(SystemExit) as end:
-        scripts.doctor.main([])
-    assert end.value.code == 1
-    assert "FAIL an NVIDIA GPU is here, but its driver …" in capsys.readouterr().out
-
-
-def test_the_doctor_judges_and_advises(capsys, refused) -> None:
-    with pytest.raises(SystemExit) as end:
-        scripts.doctor.main([])
-    lines = capsys.readouterr().out.splitlines()
-    assert all(line.startswith(("OK   ", "WARN ", "FAIL ")) for line in lines), lines
-    assert end.value.code == any(line.startswith("FAIL") for line in lines)
-    assert any(line.startswith("OK   torch ") for line in lines)
-    assert refused(scripts.doctor.main, "now") == ["doctor takes no arguments, not now"]
 
 
 def test_a_look_at_the_data_tells_what_training_would_see(write_rows, tmp_path, capsys) -> None:

@@ -32,7 +32,6 @@ def describe_data(
     shapes = ", ".join(f"{n:,} as {shape}" for shape, n in facts.read_as.items())
     tokens, labelled = int(lengths.sum()), facts.labelled_tokens
     median, high = np.percentile(lengths, (50, 90)).astype(int)
-    own = _hashes(dataset)
     yield f"{name:<10} {len(dataset):,} documents, read {shapes}"
     yield f"tokens     {tokens:,}, of which {labelled:,} labelled ({labelled / tokens:.0%})"
     yield f"lengths    median {median:,}, 90 % up to {high:,}, longest {lengths.max():,}"
@@ -41,10 +40,20 @@ def describe_data(
         for line in islice(file, REASONS):
             left = json.loads(line)
             yield f"             {left['place']}: {left['reason']}"
-    if repeated := len(own) - len(np.unique(own)):
-        yield f"           {repeated:,} documents repeat another one"
-    if other is not None and (shared := int(np.isin(own, _hashes(other)).sum())):
-        yield f"           {shared:,} documents are in data.train too"
+    if again := repeated(dataset):
+        yield f"           {again:,} documents repeat another one"
+    if other is not None and (both := shared(dataset, other)):
+        yield f"           {both:,} documents are in data.train too"
+
+
+def repeated(dataset: TokenDataset) -> int:
+    """How many documents have the same tokens as an earlier one."""
+    return len(dataset) - len(np.unique(_hashes(dataset)))
+
+
+def shared(dataset: TokenDataset, other: TokenDataset) -> int:
+    """How many documents of one have the same tokens as one of the other."""
+    return int(np.isin(_hashes(dataset), _hashes(other)).sum())
 
 
 def data_notes(facts: Facts, data: DataConfig) -> Iterator[str]:

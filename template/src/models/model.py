@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -75,8 +77,9 @@ def build_model(
     Raises:
         UserError: the model is gated, absent, damaged or too large a wish: see each message.
     """
-    trust, name = {"trust_remote_code": config.trust_remote_code}, resolve(config.name)
+    trust = {"trust_remote_code": config.trust_remote_code}
     with explained(config.name):
+        name = resolve(config.name)
         hf_config = AutoConfig.from_pretrained(name, **trust)
     hf_config.use_cache = False  # with a cache, transformers no longer sees packed documents
     weights = trained_in if lora is None else dtype
@@ -162,8 +165,21 @@ def count_before_loading(config: ModelConfig) -> int:
 
 
 def resolve(name: str) -> str:
-    """A local folder as an absolute path, so that an adapter finds its base from anywhere."""
-    return str(from_root(name).resolve()) if from_root(name).is_dir() else name
+    """A local folder as an absolute path, so that an adapter finds its base from anywhere.
+
+    Raises:
+        UserError: a hub id that is not on this machine, and the hub cannot be reached.
+    """
+    if from_root(name).is_dir():
+        return str(from_root(name).resolve())
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        try:  # once: transformers would try for 46 seconds
+            HfApi().model_info(name, timeout=10)
+        except HfHubHTTPError:
+            pass  # it did answer, and what loads the model explains what
+        except Exception:  # noqa: BLE001 - each version of the hub's library has its own
+            raise UserError(f"model.name: {name} {ABSENT}") from None
+    return name
 
 
 def read_weights(

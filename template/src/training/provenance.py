@@ -5,7 +5,6 @@ import hashlib
 import os
 import re
 import shlex
-import subprocess
 import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +13,7 @@ import torch
 import yaml
 
 from src.utils.environment import PROJECT_ROOT
+from src.utils.git import git
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "torchao", "datasets")
 MOST = 1_000_000  # characters of uncommitted changes that are kept
@@ -33,13 +33,13 @@ def hide(text: str) -> str:
 
 def provenance() -> dict[str, str]:
     """What is worth knowing of a run in a year, as tags for MLflow."""
-    changed = _git("status", "--porcelain")
+    changed = git(PROJECT_ROOT, "status", "--porcelain")
     answers = PROJECT_ROOT / ".copier-answers.yml"
     lock = PROJECT_ROOT / "uv.lock"
     tags = {
         "mlflow.source.name": sys.argv[0],
         "mlflow.source.type": "LOCAL",
-        "mlflow.source.git.commit": _git("rev-parse", "HEAD"),
+        "mlflow.source.git.commit": git(PROJECT_ROOT, "rev-parse", "HEAD"),
         "git.dirty": str(bool(changed)).lower() if changed is not None else None,
         "command": shlex.join(["uv", "run", *sys.argv]),
         "python": sys.version.split()[0],
@@ -58,21 +58,7 @@ def provenance() -> dict[str, str]:
 
 def uncommitted() -> str:
     """The changes since the last commit, cut where they are long."""
-    return hide((_git("diff", "HEAD") or "")[:MOST])
-
-
-def _git(*words: str) -> str | None:
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            ["git", *words],
-            cwd=PROJECT_ROOT,
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
-        return done.stdout.strip()
-    return None
+    return hide((git(PROJECT_ROOT, "diff", "HEAD") or "")[:MOST])
 
 
 def _version(name: str) -> str | None:

@@ -1,0 +1,123 @@
+"""Is the project one whose runs can be found again: tracked, pinned, tested, committed, no leak."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from src.config import Config
+from src.doctor import Finding
+from src.utils.git import git
+
+COMMIT = "git add {0} && git commit -m 'Keep {0}'"
+WORKFLOWS = (".github/workflows/*.y*ml", ".gitlab-ci.yml", ".circleci/config.yml", "Jenkinsfile")
+MARKERS = r"^(<<<<<<< |>>>>>>> |\|\|\|\|\|\|\| )"  # also what `copier update` leaves
+
+
+def check_project(config: Config, root: Path) -> Iterator[Finding]:
+    """Look at the project's files and its git history."""
+    yield from _tracking(config)
+    yield from _python(root)
+    yield from _workflow(root)
+    yield from _template(root)
+    if git(root, "rev-parse", "HEAD") is None:
+        begin = "git init && git add -A && git commit -m 'Begin'"
+        yield Finding("WARN", "no commit here: no run will know its code", begin)
+        return
+    yield from _committed(root)
+    yield from _secrets(root)
+    yield from _conflicts(root)
+
+
+def _tracking(config: Config) -> Iterator[Finding]:
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not config.tracking.enabled:
+        yield Finding("WARN", "runs are not recorded in MLflow", "tracking.enabled=true")
+    elif uri.startswith("http") and not _answers(uri):
+        mend = "start it, or take MLFLOW_TRACKING_URI out of .env; scripts/sync.py sends later"
+        yield Finding("WARN", "MLflow's server, MLFLOW_TRACKING_URI, does not answer", mend)
+    else:
+        where = "at MLFLOW_TRACKING_URI" if uri else "mlflow.db"
+        yield Finding("OK", f"runs are recorded in MLflow, {where}: {config.tracking.experiment}")
+
+
+def _answers(uri: str) -> bool:
+    import requests
+
+    try:
+        return requests.get(f"{uri.rstrip('/')}/health", timeout=3).ok
+    except requests.RequestException:
+        return False
+
+
+def _python(root: Path) -> Iterator[Finding]:
+    pin, runs = root / ".python-version", ".".join(map(str, sys.version_info[:2]))
+    pinned = pin.read_text().strip() if pin.is_file() else None
+    if pinned is None:
+        yield Finding("WARN", "Python is not pinned: no .python-version", f"uv python pin {runs}")
+    elif not f"{pinned}.".startswith(f"{runs}."):
+        mend = "uv sync --locked, then uv run scripts/…"
+        yield Finding("WARN", f"Python {runs} runs, and {pinned} is pinned", mend)
+    else:
+        yield Finding("OK", f"Python {pinned} is pinned")
+
+
+def _workflow(root: Path) -> Iterator[Finding]:
+    files = [path for pattern in WORKFLOWS for path in root.glob(pattern)]
+    if tests := [path for path in files if "pytest" in path.read_text("utf-8")]:
+        yield Finding("OK", f"{tests[0].relative_to(root)} runs the tests")
+    else:
+        mend = "uvx copier update, and answer github or gitlab"
+        yield Finding("WARN", "no CI runs the tests", mend)
+
+
+def _template(root: Path) -> Iterator[Finding]:
+    answers = root / ".copier-answers.yml"
+    if answers.is_file():
+        version = yaml.safe_load(answers.read_text("utf-8")).get("_commit")
+        yield Finding("OK", f"rendered by version {version} of the template")
+    else:
+        mend = "git checkout -- .copier-answers.yml"
+        yield Finding("WARN", "no .copier-answers.yml: no update of the template arrives", mend)
+
+
+def _committed(root: Path) -> Iterator[Finding]:
+    for name in ("uv.lock", ".python-version"):
+        if not (root / name).is_file():
+            yield Finding("FAIL", f"{name} is missing", "git checkout -- uv.lock, or uv lock")
+        elif not git(root, "ls-files", name):
+            yield Finding("FAIL", f"{name} is not in git", COMMIT.format(name))
+        else:
+            yield Finding("OK", f"{name} is in git")
+    if changed := (git(root, "status", "--porcelain") or "").splitlines():
+        files = f"{len(changed)} files are" if len(changed) > 1 else f"{changed[0][3:]} is"
+        yield Finding(
+            "WARN", f"{files} not committed: a run keeps the difference only", "git commit"
+        )
+    else:
+        yield Finding("OK", f"all is committed: {git(root, 'rev-parse', '--short', 'HEAD')}")
+
+
+def _secrets(root: Path) -> Iterator[Finding]:
+    if git(root, "check-ignore", ".env") is None:
+        yield Finding("FAIL", ".env is not ignored by git", "echo /.env >> .gitignore")
+    elif (commit := git(root, "log", "--all", "--format=%h", "-1", "--", ".env")) is None:
+        yield Finding("WARN", "git did not say whether .env was ever committed")
+    elif commit:
+        mend = "revoke its tokens: history keeps them; then git rm --cached .env"
+        yield Finding("FAIL", f".env was committed: {commit}", mend)
+    else:
+        yield Finding("OK", ".env is ignored, and was never committed")
+
+
+def _conflicts(root: Path) -> Iterator[Finding]:
+    found = git(root, "grep", "--untracked", "-nIE", MARKERS) or ""
+    rejected = git(root, "ls-files", "--others", "--exclude-standard", "*.rej") or ""
+    places = [line.split(":") for line in found.splitlines()]
+    files = [f"{name}:{line}" for name, line, *_ in places] + rejected.splitlines()
+    for place in files[:3]:
+        yield Finding("FAIL", f"{place}: a conflict that nobody has resolved", "edit the file")
+    if not files:
+        yield Finding("OK", "no conflict markers")

@@ -1,0 +1,424 @@
+"""The doctor: each of its lines in health, and with the problem that it is there for."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import bitsandbytes.functional
+import pynvml
+import pytest
+import torch
+
+import scripts.doctor
+from conftest import SMOKE, chat
+from src.config import Config, from_command_line
+from src.doctor import Finding, machine, memory, project, rows
+from src.training import feasibility
+from src.training.plan import Plan, plan
+from src.utils import device
+from src.utils.memory import GIB
+
+FILES = {
+    ".python-version": f"{sys.version_info.major}.{sys.version_info.minor}\n",
+    "uv.lock": "version = 1\n",
+    ".gitignore": ".env\n",
+    ".copier-answers.yml": "_commit: v1.2.3\n",
+    ".github/workflows/ci.yml": "run: uv run pytest\n",
+}
+WHO = ("-c", "user.name=a", "-c", "user.email=a@b")
+
+
+def configured(*overrides: str) -> Config:
+    return from_command_line([SMOKE, *overrides])[0]
+
+
+def wrong(findings: Iterable[Finding]) -> list[str]:
+    """What is not OK, each with its verdict."""
+    return [f"{each.verdict} {each.what}" for each in findings if each.verdict != "OK"]
+
+
+@pytest.fixture(scope="module")
+def planned() -> Plan:
+    return plan(configured("device=cpu"))
+
+
+# --- machine
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (0, "OK Python"),
+        (2, "FAIL Python"),
+        (FileNotFoundError("uv"), "WARN uv is not here"),
+        (ModuleNotFoundError(name="peft"), "FAIL peft is not installed"),
+    ],
+)
+def test_the_environment_is_compared_with_the_lock(monkeypatch, answer, expected) -> None:
+    def uv(command: list[str], **options) -> SimpleNamespace:
+        assert "--check" in command, "nothing may be changed"
+        if isinstance(answer, Exception):
+            raise answer
+        return SimpleNamespace(returncode=answer)
+
+    monkeypatch.setattr(machine.subprocess, "run", uv)
+    (found,) = machine._environment()
+    assert f"{found.verdict} {found.what}".startswith(expected)
+
+
+@pytest.fixture
+def four_bit(saved_model) -> Config:
+    words = ("lora.r=4", "model.quantization=4bit", "model.init=pretrained")
+    return configured(f"model.name={saved_model}", *words)
+
+
+def test_a_machine_without_a_gpu_suits_a_small_model(planned, four_bit, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "_environment", lambda: iter(()))
+    found = list(machine.check_machine(four_bit, planned))
+    assert not wrong(found)
+    said = " ".join(each.what for each in found)
+    for part in ("needs none", "seed=42 repeats it", "4 bits on cpu", "GiB free for 4 checkpoints"):
+        assert part in said
+    unknown = wrong(machine.check_machine(configured(), None))
+    assert unknown == ["WARN no GPU here, and this model may need one"]
+
+
+def test_a_run_that_this_device_cannot_do_fails(planned, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "_environment", lambda: iter(()))
+    (line,) = wrong(machine.check_machine(configured("device=cuda"), planned))
+    assert line.startswith("FAIL device: cuda is not available")
+    monkeypatch.setattr(feasibility, "count_before_loading", lambda _: 8_000_000_000)
+    (line,) = wrong(machine.check_machine(configured(), planned))
+    assert line.startswith("FAIL device: no GPU here, and")
+    monkeypatch.setattr(device, "unusable_gpu", lambda: "a GPU is here, but its driver …")
+    (line,) = wrong(machine.check_machine(configured(), planned))
+    assert line.startswith("FAIL device: a GPU is here, but its driver …")
+
+
+def test_operations_that_fail_or_do_not_repeat_are_told(four_bit, monkeypatch) -> None:
+    here, four = torch.device("cpu"), four_bit
+    assert not wrong(machine._operations(four, here, torch.bfloat16))
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "set_seed", lambda _: None)
+        (line,) = wrong(machine._operations(four, here, torch.float32))
+        assert line == "FAIL seed=42 does not repeat a product"
+    with monkeypatch.context() as patch:
+        patch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda weight, state: 9.0)
+        (line,) = wrong(machine._operations(four, here, torch.float32))
+        assert line.startswith("FAIL bitsandbytes does not work: 4 bits are off by")
+
+    def no_kernel(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no kernel image is available\nmore")
+
+    monkeypatch.setattr(machine, "_product", no_kernel)
+    (line,) = wrong(machine._operations(four, here, torch.float32))
+    assert line == "FAIL float32 on cpu: no kernel image is available"
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", no_kernel)
+    (line,) = wrong(machine._four_bits(four, here))
+    assert line.endswith("RuntimeError: no kernel image is available")
+    (line,) = wrong(machine._four_bits(configured(), here))
+    assert line.startswith("WARN"), "this config does not use it"
+
+
+def test_a_disk_without_room_for_the_checkpoints_fails(planned, monkeypatch, tmp_path) -> None:
+    config = configured(f"output_dir={tmp_path / 'not/yet/there'}")
+    assert not wrong(machine._disk(config, planned))
+    each = planned.gradients + planned.moments
+    assert each > 0
+    for checkpoints, verdict in ((6, "OK"), (3.9, "FAIL")):
+        free = SimpleNamespace(free=checkpoints * each * GIB)
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda _, free=free: free)
+        (found,) = machine._disk(config, planned)
+        assert found.verdict == verdict
+    assert str(tmp_path) in found.mend
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> SimpleNamespace:
+    """A healthy GPU that exists only here, and what NVML says of it."""
+    its = SimpleNamespace(processes=[], reasons=0x4, limit=700_000, usual=700_000, bf16=True)
+    properties = SimpleNamespace(uuid="1-2")
+    for name, value in {
+        "get_device_name": lambda _: "H100",
+        "mem_get_info": lambda _: (70 * GIB, 80 * GIB),
+        "is_bf16_supported": lambda including_emulation: its.bf16,
+        "get_device_properties": lambda _: properties,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name, value in {
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetHandleByUUID": lambda uuid: its if uuid == "GPU-1-2" else None,
+        "nvmlDeviceGetComputeRunningProcesses": lambda handle: handle.processes,
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: handle.reasons,
+        "nvmlDeviceGetPowerManagementLimit": lambda handle: handle.limit,
+        "nvmlDeviceGetPowerManagementDefaultLimit": lambda handle: handle.usual,
+    }.items():
+        monkeypatch.setattr(pynvml, name, value)
+    return its
+
+
+def test_a_gpu_that_is_shared_slowed_or_old_is_told(gpu, monkeypatch) -> None:
+    (found,) = machine._gpu(0)
+    assert (found.verdict, found.what.partition(";")[0]) == (
+        "OK", "GPU 0, H100: 70.0 of 80.0 GiB free"
+    )  # fmt: skip
+    gpu.processes = [SimpleNamespace(pid=1, usedGpuMemory=3 * GIB)]
+    gpu.reasons, gpu.limit, gpu.bf16 = 0x40, 350_000, False
+    assert wrong(machine._gpu(0)) == [
+        "WARN GPU 0, H100 has no bf16: training uses fp16 with a loss scaler",
+        "WARN process 1 holds 3.0 GiB of GPU 0, H100",
+        "WARN GPU 0, H100 is slow: it is too hot",
+        "WARN GPU 0, H100 may draw 350 W of its usual 700",
+    ]
+
+    def silent(handle: object) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", silent)
+    assert wrong(machine._gpu(0))[1].endswith("Not Supported")
+
+
+# --- project
+
+
+def git(root: Path, *words: str) -> None:
+    subprocess.run(["git", *WHO, *words], cwd=root, check=True, capture_output=True)
+
+
+def commit(root: Path, *names: str) -> None:
+    git(root, "add", "-f", *(names or ["-A"]))
+    git(root, "commit", "-m", "x")
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name, text in FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    git(tmp_path, "init")
+    commit(tmp_path)
+    return tmp_path
+
+
+def test_a_project_in_order_has_no_warning(repository) -> None:
+    found = list(project.check_project(configured(), repository))
+    assert not wrong(found)
+    assert len(found) == 9
+
+
+def _leak(root: Path) -> None:
+    (root / ".env").write_text("HF_TOKEN=x\n")
+    commit(root, ".env")
+    git(root, "rm", "--cached", ".env")
+    git(root, "commit", "-m", "y")
+
+
+def _conflict(root: Path) -> None:
+    (root / "a.py").write_text(f"x = 1\n{'<' * 7} before updating\nx = 2\n")
+    commit(root)
+
+
+def _write(name: str, text: str) -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        (root / name).write_text(text)
+        commit(root)
+
+    return write
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    def remove(root: Path) -> None:
+        (root / name).unlink()
+        commit(root)
+
+    return remove
+
+
+def _reject(root: Path) -> None:
+    (root / "a.py.rej").write_text("")
+
+
+def _unlock(root: Path) -> None:
+    git(root, "rm", "--cached", "uv.lock")
+    (root / ".git/info/exclude").write_text("uv.lock\n")
+    git(root, "commit", "-m", "x")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (_remove(".python-version"), "WARN Python is not pinned"),
+        (_write(".python-version", "3.99\n"), " runs, and 3.99 is pinned"),
+        (_remove(".github/workflows/ci.yml"), "WARN no CI runs the tests"),
+        (_write(".github/workflows/ci.yml", "run: echo\n"), "WARN no CI runs the tests"),
+        (_remove(".copier-answers.yml"), "WARN no .copier-answers.yml"),
+        (_remove("uv.lock"), "FAIL uv.lock is missing"),
+        (_unlock, "FAIL uv.lock is not in git"),
+        (lambda root: (root / "new.py").touch(), "WARN new.py is not committed"),
+        (_write(".gitignore", "x\n"), "FAIL .env is not ignored by git"),
+        (_leak, "FAIL .env was committed"),
+        (_conflict, "FAIL a.py:2: a conflict that nobody has resolved"),
+        (_reject, "FAIL a.py.rej: a conflict that nobody has resolved"),
+    ],
+)
+def test_each_disorder_of_a_project_is_told(repository, damage, expected) -> None:
+    damage(repository)
+    found = wrong(project.check_project(configured(), repository))
+    assert any(expected in line for line in found), found
+
+
+def test_a_folder_without_a_commit_is_told(tmp_path) -> None:
+    assert wrong(project.check_project(configured(), tmp_path))[-1] == (
+        "WARN no commit here: no run will know its code"
+    )
+
+
+def test_runs_that_would_not_be_recorded_are_told(monkeypatch) -> None:
+    (line,) = wrong(project._tracking(configured("tracking.enabled=false")))
+    assert line == "WARN runs are not recorded in MLflow"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
+    (line,) = wrong(project._tracking(configured()))
+    assert line == "WARN MLflow's server, MLFLOW_TRACKING_URI, does not answer"
+    monkeypatch.setattr(project, "_answers", lambda uri: True)
+    (found,) = project._tracking(configured())
+    assert found.verdict == "OK"
+
+
+# --- data and template
+
+
+@pytest.fixture
+def looked(write_rows) -> Callable[..., list[Finding]]:
+    """What is said of rows: `looked(row, …, template="…", overrides=[…])`."""
+
+    def look(*some: dict | str, template: str = "", overrides: tuple[str, ...] = ()):
+        words = [f"data.train={write_rows(*some)}", *overrides]
+        if template:
+            words.append(f"model.chat_template={write_rows(template, name='chat.j2')}")
+        return list(rows.check_rows(configured("data.eval=null", *words), ("[", "]"), ""))
+
+    return look
+
+
+GOOD = [chat(f"q{n}", f"a{n}") for n in range(8)]
+LONG = chat("q", "w " * 200)
+ONLY_TEXT = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_rows_in_order_have_no_warning(looked, write_rows) -> None:
+    other = write_rows(chat("new", "b"), name="eval.jsonl")
+    found = looked(*GOOD, overrides=(f"data.eval={other}",))
+    assert not wrong(found)
+    said = [each.what for each in found]
+    assert said[0].startswith("the first: <|begin|>### User:\nq0")
+    assert "[a0<|end|>]" in said[0]
+    assert said[1:3] == [
+        "8 of 8 documents begin with one BOS token, none with two",
+        "8 of 8 documents teach a stop token ('<|end|>')",
+    ]
+    assert said[-1] == "no document of data.eval is in data.train"
+
+
+@pytest.mark.parametrize(
+    ("some", "template", "overrides", "expected"),
+    [
+        (GOOD, "", (), "WARN nothing is evaluated on"),
+        (GOOD, "{{ bos_token }}" * 2 + ONLY_TEXT, (), "8 documents begin with two BOS tokens"),
+        ([LONG], "", (), "FAIL 0 of 1 documents teach a stop token"),
+        ([*GOOD, LONG], "", (), "WARN 8 of 9 documents teach a stop token"),
+        ([*GOOD, GOOD[0]], "", (), "WARN data.train: 1 documents repeat another one"),
+        ([*GOOD, chat("q", "")], "", (), "WARN data.train: 1 rows left out"),
+        ([*GOOD, LONG], "", (), "WARN data.train: 1 rows cut"),
+        (GOOD, "", ("data.eval=SAME",), "8 of 8 documents of data.eval are in data.train"),
+        (["{"], "", (), "rows.jsonl:1: "),
+        (GOOD, "", ("model.name=configs/none",), "FAIL model.name: configs/none: no such folder"),
+    ],
+)  # fmt: skip
+def test_each_trouble_of_rows_is_told(
+    looked, tmp_path, some, template, overrides, expected
+) -> None:
+    overrides = tuple(word.replace("SAME", str(tmp_path / "rows.jsonl")) for word in overrides)
+    found = wrong(looked(*some, template=template, overrides=overrides))
+    assert any(expected in line for line in found), found
+
+
+def test_a_beginning_that_the_tokenizer_would_give_is_missed(looked, monkeypatch) -> None:
+    load = rows.load_tokenizer
+
+    def with_bos(config):
+        tokenizer = load(config)
+        tokenizer.add_bos_token = True
+        return tokenizer
+
+    monkeypatch.setattr(rows, "load_tokenizer", with_bos)
+    found = wrong(looked(*GOOD, template=ONLY_TEXT + "{{ eos_token }}"))
+    assert any("WARN no document begins with <|begin|>" in line for line in found), found
+
+
+# --- memory plan
+
+
+def test_a_plan_that_does_not_fit_names_the_cheapest_change(planned, monkeypatch) -> None:
+    config = configured("device=auto")
+    monkeypatch.setattr(memory, "gpu_memory", lambda: {"total": 1.01 * planned.peak_gib})
+    (found,) = memory.check_memory(config, planned, "")
+    assert found.verdict == "OK"
+    assert "on this GPU: weights" in found.what
+    short = planned.peak_gib - 0.2 * planned.activations
+    monkeypatch.setattr(memory, "gpu_memory", lambda: {"total": short})
+    (found,) = memory.check_memory(config, planned, "")
+    assert found.verdict == "FAIL"
+    assert "=" in found.mend
+    (found,) = memory.check_memory(config, None, "why")
+    assert (found.verdict, found.what) == ("WARN", "no plan: why")
+
+
+# --- the page
+
+
+def run(capsys, *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as end:
+        scripts.doctor.main([*arguments])
+    return int(end.value.code or 0), capsys.readouterr().out
+
+
+def test_the_page_has_four_parts_and_fails_with_one_of_them(capsys, monkeypatch, refused) -> None:
+    monkeypatch.setattr(machine, "_environment", lambda: iter(()))
+    monkeypatch.setattr(project, "git", lambda *words: None)  # whatever this checkout is like
+    code, page = run(capsys, SMOKE, "device=cpu")
+    assert code == 0
+    heads = [line for line in page.splitlines() if line and not line.startswith(" ")]
+    assert heads == ["machine", "project", "data and template", "memory plan"]
+    assert all(
+        line.startswith(("  OK    ", "  WARN  ", "        → "))
+        for line in page.splitlines()
+        if line and line not in heads
+    )
+    code, page = run(capsys, SMOKE, "device=cpu", "data.train=gone.jsonl", "--json")
+    assert code == 1
+    told = json.loads(page)
+    assert list(told) == heads
+    assert told["data and template"][0]["verdict"] == "FAIL"
+    assert refused(scripts.doctor.main, SMOKE, "sed=1")[0].startswith("command line: sed: ")
+
+
+def test_a_model_that_cannot_be_had_is_told_once(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(machine, "_environment", lambda: iter(()))
+    code, page = run(capsys, SMOKE, "device=cpu", "model.name=org/name", "model.init=pretrained")
+    assert code == 1
+    assert page.count("is not on this machine and could not be fetched") == 1
+    assert "WARN  no plan: see above" in page
+
+    def unknown(config: Config) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("src.training.plan.plan", unknown)
+    _, page = run(capsys, SMOKE, "device=cpu")
+    assert "WARN  no plan: NotImplementedError in walking this model" in page

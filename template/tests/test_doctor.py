@@ -197,6 +197,7 @@ def commit(root: Path, *names: str) -> None:
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(project, "_unsent", lambda outputs: iter(()))  # of this very project
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name, text in FILES.items():
         path = tmp_path / name
@@ -289,6 +290,21 @@ def test_runs_that_would_not_be_recorded_are_told(monkeypatch) -> None:
     monkeypatch.setattr(project, "_answers", lambda uri: True)
     (found,) = project._tracking(configured())
     assert found.verdict == "OK"
+
+
+def test_runs_that_mlflow_lacks_are_named(tmp_path) -> None:
+    def run(name: str, **facts: str) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(json.dumps(facts))
+
+    assert not list(project._unsent(tmp_path))
+    run("a", status="FINISHED", sent="FINISHED")
+    run("b", status="RUNNING")
+    assert not wrong(project._unsent(tmp_path))
+    run("c", status="FAILED")
+    (found,) = project._unsent(tmp_path)
+    assert found.what.startswith("1 of 2 runs that have ended are not in MLflow")
+    assert found.mend == f"uv run scripts/sync.py {tmp_path / 'c'}"
 
 
 # --- data and template

@@ -278,11 +278,12 @@ def test_a_place_that_takes_no_runs_costs_one_warning_and_gets_all_later(
     (told,) = warnings
     assert "warning: MLflow " in told
     assert told.endswith(f"uv run scripts/sync.py {tmp_path / 'run'}")
+    assert "sent" not in Record(record.folder).facts
     store_later()
     scripts.sync.main([str(tmp_path / "run")])
     (run,) = runs()
     assert steps(run) == [*range(1, 21)]
-    assert run.info.status == "KILLED"
+    assert run.info.status == Record(record.folder).facts["sent"] == "KILLED"
     scripts.sync.main([str(tmp_path / "run")])
     (run,) = runs()
     assert steps(run) == [*range(1, 21)]
@@ -327,6 +328,31 @@ def test_a_server_that_comes_back_gets_the_rest(tmp_path, store, monkeypatch) ->
     (run,) = runs()
     assert steps(run) == [1, 2, 3, 4]
     assert len(warnings) == 1
+
+
+def test_lines_that_come_quickly_are_sent_together(tmp_path, store, monkeypatch) -> None:
+    from mlflow import MlflowClient
+
+    sent: list[int] = []
+    log_batch = MlflowClient.log_batch
+
+    def count(self, run_id, metrics=(), **others):
+        sent.extend([len(metrics)] if metrics else [])
+        return log_batch(self, run_id, metrics=metrics, **others)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", count)
+    monkeypatch.setattr(tracking, "PAUSE_SECONDS", 60.0)
+    record = begin(tmp_path / "run")
+    tracker = Tracker(record)
+    for step in range(1, 31):
+        add(record, step)
+        tracker.wake()
+        time.sleep(0.01 if sent else 0.2)  # the first send is waited for
+    before = time.perf_counter()
+    end(record, tracker)
+    assert time.perf_counter() - before < 20, "the end waits for no pause"
+    assert len(sent) == 2, sent
+    assert steps(runs()[0]) == [*range(1, 31)]
 
 
 def test_only_a_run_that_has_ended_is_sent_later(tmp_path, store, refused) -> None:

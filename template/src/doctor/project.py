@@ -1,6 +1,7 @@
 """Is the project one whose runs can be found again: tracked, pinned, tested, committed, no leak."""
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ import yaml
 
 from src.config import Config
 from src.doctor import Finding
+from src.training.record import RECORD, Record
+from src.utils.environment import from_root, to_root
 from src.utils.git import git
 
 COMMIT = "git add {0} && git commit -m 'Keep {0}'"
@@ -19,6 +22,7 @@ MARKERS = r"^(<<<<<<< |>>>>>>> |\|\|\|\|\|\|\| )"  # also what `copier update` l
 def check_project(config: Config, root: Path) -> Iterator[Finding]:
     """Look at the project's files and its git history."""
     yield from _tracking(config)
+    yield from _unsent(from_root(config.output_dir).parent)
     yield from _python(root)
     yield from _workflow(root)
     yield from _template(root)
@@ -50,6 +54,18 @@ def _answers(uri: str) -> bool:
         return requests.get(f"{uri.rstrip('/')}/health", timeout=3).ok
     except requests.RequestException:
         return False
+
+
+def _unsent(outputs: Path) -> Iterator[Finding]:
+    """Runs beside this one that have ended, and of which MLflow lacks something."""
+    records = [Record(path.parent) for path in sorted(outputs.glob(f"*/{RECORD}"))]
+    ended = [record for record in records if record.facts["status"] != "RUNNING"]
+    missing = [to_root(record.folder) for record in ended if "sent" not in record.facts]
+    if missing:
+        text = f"{len(missing)} of {len(ended)} runs that have ended are not in MLflow, or in part"
+        yield Finding("WARN", text, shlex.join(["uv", "run", "scripts/sync.py", *missing[:5]]))
+    elif ended:
+        yield Finding("OK", f"{len(ended)} runs have ended, and all are in MLflow")
 
 
 def _python(root: Path) -> Iterator[Finding]:

@@ -21,7 +21,8 @@ class Record:
     Attributes:
         facts: key (this run's name for itself), started (ms since 1970), status (RUNNING,
             FINISHED, FAILED or KILLED), tags (see `provenance`), data (name, source and
-            fingerprint of each dataset), and what else was told.
+            fingerprint of each dataset), sent (the status, once MLflow has all), and what else was
+            told.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any] | None = None) -> None:

@@ -179,6 +179,7 @@ class Sender:
             self._watcher.finish()
         ended = self._record.facts.get("ended")
         self._client.set_terminated(self._run_id, status, ended)
+        self._record.update(sent=status)
         return models
 
     def _send_file(self, path: Path) -> None:

@@ -22,6 +22,9 @@ from src.utils.environment import PROJECT_ROOT, to_root
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+PAUSE_SECONDS = (
+    2.0  # between two sends: one of many lines costs the training as little as one of one
+)
 RETRY_SECONDS = 30.0  # after a failure, until MLflow is asked again
 CLOSE_SECONDS = 20.0  # how long the end of a run waits for a server that may be gone
 UPLOAD_SECONDS = 1800.0  # and for one that answers, as models may be large
@@ -38,7 +41,8 @@ class Tracker:
             warn: called once if MLflow cannot be reached.
         """
         self._record, self._warn, self._warned = record, warn, False
-        self._news, self._closing, self._failed = threading.Event(), "", 0.0
+        self._news, self._hurry = threading.Event(), threading.Event()
+        self._closing, self._failed = "", 0.0
         self._thread = threading.Thread(target=self._work, daemon=True, name="mlflow")
         self.wake()
         self._thread.start()
@@ -50,6 +54,7 @@ class Tracker:
     def close(self, status: str) -> None:
         """Send all that is left, and that the run is FINISHED, FAILED or KILLED."""
         self._closing = status
+        self._hurry.set()
         self.wake()
         self._thread.join(UPLOAD_SECONDS if status == "FINISHED" else CLOSE_SECONDS)
         if self._thread.is_alive():
@@ -69,6 +74,7 @@ class Tracker:
             try:
                 sender.send(closing)
                 self._failed = 0.0
+                self._hurry.wait(PAUSE_SECONDS)
             except Exception as error:  # noqa: BLE001 - tracking must never stop a training
                 # Its type alone: MLflow's messages repeat the URI with user and password.
                 self._complain(f"failed ({type(error).__name__})")

@@ -65,7 +65,7 @@ def _unsent(outputs: Path) -> Iterator[Finding]:
         text = f"{len(missing)} of {len(ended)} runs that have ended are not in MLflow, or in part"
         yield Finding("WARN", text, shlex.join(["uv", "run", "scripts/sync.py", *missing[:5]]))
     elif ended:
-        yield Finding("OK", f"{len(ended)} runs have ended, and all are in MLflow")
+        yield Finding("OK", f"runs that have ended are in MLflow: all {len(ended)}")
 
 
 def _python(root: Path) -> Iterator[Finding]:

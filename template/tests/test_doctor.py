@@ -234,6 +234,10 @@ def _write(name: str, text: str) -> Callable[[Path], None]:
     return write
 
 
+def _edit(root: Path) -> None:
+    (root / "uv.lock").write_text("version = 2\n")
+
+
 def _remove(name: str) -> Callable[[Path], None]:
     def remove(root: Path) -> None:
         (root / name).unlink()
@@ -263,6 +267,7 @@ def _unlock(root: Path) -> None:
         (_remove("uv.lock"), "FAIL uv.lock is missing"),
         (_unlock, "FAIL uv.lock is not in git"),
         (lambda root: (root / "new.py").touch(), "WARN new.py is not committed"),
+        (_edit, "WARN uv.lock is not committed"),
         (_write(".gitignore", "x\n"), "FAIL .env is not ignored by git"),
         (_leak, "FAIL .env was committed"),
         (_conflict, "FAIL a.py:2: a conflict that nobody has resolved"),
@@ -383,15 +388,30 @@ def test_a_beginning_that_the_tokenizer_would_give_is_missed(looked, monkeypatch
 
 def test_a_plan_that_does_not_fit_names_the_cheapest_change(planned, monkeypatch) -> None:
     config = configured("device=auto")
-    monkeypatch.setattr(memory, "gpu_memory", lambda: {"total": 1.01 * planned.peak_gib})
+    monkeypatch.setattr(
+        memory, "gpu_memory", lambda: {"total": 1.01 * planned.peak_gib, "free": 80.0}
+    )
     (found,) = memory.check_memory(config, planned, "")
     assert found.verdict == "OK"
     assert "on this GPU: weights" in found.what
+    taken = {"total": 80.0, "free": 0.01}
+    monkeypatch.setattr(memory, "gpu_memory", lambda: taken)
+    assert wrong(memory.check_memory(config, planned, "")) == [
+        "WARN only 0.0 GiB of this GPU are free now"
+    ]
     short = planned.peak_gib - 0.2 * planned.activations
-    monkeypatch.setattr(memory, "gpu_memory", lambda: {"total": short})
+    monkeypatch.setattr(memory, "gpu_memory", lambda: {"total": short, "free": short})
     (found,) = memory.check_memory(config, planned, "")
     assert found.verdict == "FAIL"
     assert "=" in found.mend
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert memory.sharing_gpus(configured("training.strategy=ddp")) == 1
+    assert memory.sharing_gpus(configured("training.optimizer=adamw8bit")) == 1
+    large = Plan(weights=90.0, gradients=0, moments=30.0, activations=20.0)
+    monkeypatch.setattr(memory, "gpu_memory", lambda: {"total": 80.0, "free": 79.0})
+    (found,) = memory.check_memory(config, large, "")
+    assert found.verdict == "OK"
+    assert found.what.startswith("36.00 GiB at the peak, of 80.0 on this GPU by torchrun --nproc")
     (found,) = memory.check_memory(config, None, "why")
     assert (found.verdict, found.what) == ("WARN", "no plan: why")
 

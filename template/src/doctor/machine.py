@@ -14,6 +14,7 @@ import torch
 
 from src.config import Config
 from src.doctor import Finding
+from src.doctor.memory import sharing_gpus
 from src.training.feasibility import check_feasible
 from src.training.plan import Plan
 from src.utils.device import nvidia_driver, pick_device, pick_dtype
@@ -39,7 +40,7 @@ def check_machine(config: Config, planned: Plan | None) -> Iterator[Finding]:
         device = pick_device(config.device)
         dtype = pick_dtype(config.model.dtype, device)
         if planned is not None:
-            check_feasible(config, device, dtype, shards=1)
+            check_feasible(config, device, dtype, max(1, sharing_gpus(config)))
     except UserError as error:
         yield from (Finding("FAIL", problem) for problem in error.problems)
         return

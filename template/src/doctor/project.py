@@ -100,18 +100,18 @@ def _template(root: Path) -> Iterator[Finding]:
 
 
 def _committed(root: Path) -> Iterator[Finding]:
-    for name in ("uv.lock", ".python-version"):
-        if not (root / name).is_file():
-            yield Finding("FAIL", f"{name} is missing", "git checkout -- uv.lock, or uv lock")
-        elif not git(root, "ls-files", name):
-            yield Finding("FAIL", f"{name} is not in git", COMMIT.format(name))
-        else:
+    if not (root / "uv.lock").is_file():
+        yield Finding("FAIL", "uv.lock is missing", "git checkout -- uv.lock, or uv lock")
+    for name in filter(lambda name: (root / name).is_file(), ("uv.lock", ".python-version")):
+        if git(root, "ls-files", name):
             yield Finding("OK", f"{name} is in git")
+        else:
+            yield Finding("FAIL", f"{name} is not in git", COMMIT.format(name))
     if changed := (git(root, "status", "--porcelain") or "").splitlines():
-        files = f"{len(changed)} files are" if len(changed) > 1 else f"{changed[0][3:]} is"
-        yield Finding(
-            "WARN", f"{files} not committed: a run keeps the difference only", "git commit"
-        )
+        name = changed[0].split(maxsplit=1)[1]
+        files = f"{len(changed)} files are" if len(changed) > 1 else f"{name} is"
+        text = f"{files} not committed: a run keeps the difference only"
+        yield Finding("WARN", text, "git add -A && git commit")
     else:
         yield Finding("OK", f"all is committed: {git(root, 'rev-parse', '--short', 'HEAD')}")
 

@@ -22,9 +22,7 @@ from src.utils.environment import PROJECT_ROOT, to_root
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-PAUSE_SECONDS = (
-    2.0  # between two sends: one of many lines costs the training as little as one of one
-)
+PAUSE_SECONDS = 2.0  # between two sends: many lines cost a training no more than one does
 RETRY_SECONDS = 30.0  # after a failure, until MLflow is asked again
 CLOSE_SECONDS = 20.0  # how long the end of a run waits for a server that may be gone
 UPLOAD_SECONDS = 1800.0  # and for one that answers, as models may be large

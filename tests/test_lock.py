@@ -68,6 +68,7 @@ def test_every_module_of_python_is_a_name_that_a_project_may_not_have() -> None:
 
 def test_everything_that_the_code_imports_is_a_dependency(project: Path) -> None:
     imported = {"dotenv": "python-dotenv", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+    imported["pynvml"] = "nvidia-ml-py"
     requirements = toml(project / "pyproject.toml")["project"]["dependencies"]
     declared = {Requirement(line).name for line in requirements}
     sources = [*(project / "src").rglob("*.py"), *(project / "scripts").rglob("*.py")]

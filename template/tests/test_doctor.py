@@ -1,8 +1,10 @@
 """The doctor: each of its lines in health, and with the problem that it is there for."""
 
+import http.server
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -286,14 +288,29 @@ def test_a_folder_without_a_commit_is_told(tmp_path) -> None:
     )
 
 
+class Healthy(http.server.BaseHTTPRequestHandler):
+    """Says of itself what MLflow's server does."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
 def test_runs_that_would_not_be_recorded_are_told(monkeypatch) -> None:
     (line,) = wrong(project._tracking(configured("tracking.enabled=false")))
     assert line == "WARN runs are not recorded in MLflow"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
     (line,) = wrong(project._tracking(configured()))
     assert line == "WARN MLflow's server, MLFLOW_TRACKING_URI, does not answer"
-    monkeypatch.setattr(project, "_answers", lambda uri: True)
-    (found,) = project._tracking(configured())
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://user:pass@127.0.0.1:{server.server_port}/"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        (found,) = project._tracking(configured())
+        server.shutdown()
     assert found.verdict == "OK"
 
 

@@ -20,6 +20,8 @@ def main(arguments: list[str]) -> None:
     folders = [from_root(name) for name in options.runs]
     if unknown := [folder for folder in folders if not (folder / "record.json").is_file()]:
         raise UserError(*(f"{it}: no record.json in it: not a run's folder" for it in unknown))
+    if len(folders) < 2:
+        raise UserError(f"two runs or more are compared, not {options.runs[0]} alone")
 
     with quick_imports():
         from src.comparison import differences, results

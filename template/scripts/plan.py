@@ -76,11 +76,14 @@ def _cost(config: Any, peak: float | None, share: float) -> dict[str, Any]:
 
 
 def _as_text(shown: dict[str, Any]) -> str:
+    from src.training.plan import MOST_ROWS
+
     parts = ("weights", "gradients", "moments", "activations", "overhead", "peak_gib")
     lines = [f"{part.removesuffix('_gib'):<12} {shown[part]:8.2f} GiB" for part in parts]
     if "fits" in shown:
         verdict = "fits" if shown["fits"] else "does not fit"
-        size = f"training.batch_size={shown['largest_batch_size']} is the largest that does"
+        most = " or more" * (shown["largest_batch_size"] == MOST_ROWS)
+        size = f"training.batch_size={shown['largest_batch_size']}{most} is the largest that does"
         size = size if shown["largest_batch_size"] else "no training.batch_size does"
         lines.append(f"{verdict} in {shown['gpu_gib']:g} GiB; {size}")
     if "try" in shown:
@@ -91,7 +94,8 @@ def _as_text(shown: dict[str, Any]) -> str:
         lines.append(f"{shown['steps']:,} steps, {shown['tokens']:,} tokens")
     if "hours" in shown:
         used = f"{shown['mfu']:.0%} of {shown['peak_tflops']:,} TFLOP/s"
-        lines[-1] += f"; {shown['hours']:,} hours at {used}"
+        time = f"{shown['hours']:,} hours" if shown["hours"] >= 0.02 else "about a minute or less"
+        lines[-1] += f"; {time} at {used}"
     return "\n".join(lines)
 
 

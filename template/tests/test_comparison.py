@@ -54,3 +54,4 @@ def test_the_script_prints_both_and_draws_their_curves(smoke, other, tmp_path, c
 
 def test_what_is_no_run_is_refused(smoke, tmp_path, refused) -> None:
     assert "not a run's folder" in refused(scripts.compare.main, str(smoke), str(tmp_path))[0]
+    assert "two runs or more" in refused(scripts.compare.main, str(smoke))[0]

@@ -355,6 +355,14 @@ def test_lines_that_come_quickly_are_sent_together(tmp_path, store, monkeypatch)
     assert steps(runs()[0]) == [*range(1, 31)]
 
 
+def test_where_to_look_is_the_server_even_if_it_knows_nothing_yet(tmp_path, monkeypatch) -> None:
+    record = begin(tmp_path / "run")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:canary@host:5000/")
+    assert tracking.where_to_look(record) == "http://host:5000/"
+    record.update(mlflow="r", mlflow_experiment="1")
+    assert tracking.where_to_look(record) == "http://host:5000/#/experiments/1/runs/r"
+
+
 def test_only_a_run_that_has_ended_is_sent_later(tmp_path, store, refused) -> None:
     from src.utils.files import only_run_in
 

@@ -18,7 +18,7 @@ from src.utils.git import git
 
 COMMIT = "git add {0} && git commit -m 'Keep {0}'"
 WORKFLOWS = (".github/workflows/*.y*ml", ".gitlab-ci.yml", ".circleci/config.yml", "Jenkinsfile")
-MARKERS = r"^(<<<<<<< |>>>>>>> |\|\|\|\|\|\|\| )"  # also what `copier update` leaves
+MARKERS = r"^(<<<<<<<|>>>>>>>|\|\|\|\|\|\|\|) "  # also what `copier update` leaves
 
 
 def check_project(config: Config, root: Path) -> Iterator[Finding]:
@@ -67,7 +67,7 @@ def _unsent(outputs: Path) -> Iterator[Finding]:
         text = f"{len(missing)} of {len(ended)} runs that have ended are not in MLflow, or in part"
         yield Finding("WARN", text, shlex.join(["uv", "run", "scripts/sync.py", *missing[:5]]))
     elif ended:
-        yield Finding("OK", f"runs that have ended are in MLflow: all {len(ended)}")
+        yield Finding("OK", f"{len(ended)} of {len(ended)} runs that have ended are in MLflow")
 
 
 def _python(root: Path) -> Iterator[Finding]:
@@ -104,6 +104,9 @@ def _template(root: Path) -> Iterator[Finding]:
 def _committed(root: Path) -> Iterator[Finding]:
     if not (root / "uv.lock").is_file():
         yield Finding("FAIL", "uv.lock is missing", "git checkout -- uv.lock, or uv lock")
+    elif git(root, "diff", "--name-only", "HEAD", "--", "uv.lock"):  # uv writes a missing one anew
+        mend = "git checkout -- uv.lock && uv sync --locked; or commit it, if you wanted it"
+        yield Finding("WARN", "uv.lock is not the one that is committed", mend)
     for name in filter(lambda name: (root / name).is_file(), ("uv.lock", ".python-version")):
         if git(root, "ls-files", name):
             yield Finding("OK", f"{name} is in git")
@@ -119,13 +122,16 @@ def _committed(root: Path) -> Iterator[Finding]:
 
 
 def _secrets(root: Path) -> Iterator[Finding]:
-    if git(root, "check-ignore", ".env") is None:
+    if git(root, "check-ignore", "--no-index", ".env") is None:
         yield Finding("FAIL", ".env is not ignored by git", "echo /.env >> .gitignore")
     elif (commit := git(root, "log", "--all", "--format=%h", "-1", "--", ".env")) is None:
         yield Finding("WARN", "git did not say whether .env was ever committed")
+    elif git(root, "ls-files", ".env"):
+        mend = "revoke its tokens, which history keeps; then git rm --cached .env && git commit"
+        yield Finding("FAIL", ".env is in git", mend)
     elif commit:
-        mend = "revoke its tokens: history keeps them; then git rm --cached .env"
-        yield Finding("FAIL", f".env was committed: {commit}", mend)
+        mend = "its tokens stay in history: revoke them"
+        yield Finding("WARN", f".env was committed once, as of {commit}", mend)
     else:
         yield Finding("OK", ".env is ignored, and was never committed")
 
@@ -133,9 +139,12 @@ def _secrets(root: Path) -> Iterator[Finding]:
 def _conflicts(root: Path) -> Iterator[Finding]:
     found = git(root, "grep", "--untracked", "-nIE", MARKERS) or ""
     rejected = git(root, "ls-files", "--others", "--exclude-standard", "*.rej") or ""
-    places = [line.split(":") for line in found.splitlines()]
-    files = [f"{name}:{line}" for name, line, *_ in places] + rejected.splitlines()
+    places: dict[str, str] = {}  # the first of each file
+    for name, line, *_ in (line.split(":") for line in found.splitlines()):
+        places.setdefault(name, f"{name}:{line}")
+    files = [*places.values(), *rejected.splitlines()]
     for place in files[:3]:
-        yield Finding("FAIL", f"{place}: a conflict that nobody has resolved", "edit the file")
+        mend = "edit the file: keep one side, or both, and remove the markers"
+        yield Finding("FAIL", f"{place}: a conflict that nobody has resolved", mend)
     if not files:
         yield Finding("OK", "no conflict markers")

@@ -82,9 +82,12 @@ def _counts(name: str, data: TokenDataset, config: Config, look: str) -> Iterato
     tokens, labelled = int(data.lengths.sum()), data.facts.labelled_tokens
     text = f"{name}: {len(data):,} documents, {tokens:,} tokens, {labelled:,} of them labelled"
     yield Finding("OK", text)
-    notes = list(data_notes(data.facts, config.data))
+    # A share has the facts of the whole file, as data.train has them.
+    share = name == "data.eval" and isinstance(config.data.eval, float)
+    notes = [] if share else list(data_notes(data.facts, config.data))
     if again := repeated(data):
         notes.append(f"{again:,} documents repeat another one")
-    yield from (Finding("WARN", f"{name}: {note}", look) for note in notes)
+    for note in notes:
+        yield Finding("WARN", f"{name}: {note}", look if note == notes[-1] else "")
     if not notes:
         yield Finding("OK", f"{name}: no row is cut, left out or there twice")

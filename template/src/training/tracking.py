@@ -96,8 +96,10 @@ def tracking_uri() -> str:
 def where_to_look(record: Record) -> str:
     """What shows the run in a browser: a server's page, or the command that starts a server."""
     facts, uri = record.facts, tracking_uri()
-    if uri.startswith("http") and "mlflow" in facts:
-        page = f"#/experiments/{facts['mlflow_experiment']}/runs/{facts['mlflow']}"
+    if uri.startswith("http"):
+        page = ""  # of a run that the server has not heard of
+        if "mlflow" in facts:
+            page = f"#/experiments/{facts['mlflow_experiment']}/runs/{facts['mlflow']}"
         return f"{hide(uri).replace('***@', '').rstrip('/')}/{page}"
     # A database's address may hold a password, and whoever reads this has it in the environment.
     own = shlex.quote(uri) if uri.startswith("sqlite:///") else '"$MLFLOW_TRACKING_URI"'

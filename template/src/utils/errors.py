@@ -54,6 +54,9 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         _leave(lines, EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED)
     except Interrupted as stop:
         _leave([] if RANK else [str(stop)], stop.exit_code)  # all of them stop after one step
+    except SyntaxError as error:  # in the project's own code, as after an update with conflicts
+        place = f"{error.filename}:{error.lineno}: {error.msg}"
+        _leave([f"error: {place}: {(error.text or '').strip()}"], EXIT_BAD_INPUT)
     except KeyboardInterrupt:  # while loading: a training saves its state first
         _leave([] if RANK else ["interrupted"], EXIT_SIGINT)
     except Exception as error:

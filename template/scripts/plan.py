@@ -50,7 +50,8 @@ def main(arguments: list[str]) -> None:
     shown: dict[str, Any] = {name: round(gib, 3) for name, gib in asdict(found).items()}
     if total is not None:
         shown |= {"gpu_gib": total, "fits": found.peak_gib <= total}
-        shown["largest_batch_size"] = largest_batch(config, total)
+        asked = config.training.batch_size if shown["fits"] else 0  # more than is tried, perhaps
+        shown["largest_batch_size"] = max(asked, largest_batch(config, total))
         if not shown["fits"] and (change := cheapest_that_fits(config, total)):
             shown["try"], shown["peak_gib_then"] = change[0], round(change[1], 3)
     shown |= _cost(config, peak, options.mfu)
@@ -82,7 +83,7 @@ def _as_text(shown: dict[str, Any]) -> str:
     lines = [f"{part.removesuffix('_gib'):<12} {shown[part]:8.2f} GiB" for part in parts]
     if "fits" in shown:
         verdict = "fits" if shown["fits"] else "does not fit"
-        most = " or more" * (shown["largest_batch_size"] == MOST_ROWS)
+        most = " or more" * (shown["largest_batch_size"] >= MOST_ROWS)
         size = f"training.batch_size={shown['largest_batch_size']}{most} is the largest that does"
         size = size if shown["largest_batch_size"] else "no training.batch_size does"
         lines.append(f"{verdict} in {shown['gpu_gib']:g} GiB; {size}")

@@ -32,9 +32,9 @@ def check_project(config: Config, root: Path) -> Iterator[Finding]:
         begin = "git init && git add -A && git commit -m 'Begin'"
         yield Finding("WARN", "no commit here: no run will know its code", begin)
         return
-    yield from _committed(root)
     yield from _secrets(root)
     yield from _conflicts(root)
+    yield from _committed(root)
 
 
 def _tracking(config: Config) -> Iterator[Finding]:
@@ -42,7 +42,7 @@ def _tracking(config: Config) -> Iterator[Finding]:
     if not config.tracking.enabled:
         yield Finding("WARN", "runs are not recorded in MLflow", "tracking.enabled=true")
     elif uri.startswith("http") and not _answers(uri):
-        mend = "start it, or take MLFLOW_TRACKING_URI out of .env; scripts/sync.py sends later"
+        mend = "start it, or unset MLFLOW_TRACKING_URI (.env?); scripts/sync.py sends later"
         yield Finding("WARN", "MLflow's server, MLFLOW_TRACKING_URI, does not answer", mend)
     else:
         where = "at MLFLOW_TRACKING_URI" if uri else "mlflow.db"
@@ -131,7 +131,7 @@ def _secrets(root: Path) -> Iterator[Finding]:
         yield Finding("FAIL", ".env is in git", mend)
     elif commit:
         mend = "its tokens stay in history: revoke them"
-        yield Finding("WARN", f".env was committed once, as of {commit}", mend)
+        yield Finding("WARN", ".env was committed once: git log --all -- .env", mend)
     else:
         yield Finding("OK", ".env is ignored, and was never committed")
 

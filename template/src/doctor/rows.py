@@ -46,7 +46,7 @@ def check_rows(config: Config, marks: tuple[str, str], arguments: str) -> Iterat
         yield from _counts("data.eval", other, config, look)
         if both := shared(other, train):
             text = f"{both:,} of {len(other):,} documents of data.eval are in data.train"
-            yield Finding("WARN", text, "data.eval=0.05 takes a share that is not")
+            yield Finding("WARN", text, "data.eval=0.05 keeps a share of data.train out of it")
         else:
             yield Finding("OK", "no document of data.eval is in data.train")
 
@@ -74,7 +74,7 @@ def _end(documents: list[Document], tokenizer: Tokenizer) -> Finding:
     text = f"{taught} of {len(documents)} documents teach a stop token ({names})"
     if taught == len(documents):
         return Finding("OK", text)
-    mend = "a model.chat_template that ends turns, or a larger data.max_length for cut ones"
+    mend = "a larger data.max_length where rows are cut; else a model.chat_template that ends turns"
     return Finding("WARN" if taught else "FAIL", text, mend)
 
 

@@ -8,6 +8,7 @@ import torch
 from src.config import Config
 from src.doctor import Finding
 from src.training.plan import Plan, cheapest_that_fits
+from src.training.strategy import may_shard
 from src.utils.memory import GIB, gpu_memory
 
 
@@ -43,6 +44,5 @@ def check_memory(config: Config, planned: Plan | None, why_not: str) -> Iterator
 def sharing_gpus(config: Config) -> int:
     """Among how many GPUs of this machine torchrun would divide the model, if one is too small."""
     wanted = config.training.strategy
-    plain = config.model.quantization == "none" and config.training.optimizer == "adamw"
-    shared = wanted in {"fsdp", "hsdp"} or (wanted == "auto" and plain)
+    shared = wanted in {"fsdp", "hsdp"} or (wanted == "auto" and may_shard(config))
     return torch.cuda.device_count() if shared else 1

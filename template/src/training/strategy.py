@@ -34,6 +34,11 @@ from src.utils.ranks import LOCAL_WORLD_SIZE, RANK, WORLD_SIZE
 ROOM = 0.7  # of a GPU's memory for what is held, so that activations have the rest
 
 
+def may_shard(config: Config) -> bool:
+    """Whether `training.strategy=auto` may divide the model: what is quantized is not sharded."""
+    return config.model.quantization == "none" and config.training.optimizer == "adamw"
+
+
 def choose_strategy(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """`ddp`, `fsdp` or `hsdp` for `training.strategy`, and why; empty for one process.
 
@@ -50,7 +55,7 @@ def choose_strategy(config: Config, device: torch.device, dtype: torch.dtype) ->
         )
     if wanted != "auto":
         return wanted, "as training.strategy says"
-    if config.model.quantization != "none" or config.training.optimizer != "adamw":
+    if not may_shard(config):
         return "ddp", "what is quantized is not sharded"
     if device.type == "cpu" or dtype == torch.float16:
         return "ddp", "on a CPU, and in fp16, each process has all of the model"

@@ -8,10 +8,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
-import yaml
-
 from src.config import Config
 from src.doctor import Finding
+from src.training.provenance import template_version
 from src.training.record import RECORD, Record
 from src.utils.environment import from_root, to_root
 from src.utils.git import git
@@ -92,13 +91,11 @@ def _workflow(root: Path) -> Iterator[Finding]:
 
 
 def _template(root: Path) -> Iterator[Finding]:
-    answers = root / ".copier-answers.yml"
-    if answers.is_file():
-        version = yaml.safe_load(answers.read_text("utf-8")).get("_commit")
+    if version := template_version(root):
         yield Finding("OK", f"rendered by version {version} of the template")
     else:
-        mend = "git checkout -- .copier-answers.yml"
-        yield Finding("WARN", "no .copier-answers.yml: no update of the template arrives", mend)
+        text = ".copier-answers.yml is not whole: no update of the template arrives"
+        yield Finding("WARN", text, "git checkout -- .copier-answers.yml")
 
 
 def _committed(root: Path) -> Iterator[Finding]:

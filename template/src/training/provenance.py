@@ -8,6 +8,7 @@ import shlex
 import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 import yaml
@@ -34,7 +35,6 @@ def hide(text: str) -> str:
 def provenance() -> dict[str, str]:
     """What is worth knowing of a run in a year, as tags for MLflow."""
     changed = git(PROJECT_ROOT, "status", "--porcelain")
-    answers = PROJECT_ROOT / ".copier-answers.yml"
     lock = PROJECT_ROOT / "uv.lock"
     tags = {
         "mlflow.source.name": sys.argv[0],
@@ -43,17 +43,24 @@ def provenance() -> dict[str, str]:
         "git.dirty": str(bool(changed)).lower() if changed is not None else None,
         "command": shlex.join(["uv", "run", *sys.argv]),
         "python": sys.version.split()[0],
+        "template": template_version(PROJECT_ROOT),
         **{name: _version(name) for name in LIBRARIES},
     }
     with suppress(OSError, KeyError):  # no user name in some containers
         tags["mlflow.user"] = getpass.getuser()
     if lock.is_file():
         tags["uv.lock"] = hashlib.sha256(lock.read_bytes()).hexdigest()[:16]
-    if answers.is_file():
-        tags["template"] = str(yaml.safe_load(answers.read_text("utf-8")).get("_commit"))
     if torch.cuda.is_available():
         tags["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return {key: hide(value)[:500] for key, value in tags.items() if value}
+
+
+def template_version(root: Path) -> str | None:
+    """Which version of the template a project was rendered by; None where it does not say."""
+    with suppress(OSError, yaml.YAMLError):  # absent, or with the markers of a conflict
+        answers = yaml.safe_load((root / ".copier-answers.yml").read_text("utf-8"))
+        return str(answers["_commit"]) if answers and "_commit" in answers else None
+    return None
 
 
 def uncommitted() -> str:

@@ -12,7 +12,7 @@ All keys, their defaults and why: src/config.py
 
 import sys
 
-from src.utils.environment import load_environment
+from src.utils.environment import load_environment, request_determinism
 from src.utils.errors import run_script
 from src.utils.imports import quick_imports
 from src.utils.ranks import RESTARTS
@@ -31,6 +31,8 @@ def main(arguments: list[str]) -> None:
     if RESTARTS and config.training.resume == "never":  # torchrun --max-restarts
         config, plain = from_command_line([*arguments, "training.resume=auto"])
     check_run(config)
+    if config.deterministic:
+        request_determinism()
     if sys.stderr.isatty():
         print("loading torch …", end="\r", file=sys.stderr, flush=True)
 

@@ -209,6 +209,7 @@ class Config(Section):
     def _keys_that_exclude_each_other(self) -> Self:
         bits, full, random = self.model.quantization, self.lora is None, self.model.init == "random"
         sharded, eight = self.training.strategy, self.training.optimizer == "adamw8bit"
+        lora = self.lora or LoraConfig()
         problems = {
             f"model.quantization: {bits} weights cannot be trained themselves; use "
             "model.quantization=none for full fine-tuning, or set lora": bits != "none" and full,
@@ -216,6 +217,11 @@ class Config(Section):
             "model.init=pretrained, or model.quantization=none": bits != "none" and random,
             "lora: an adapter is saved without its base, and nobody could load random weights "
             "again; use model.init=pretrained, or lora=null": random and not full,
+            "lora.dora: PEFT loses the scales of 8-bit weights with DoRA; use "
+            "model.quantization=4bit or none": lora.dora and bits == "8bit",
+            "lora.target_parameters: PEFT adapts parameters without DoRA and dropout; use "
+            "lora.dora=false and lora.dropout=0": bool(lora.target_parameters)
+            and (lora.dora or lora.dropout > 0),
             "model.gradient_checkpointing_offload: needs model.gradient_checkpointing=true": (
                 self.model.gradient_checkpointing_offload and not self.model.gradient_checkpointing
             ),

@@ -45,6 +45,9 @@ def test_every_shipped_config_loads(name: str) -> None:
         ("training.strategy=fsdp model.quantization=4bit", "training.strategy: fsdp shards neither"),
         ("training.patience=3 data.eval=null", "training.patience: needs data.eval"),
         ("lora.r=8", "lora: an adapter is saved without its base"),
+        ("model.init=pretrained lora.dora=true model.quantization=8bit", "lora.dora: PEFT loses the scales"),
+        ("model.init=pretrained lora.target_parameters=[a] lora.dropout=0.1", "lora.target_parameters: PEFT adapts"),
+        ("model.init=pretrained lora.target_parameters=[a] lora.dora=true", "lora.target_parameters: PEFT adapts"),
         ("model.quantization=4bit", "model.quantization: 4bit weights cannot be trained themselves"),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """The command lines: quick where they refuse, and nothing imported that is not used."""
 
+import os
 import subprocess
 import sys
 
@@ -25,6 +26,32 @@ def test_help_and_config_errors_come_before_anything_heavy(arguments: list[str])
     heavy = {"torch", "transformers", "peft", "bitsandbytes", "mlflow", "datasets", "pyarrow"}
     assert not imported & heavy
     assert "Traceback" not in done.stderr
+
+
+STOP_AT_TORCH = """
+import os, sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+            os._exit(0)
+sys.meta_path.insert(0, Stop())
+import scripts.train
+scripts.train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("deterministic", "found"), [("true", ":4096:8"), ("false", "None")])
+def test_cublas_is_told_of_determinism_before_torch_can_start_cuda(
+    tmp_path, deterministic: str, found: str
+) -> None:
+    options = [f"deterministic={deterministic}", f"output_dir={tmp_path / 'run'}"]
+    environment = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
+    done = subprocess.run(
+        [sys.executable, "-uc", STOP_AT_TORCH, SMOKE, *options], env=environment, cwd=ROOT,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [found]
 
 
 @pytest.mark.slow  # it imports torch once more

@@ -11,6 +11,7 @@ from src.config import Config
 from src.data.batching import padded_loader
 from src.data.sources import expand
 from src.models.generation import generate
+from src.models.model import position_limit
 from src.training.samples import questions
 from src.training.trainer import evaluate
 from src.utils.device import pick_dtype
@@ -64,6 +65,9 @@ def compare(
     model: PreTrainedModel, tokenizer: Tokenizer, config: Config, samples: int, max_length: int
 ) -> dict[str, Any]:
     """Scores of the model and, where it has adapters, of its base: as plain data."""
+    longest = min(config.data.max_length, position_limit(model) or config.data.max_length)
+    data = config.data.model_copy(update={"max_length": longest})
+    config = config.model_copy(update={"data": data})
     asked = questions(expand(config.data.train)[0], config, samples)
     scores = {"model": score(model, tokenizer, config, asked, max_length)}
     if hasattr(model, "peft_config"):

@@ -14,9 +14,15 @@ from transformers.utils import logging
 
 from src.config import Config, ModelConfig
 from src.data.batching import padded_loader
-from src.data.encoding import stop_token_ids
 from src.models.adapters import load_adapters
-from src.models.model import RECIPE, explained, load_tokenizer, read_weights, save_model
+from src.models.model import (
+    RECIPE,
+    explained,
+    load_tokenizer,
+    read_weights,
+    save_model,
+    set_generation_config,
+)
 from src.preflight import ADAPTER
 from src.trained import load_trained
 from src.training.report import read_metrics
@@ -80,8 +86,7 @@ def export(folder: Path, out: Path, base: str | None, config: Config) -> str:
             raise RunError(f"{told}: more than rounding ({MOST[dtype]:g}); nothing is written")
     else:
         model = read_weights(settings, CPU, dtype)
-    model.generation_config.eos_token_id = stop_token_ids(tokenizer)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    set_generation_config(model, tokenizer)
     save_model(model, tokenizer, out, dtype)
     return told
 
@@ -106,9 +111,10 @@ def _merge(adapted: PreTrainedModel) -> PreTrainedModel:
     whole: Any = adapted
     base = whole.get_base_model()
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
-    inner = getattr(head, "base_layer", head)
-    if inner is not head and inner.weight is getattr(embeddings, "base_layer", embeddings).weight:
-        # An adapter of the head alone: merged into shared weights, it would change embeddings too.
+    inner, outer = (getattr(layer, "base_layer", layer) for layer in (head, embeddings))
+    adapted_one = inner is not head or outer is not embeddings
+    if adapted_one and getattr(inner, "weight", None) is getattr(outer, "weight", outer):
+        # An adapter of one of both: merged into shared weights, it would change the other too.
         inner.weight = nn.Parameter(inner.weight.detach().clone())
         base.config.tie_word_embeddings = False
     return whole.merge_and_unload(safe_merge=True).eval()

@@ -1,11 +1,15 @@
 """Answers are complete, without their prompt, and the same alone or in a batch."""
 
+from unittest import mock
+
+import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
 
 from src.models.generation import generate
 from src.models.model import save_model
 from src.trained import load_trained
+from src.utils.errors import UserError
 
 
 def test_a_batch_of_prompts_gets_the_answers_each_gets_alone(make_model, tokenizer) -> None:
@@ -26,7 +30,7 @@ def test_a_batch_of_prompts_gets_the_answers_each_gets_alone(make_model, tokeniz
 def test_generation_counts_new_tokens_and_returns_no_prompt(
     make_model, tokenizer, monkeypatch
 ) -> None:
-    model = make_model(packing=False)
+    model = make_model(packing=False).eval()
     answer = tokenizer("some answer", return_tensors="pt")["input_ids"]
     asked = {}
 
@@ -86,3 +90,40 @@ def test_tools_reach_the_template(make_model, tokenizer, monkeypatch) -> None:
     )
     generate(make_model(), tokenizer, "Hi", max_length=1, tools=[{"name": "look"}])
     assert seen == {"t": [{"name": "look"}]}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_trains_answers_outside_of_inference_mode(
+    make_model, tokenizer, training: bool
+) -> None:
+    model, kept = make_model(packing=False), []
+
+    def scale(_, __, hidden):
+        if not kept:  # as some models keep tables that they make at their first call
+            kept.append(torch.ones_like(hidden[0, 0]))
+        return hidden * kept[0]
+
+    model.model.norm.register_forward_hook(scale)
+    generate(model.train(training), tokenizer, "Hi", max_length=2)
+    assert kept[0].is_inference() != training
+    if training:  # else torch refuses to save an inference tensor for the backward pass
+        model(torch.arange(8)[None]).logits.sum().backward()
+
+
+@pytest.fixture
+def gpt2(tokenizer):
+    """A model with a table of 32 positions."""
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    config = GPT2Config(vocab_size=512, eos_token_id=1, **sizes)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_an_answer_ends_where_the_models_positions_do(gpt2, tokenizer) -> None:
+    prompt = "x " * 10
+    asked = len(tokenizer(prompt)["input_ids"])
+    with mock.patch.object(gpt2, "generate", wraps=gpt2.generate) as complete:
+        generate(gpt2, tokenizer, prompt, max_length=256, raw=True)
+    assert complete.call_args.kwargs["max_new_tokens"] == 32 - asked
+    generate(gpt2, tokenizer, prompt, max_length=4, raw=True)
+    with pytest.raises(UserError, match=r"a prompt of \d+ tokens fills the model's 32 positions"):
+        generate(gpt2, tokenizer, "x " * 40, raw=True)

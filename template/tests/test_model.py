@@ -16,14 +16,18 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import scripts.export
+import scripts.train
 import src.models.model as model_module
+from conftest import SMOKE
 from src.config import LoraConfig, ModelConfig
 from src.data.batching import collate_packed
 from src.data.dataset import Document
 from src.models.adapters import without_input_casts
-from src.models.model import load_model, load_tokenizer, resolve, save_model
+from src.models.generation import generate
+from src.models.model import check_positions, load_model, load_tokenizer, resolve, save_model
 from src.trained import load_trained
 from src.training.loss import find_plain_head, summed_loss
 from src.training.trainer import evaluate
@@ -391,3 +395,99 @@ def test_new_tokens_are_refused_with_the_way_out(saved_model: Path, tokenizer, t
     more.add_tokens(["<mine>"])
     with pytest.raises(UserError, match=r"'<mine>' is the first without.*resize_token_embeddings"):
         tuned(saved_model, more)
+
+
+SAMPLING = {"temperature": 0.6, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("lora", ["lora=null", "lora.r=4"])
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("generation_config.json", {"eos_token_id": 0, "do_sample": False, **SAMPLING}),
+        ("generation_config.json", {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}),
+        ("config.json", SAMPLING),
+    ],
+)
+def test_a_base_whose_generation_config_transformers_refuses_is_trained_and_saved(
+    saved_model: Path, tmp_path: Path, train, lora: str, file: str, values: dict
+) -> None:
+    base = shutil.copytree(saved_model, tmp_path / "base")
+    described = json.loads((base / file).read_text()) | values
+    (base / "generation_config.json").unlink()  # else transformers does not read the other's values
+    (base / file).write_text(json.dumps(described))
+    run = train(
+        f"model.name={base}", "model.init=pretrained", lora, "data.eval=null",
+        "training.max_steps=1",
+    )  # fmt: skip
+    scripts.export.main([str(run), str(tmp_path / "exported")])
+    for folder in [tmp_path / "exported", *([run / "final"] if lora == "lora=null" else [])]:
+        saved = GenerationConfig.from_pretrained(folder)
+        assert 1 in cast(list, saved.eos_token_id)
+        assert (saved.do_sample, saved.temperature) == (True, 0.6) or "num_beams" in values
+
+
+def test_what_cannot_be_saved_is_refused_before_the_first_step(
+    saved_model: Path, tmp_path: Path, refused, monkeypatch
+) -> None:
+    def refuse(self, *_, **__):
+        raise ValueError("a value\nthat the library refuses")
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", refuse)
+    arguments = [SMOKE, f"output_dir={tmp_path / 'run'}", "device=cpu", "tracking.enabled=false"]
+    (line,) = refused(scripts.train.main, *arguments)
+    assert line.endswith("cannot be saved: a value that the library refuses")
+    assert not (tmp_path / "run").exists()
+
+
+TABLES = {
+    "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64},
+    "opt": {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "gptj": {"n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_positions": 64},
+    "gpt_neo": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]],
+                "max_position_embeddings": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_documents_beyond_learnt_positions_are_refused_before_loading(
+    kind: str, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(kind, vocab_size=512, **TABLES[kind]).save_pretrained(tmp_path)
+    config = ModelConfig(name=str(tmp_path))
+    check_positions(config, 64)
+    with pytest.raises(UserError, match=r"data.max_length: 65 is more than the 64 positions"):
+        check_positions(config, 65)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    with pytest.raises((IndexError, RuntimeError)):  # what the refusal is for
+        model(torch.ones(1, 70, dtype=torch.long), use_cache=False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "xglm"])
+def test_positions_that_are_computed_have_no_end(kind: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "xglm":
+        sizes = {"d_model": 32, "num_layers": 1, "attention_heads": 2, "ffn_dim": 64}
+    described = AutoConfig.for_model(kind, vocab_size=99, max_position_embeddings=64, **sizes)
+    described.save_pretrained(tmp_path)
+    check_positions(ModelConfig(name=str(tmp_path)), 128)
+
+
+def test_8bit_layers_train_and_answer_without_a_log_line_each(
+    make_model, tokenizer, caplog
+) -> None:
+    model = make_model(lora=True, quantization="8bit", dtype=torch.bfloat16)
+    adapter_gradients(model)
+    generate(model, tokenizer, "Hi", max_length=2)
+    assert not [record for record in caplog.records if "bitsandbytes" in record.name]
+
+
+def test_a_saved_dora_adapter_is_refused_on_8bit_weights(
+    saved_model: Path, tokenizer, tmp_path: Path, make_model
+) -> None:
+    config, lora = ModelConfig(name=str(saved_model)), LoraConfig(r=4, dora=True)
+    model = load_model(config, lora, tokenizer, CPU, torch.bfloat16, packing=True)
+    save_model(model, tokenizer, tmp_path / "dora", torch.bfloat16)
+    with pytest.raises(UserError, match="a DoRA adapter does not work on 8-bit weights"):
+        load_trained(tmp_path / "dora", CPU, quantization="8bit")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import scripts.plan
 from conftest import SMOKE, metrics, packed
@@ -21,6 +21,7 @@ from src.training.optimizer import make_optimizer
 from src.training.plan import Tracker, cheapest_that_fits, plan
 from src.training.speed import Speed, count_flops
 from src.training.trainer import as_objective, train_step
+from src.utils.errors import UserError
 from src.utils.memory import GIB
 
 CPU = torch.device("cpu")
@@ -131,6 +132,22 @@ def test_the_cheapest_change_that_fits_is_planned_before_it_is_told(
     assert found[1] <= gib
     again = plan(load_config(two_layers[0], [*two_layers[1:], *found[0].split()])[0])
     assert again.peak_gib == found[1]
+
+
+def test_fp32_takes_twice_the_memory_of_bf16(saved_model, capsys) -> None:
+    options = [SMOKE, f"model.name={saved_model}", "model.init=pretrained", "lora.r=1"]
+    half, whole = (planned(capsys, *options, f"model.dtype={kind}") for kind in ("bf16", "fp32"))
+    assert whole["weights"] == pytest.approx(2 * half["weights"], abs=1e-3) != 0
+    assert whole["activations"] > 1.5 * half["activations"]
+
+
+def test_a_model_whose_attention_has_dropout_is_planned_too(tmp_path) -> None:
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "attn_pdrop": 0.1}
+    AutoConfig.for_model("gpt2", vocab_size=512, **sizes).save_pretrained(tmp_path)
+    model = [f"model.name={tmp_path}", "model.init=pretrained", "lora.r=4"]
+    assert plan(load_config(SMOKE, [*model, "data.max_length=64"])[0]).activations > 0
+    with pytest.raises(UserError, match=r"data.max_length: 128 is more than the 64 positions"):
+        plan(load_config(SMOKE, model)[0])
 
 
 def test_where_nothing_fits_nothing_is_advised() -> None:

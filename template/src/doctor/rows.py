@@ -9,7 +9,7 @@ from src.data.dataset import Document, TokenDataset, load_documents
 from src.data.encoding import stop_token_ids
 from src.data.look import data_notes, repeated, shared, show_document
 from src.doctor import Finding
-from src.models.model import load_tokenizer
+from src.models.model import check_positions, load_tokenizer
 from src.preflight import check_run
 from src.utils.errors import UserError
 
@@ -28,6 +28,7 @@ def check_rows(config: Config, marks: tuple[str, str], arguments: str) -> Iterat
     """
     try:
         check_run(config, output=False)
+        check_positions(config.model, config.data.max_length)
         tokenizer = load_tokenizer(config.model)
         train, other = load_documents(config, tokenizer)
     except UserError as error:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,12 +23,19 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
 
     Raises:
         UserError: `lora.target_modules` or `target_parameters` name nothing that can be adapted,
-            or the saved adapter is absent, no LoRA, or made for another model.
+            or the saved adapter is absent, no LoRA, or made for another model; or DoRA would
+            divide by zero.
     """
     adapted = _go_on(model, lora.adapter) if lora.adapter else _begin(model, lora)
-    for p in adapted.parameters():
+    for name, p in adapted.named_parameters():
         if p.requires_grad:  # PEFT leaves whole modules in bf16, which rounds most updates away
             p.data = p.data.float()
+        if "lora_magnitude_vector" in name and not p.is_meta and not p.all():
+            layer = name.partition(".lora_magnitude_vector")[0].rpartition(".")[2]
+            raise UserError(
+                f"lora.dora: a row of {layer} is zero, and DoRA divides by its length (often the "
+                "padding token's); leave the layer out of lora.target_modules, or lora.dora=false"
+            )
     return adapted
 
 
@@ -73,10 +81,25 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def head_of(model: nn.Module) -> Any:
-    """The layer that makes logits, or PEFT's copy of it where that is what trains; or None."""
+    """The layer that makes logits now, or None.
+
+    Of a head in `lora.modules_to_save` that is PEFT's copy, and the original while adapters are
+    disabled.
+    """
     find: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = find()
-    return getattr(head, "modules_to_save", {"default": head})["default"]
+    if not hasattr(head, "modules_to_save"):
+        return head
+    return head.original_module if head.disable_adapters else head.modules_to_save["default"]
+
+
+def base_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype to autocast to where adapters, kept in fp32, meet a base in half precision.
+
+    fp32, which is no autocast, for a model without adapters: its weights are of one dtype.
+    """
+    halves = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
+    return halves.pop() if halves and hasattr(model, "peft_config") else torch.float32
 
 
 def adapted_names(model: nn.Module) -> list[str]:
@@ -102,9 +125,16 @@ def frozen_experts(model: nn.Module) -> list[str]:
 def load_adapters(
     model: PreTrainedModel, name: str | Path, is_trainable: bool = False
 ) -> PreTrainedModel:
-    """Put saved adapters on the base that they were trained on."""
-    from peft import PeftModel
+    """Put saved adapters on the base that they were trained on.
 
+    Raises:
+        UserError: the base is in 8 bits, which PEFT's DoRA cannot read.
+    """
+    from peft import PeftConfig, PeftModel
+
+    dora = getattr(PeftConfig.from_pretrained(str(name)), "use_dora", False)
+    if dora and getattr(model, "is_loaded_in_8bit", False):
+        raise UserError(f"{name}: a DoRA adapter does not work on 8-bit weights; use 4bit or none")
     with _silent():
         return cast(
             PreTrainedModel, PeftModel.from_pretrained(model, name, is_trainable=is_trainable)

@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from src.data.batching import MODEL_INPUTS, short_row, to_device
-from src.utils.device import autocast
+from src.utils.device import autocast, cudnn_advice
 from src.utils.errors import UserError
 
 HALF = {torch.bfloat16, torch.float16}
@@ -159,7 +159,8 @@ def set_attention(
     `isolates_documents`.
 
     Raises:
-        UserError: the model does not know it, or `varlen` would compute something else.
+        UserError: the model does not know it, or `varlen` would compute something else, or a
+            library on this machine is too old for it.
     """
     names, usable, reason = [wanted], [], ""
     if wanted == "auto":  # Gemma 2 and gpt-oss, for example, know no sdpa
@@ -171,6 +172,10 @@ def set_attention(
                 _try_varlen(model, device, dtype)
         except (ValueError, ImportError) as error:
             reason = str(error).splitlines()[0]
+        except RuntimeError as error:
+            if advice := cudnn_advice(error):
+                raise UserError(advice) from None
+            raise
         else:
             if packing and isolates_documents(model, device, dtype):
                 return

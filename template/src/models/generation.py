@@ -11,6 +11,10 @@ import torch
 
 from src.data.chat import chat_text
 from src.data.encoding import stop_token_ids
+from src.models.adapters import base_dtype, without_input_casts
+from src.models.model import position_limit
+from src.utils.device import autocast
+from src.utils.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel
@@ -20,13 +24,17 @@ if TYPE_CHECKING:
 Prompt = str | list[dict[str, str]]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: PreTrainedModel, tokenizer: Tokenizer, prompt: Prompt | list[Prompt],
     max_length: int = 256, *, raw: bool = False, temperature: float = 0.0, top_p: float = 1.0,
     tools: list[dict] | None = None, batch_size: int = 16, streamer: BaseStreamer | None = None,
+    dtype: torch.dtype | None = None,
 ) -> str | list[str]:  # fmt: skip
     """Complete one prompt, or many, those of similar length together.
+
+    It runs in `inference_mode`, except for a model in training mode: tensors that a model caches
+    in `inference_mode` cannot take part in a later backward pass.
 
     Args:
         model: a causal language model, with or without adapters, in any mode; its mode and its
@@ -34,17 +42,22 @@ def generate(
         tokenizer: the one it was trained with.
         prompt: a user's question, or a list of questions; each may be a list of messages.
         max_length: how many *new* tokens at most. transformers' own `max_length` counts the
-            prompt too, and a long prompt then leaves nothing for the answer.
+            prompt too, and a long prompt then leaves nothing for the answer. A model with a table
+            of positions (GPT-2) also stops at its end.
         raw: continue the text as it is, without the chat template.
         temperature: 0 takes the likeliest token each time; above, samples: see `set_seed`.
         top_p: sample from the likeliest tokens that add up to this probability.
         tools: what the model may call, for templates that write it.
         batch_size: prompts at a time.
         streamer: receives tokens as they come (one prompt only), e.g. a `TextStreamer`.
+        dtype: that matmuls run in, by autocast, as in training; None: that of the base's weights.
 
     Returns:
         The completion without the prompt and special tokens; a list of them for a list, in its
         order.
+
+    Raises:
+        UserError: a prompt leaves no position for an answer.
     """
     single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], dict))
     prompts: list[Any] = [prompt] if single else list(prompt)
@@ -58,13 +71,19 @@ def generate(
     options |= {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
     options |= {"max_new_tokens": max_length, "use_cache": True, "streamer": streamer}
     answers, complete = [""] * len(texts), cast(Any, model).generate
+    limit = position_limit(model)
     # The longest first: what does not fit is known at once.
     order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
     # Eagerly: each length would be a new shape for a compiled layer.
-    with _inference_state(model), torch.compiler.set_stance("force_eager"):
+    with _inference_state(model, dtype), torch.compiler.set_stance("force_eager"):
         for some in batched(order, batch_size):
             inputs = _encode([texts[n] for n in some], tokenizer, raw).to(model.device)
-            new = complete(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+            asked = inputs["input_ids"].shape[1]
+            if limit is not None:
+                options["max_new_tokens"] = min(max_length, limit - asked)
+            if options["max_new_tokens"] < 1:
+                raise UserError(f"a prompt of {asked} tokens fills the model's {limit} positions")
+            new = complete(**inputs, **options)[:, asked:]
             for n, ids in zip(some, new.tolist(), strict=True):
                 end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
                 answers[n] = str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
@@ -89,14 +108,19 @@ def _as_text(prompt: Prompt, tokenizer: Tokenizer, raw: bool, tools: list[dict] 
 
 
 @contextmanager
-def _inference_state(model: PreTrainedModel) -> Generator[None]:
-    """Evaluation mode and an attention that understands padding and a cache; both put back."""
+def _inference_state(model: PreTrainedModel, dtype: torch.dtype | None) -> Generator[None]:
+    """Evaluation mode, and all that a forward pass outside of training needs; put back."""
     training, attention = model.training, model.config._attn_implementation
     model.eval()
-    if attention == "varlen":  # reads packed rows only
+    if attention == "varlen":  # reads packed rows only, without a cache
         model.set_attn_implementation("sdpa")
     try:
-        yield
+        with (
+            torch.inference_mode(not training),
+            without_input_casts(model),
+            autocast(model.device, dtype or base_dtype(model)),
+        ):
+            yield
     finally:
         if attention == "varlen":
             model.set_attn_implementation(attention)

@@ -1,9 +1,12 @@
 """Load a tokenizer and a model as the config says; save what was trained, adapter or model."""
 
 import copy
+import logging
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -100,15 +103,45 @@ def build_model(
         )
     if config.quantization != "none":
         _check_quantized(model, config)
-    model.generation_config.eos_token_id = stop_token_ids(tokenizer)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    set_generation_config(model, tokenizer)
     if lora is not None:
         model = add_adapters(model, lora)
     if config.gradient_checkpointing:
         checkpoint_layers(model, config)
     if config.compile:
         _compile_layers(model)
-    return model
+    return model.train()  # from_pretrained leaves it in evaluation mode
+
+
+def set_generation_config(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    """Stop where the tokenizer's answers end, and repair what transformers refuses to save.
+
+    Many published models have a temperature without `do_sample`, or values for beams without
+    beams. transformers saves those unchanged, but raises once anything else is changed.
+    """
+    config = model.generation_config
+    config.eos_token_id = stop_token_ids(tokenizer)
+    config.pad_token_id = tokenizer.pad_token_id
+    for repair in ({"do_sample": True}, {"early_stopping": None, "length_penalty": None}):
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            config.update(**repair)
+
+
+def try_saving(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    """Save all but the weights into a temporary folder, so that nothing fails after training.
+
+    Raises:
+        UserError: transformers refuses to save one of the configs that it has loaded.
+    """
+    with TemporaryDirectory() as folder:
+        for part in (model.config, model.generation_config, tokenizer):
+            try:
+                part.save_pretrained(folder)
+            except Exception as error:  # noqa: BLE001 - whatever a library's check raises
+                what = f"{model.name_or_path} cannot be saved: {' '.join(str(error).split())}"
+                raise UserError(f"model.name: {what}") from None
 
 
 def save_model(
@@ -157,11 +190,49 @@ def count_before_loading(config: ModelConfig) -> int:
     Raises:
         UserError: as `load_model` does.
     """
+    return without_weights(config).num_parameters()
+
+
+def without_weights(config: ModelConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model on the device `meta`, which knows shapes only: from its config.json, in a second.
+
+    Raises:
+        UserError: as `load_model` does.
+    """
     trust = {"trust_remote_code": config.trust_remote_code}
     with explained(config.name), torch.device("meta"):
         described = AutoConfig.from_pretrained(resolve(config.name), **trust)
-        model = AutoModelForCausalLM.from_config(described, **trust)
-    return model.num_parameters()
+        described.use_cache = False
+        return AutoModelForCausalLM.from_config(described, dtype=dtype, **trust)
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """How many positions the model has a table for; None where it computes them (RoPE, ALiBi).
+
+    Beyond its table a model fails: on a GPU by an assertion that ends the process.
+    """
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for name, table in [*model.named_parameters(), *model.named_buffers()]:
+        # OPT and BART have two rows more. XGLM's `weights` are a cache of sines that grows.
+        fits = limit is not None and table.ndim == 2 and limit <= table.shape[0] <= limit + 2
+        if fits and re.search("pos|wpe", name) and not name.endswith("weights"):
+            return limit
+    return None
+
+
+def check_positions(config: ModelConfig, max_length: int) -> None:
+    """Refuse documents that are longer than the model's table of positions, before it is loaded.
+
+    Raises:
+        UserError: naming both; and as `load_model` does.
+    """
+    limit = position_limit(without_weights(config))
+    if limit is not None and max_length > limit:
+        raise UserError(
+            f"data.max_length: {max_length} is more than the {limit} positions that {config.name} "
+            f"has learnt; use data.max_length={limit}"
+        )
 
 
 def resolve(name: str) -> str:
@@ -189,7 +260,10 @@ def read_weights(
     options |= {"dtype": dtype, "device_map": {"": device}}
     options |= {"trust_remote_code": settings.trust_remote_code}
     options |= {"use_safetensors": True}  # a pickled .bin can run code when it is read
-    if (kind := settings.quantization) != "none":
+    if (kind := settings.quantization) == "8bit":
+        # It logs at every matmul that its inputs are cast to fp16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if kind != "none":
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(

@@ -233,11 +233,11 @@ def load_checkpoint(training: Training, path: Path) -> None:
     moments = _load_moments(path, saved.get("moments", {}), training.optimized())
     groups = training.optimizer.state_dict()["param_groups"]
     training.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    training.scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"]:  # empty where another dtype needed none: this run's scaler then starts anew
+        training.scaler.load_state_dict(saved["scaler"])
     training.state = TrainState(**_record(path)["state"])
-    states = saved["random"] if isinstance(saved["random"], list) else [saved["random"]]
-    if len(states) > RANK:  # a process that was not there keeps its seed
-        _set_random_state(states[RANK])
+    if len(saved["random"]) > RANK:  # a process that was not there keeps its seed
+        _set_random_state(saved["random"][RANK])
 
 
 def find_checkpoint(wanted: str, folder: Path) -> tuple[Path | None, list[str]]:
@@ -320,14 +320,7 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    record["state"].pop("tracking_run", None)  # which is in record.json today
-    # At first the position was that of each process, which then could not become more or fewer.
-    if processes := record["identity"].get("number of processes"):
-        accumulated = record["identity"]["training.gradient_accumulation_steps"]
-        record["identity"][WINDOW] = accumulated * processes
-        record["state"]["position"] *= processes
-    return record
+    return json.loads((path / "run.json").read_text(encoding="utf-8"))
 
 
 def _sha256(path: Path) -> str:

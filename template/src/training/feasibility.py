@@ -3,7 +3,7 @@
 import torch
 
 from src.config import Config
-from src.models.model import count_before_loading
+from src.models.model import check_positions, count_before_loading
 from src.training.optimizer import bytes_a_weight
 from src.training.speed import matmul_rate
 from src.utils.errors import UserError
@@ -19,11 +19,12 @@ def gib_held(config: Config, dtype: torch.dtype) -> float:
 
 
 def check_feasible(config: Config, device: torch.device, dtype: torch.dtype, shards: int) -> None:
-    """Check the model's size against a CPU's speed, or full fine-tuning against GPUs' memory.
+    """Check the model's positions, and its size against a CPU's speed or GPUs' memory.
 
     Raises:
         UserError: with the figures, and what would work.
     """
+    check_positions(config.model, config.data.max_length)
     training, name = config.training, config.model.name
     if device.type == "cpu" and config.device == "auto":
         count = count_before_loading(config.model)

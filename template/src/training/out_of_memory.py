@@ -8,6 +8,7 @@ import torch
 from src.config import Config
 from src.training.checkpoint import Training
 from src.training.strategy import local
+from src.utils.device import cudnn_advice
 from src.utils.errors import RunError
 from src.utils.memory import GIB, gpu_memory
 
@@ -19,7 +20,7 @@ def explain_out_of_memory(config: Config, training: Training) -> Generator[None]
     Nothing is retried with other settings: that would silently train something else.
 
     Raises:
-        RunError: instead of torch.OutOfMemoryError.
+        RunError: instead of torch.OutOfMemoryError, and of cuDNN's where it is too old.
     """
     try:
         yield
@@ -37,6 +38,10 @@ def explain_out_of_memory(config: Config, training: Training) -> Generator[None]
             f"the rest activations of {config.training.batch_size} x {config.data.max_length} "
             f"tokens{peak}. Try, in this order: {advice}"
         ) from None
+    except RuntimeError as error:
+        if advice := cudnn_advice(error):
+            raise RunError(advice) from None
+        raise
 
 
 def next_settings(config: Config) -> list[tuple[str, str]]:

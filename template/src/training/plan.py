@@ -6,6 +6,7 @@ would take, and every storage that lives is counted. So the plan cannot drift fr
 """
 
 import weakref
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,19 +17,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.config import Config, changed
 from src.data import IGNORE
 from src.data.batching import TokenBudgetSampler, collate_packed
 from src.data.dataset import Document, TokenDataset
 from src.models.adapters import add_adapters, head_of, without_input_casts
-from src.models.model import checkpoint_layers, explained, resolve
+from src.models.model import check_positions, checkpoint_layers, without_weights
 from src.training.loss import CHUNK, Objective, PlainHead
 from src.training.optimizer import MOMENTS, count_steps, dtype_of_trained, make_optimizer
 from src.training.out_of_memory import next_settings
 from src.training.speed import count_flops
 from src.training.trainer import train_step
+from src.utils.device import DTYPES
 from src.utils.memory import GIB
 
 CPU = torch.device("cpu")  # which the fake tensors are said to be on: autocast works there
@@ -82,18 +83,27 @@ class Tracker(TorchDispatchMode):
         self.now -= size
 
 
-def plan(config: Config, dtype: torch.dtype = torch.bfloat16) -> Plan:
+def plan(config: Config, dtype: torch.dtype | None = None) -> Plan:
     """What a full microbatch takes, in the second step, when the moments exist.
 
     Args:
         config: of the run; its rows are not read, and half of the tokens are taken as labelled.
-        dtype: that matmuls run in.
+        dtype: that matmuls run in; None: what `model.dtype` says, where `auto` means bf16.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or it has too few positions.
+        ValueError: it knows none of these attentions.
     """
+    check_positions(config.model, config.data.max_length)
+    dtype = dtype or DTYPES.get(config.model.dtype, torch.bfloat16)
     batch = _full_batch(config.training.batch_size, config.data.max_length)
-    return walk(config, dtype, batch, "varlen_kernel" if config.data.packing else "sdpa", CHUNK)
+    # In the order of `set_attention`. The kernel takes half precision only.
+    if config.data.packing and dtype != torch.float32:
+        with suppress(ValueError):  # dropout in attention, or a cap on its scores
+            return walk(config, dtype, batch, "varlen_kernel", CHUNK)
+    with suppress(ValueError):
+        return walk(config, dtype, batch, "sdpa", CHUNK)
+    return walk(config, dtype, batch, "eager", CHUNK)
 
 
 def walk(
@@ -131,7 +141,7 @@ def walk(
     return Plan(*(size / GIB for size in (weights, trained, moments, rest)))
 
 
-def largest_batch(config: Config, gib: float, dtype: torch.dtype = torch.bfloat16) -> int:
+def largest_batch(config: Config, gib: float) -> int:
     """The largest `training.batch_size` that fits, up to MOST_ROWS; 0 if none does.
 
     Memory grows nearly in a line: the next guess is where the last two points meet the limit.
@@ -139,7 +149,7 @@ def largest_batch(config: Config, gib: float, dtype: torch.dtype = torch.bfloat1
     known: dict[int, float] = {0: 0.0}
     size, low = 1, 0
     while size not in known:
-        known[size] = plan(changed(config, f"training.batch_size={size}"), dtype).peak_gib
+        known[size] = plan(changed(config, f"training.batch_size={size}")).peak_gib
         low = max(n for n, peak in known.items() if peak <= gib)
         high = min((n for n, peak in known.items() if peak > gib), default=MOST_ROWS + 1)
         # Between the last that fits and the first that does not, or beyond the last two that fit.
@@ -149,9 +159,7 @@ def largest_batch(config: Config, gib: float, dtype: torch.dtype = torch.bfloat1
     return low
 
 
-def cheapest_that_fits(
-    config: Config, gib: float, dtype: torch.dtype = torch.bfloat16
-) -> tuple[str, float] | None:
+def cheapest_that_fits(config: Config, gib: float) -> tuple[str, float] | None:
     """The changes that cost the least and bring the peak below so many GiB, as planned with them.
 
     Returns:
@@ -159,7 +167,7 @@ def cheapest_that_fits(
     """
 
     def peak(keys: list[str]) -> float:
-        return plan(changed(config, " ".join(keys)), dtype).peak_gib
+        return plan(changed(config, " ".join(keys))).peak_gib
 
     for key, _ in next_settings(config):  # one of them alone
         if (then := peak([key])) <= gib:
@@ -186,14 +194,8 @@ class Cost:
         return self.flops / (flops_a_second * share) / 3600
 
 
-def cost(config: Config, data: TokenDataset, dtype: torch.dtype = torch.bfloat16) -> Cost:
-    """Count a run's steps, tokens and model FLOPs on one GPU from its rows.
-
-    Args:
-        config: of the run.
-        data: the rows to train on, as tokens.
-        dtype: that matmuls run in.
-    """
+def cost(config: Config, data: TokenDataset) -> Cost:
+    """Count a run's steps, tokens and model FLOPs on one GPU from its rows."""
     settings = config.training
     sampler = TokenBudgetSampler(
         data.lengths, config.data.max_length, settings.batch_size, config.data.packing,
@@ -201,7 +203,7 @@ def cost(config: Config, data: TokenDataset, dtype: torch.dtype = torch.bfloat16
     )  # fmt: skip
     steps = count_steps(settings, len(sampler))
     epochs = steps * settings.gradient_accumulation_steps / len(sampler)
-    per_token, per_label = count_flops(_shapes(config, dtype), data.lengths)
+    per_token, per_label = count_flops(_shapes(config, torch.bfloat16), data.lengths)
     tokens, labelled = int(data.lengths.sum()), data.facts.labelled_tokens
     return Cost(steps, int(epochs * tokens), epochs * (per_token * tokens + per_label * labelled))
 
@@ -219,12 +221,9 @@ class _Still(torch.optim.Optimizer):
 
 def _shapes(config: Config, dtype: torch.dtype) -> nn.Module:
     """The model as it would be loaded, without weights."""
-    wanted, trust = config.model, {"trust_remote_code": config.model.trust_remote_code}
+    wanted = config.model
     kept = dtype_of_trained(config.training, dtype) if config.lora is None else dtype
-    with explained(wanted.name), torch.device("meta"):
-        described = AutoConfig.from_pretrained(resolve(wanted.name), **trust)
-        described.use_cache = False
-        model = AutoModelForCausalLM.from_config(described, dtype=kept, **trust)
+    model = without_weights(wanted, kept)
     if wanted.quantization != "none":
         _quantize(model, wanted.quantization, dtype)
     if config.lora is not None:

@@ -14,7 +14,7 @@ from src.config import Config
 from src.data.batching import TokenLoader
 from src.data.dataset import TokenDataset, load_documents
 from src.models.attention import isolates_documents, set_attention
-from src.models.model import RECIPE, build_model, load_tokenizer, save_model
+from src.models.model import RECIPE, build_model, load_tokenizer, save_model, try_saving
 from src.training import report, strategy
 from src.training.checkpoint import (
     Training,
@@ -74,6 +74,7 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         objective, packing = _load_objective(config, tokenizer, shared, device, dtype)
         model = strategy.unwrapped(objective).model
         loaders = train, evaluation = _make_loaders(documents, config, tokenizer, packing)
+        distributed.on_main(try_saving, model, tokenizer)
         optimizer, scaler = make_optimizer(model, settings), make_scaler(device, dtype)
         training = Training(model, optimizer, scaler, identify(config, train.dataset.facts))
         total_steps = count_steps(settings, len(train.sampler))
@@ -87,13 +88,13 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         # From here on there is something to lose: a signal now waits for the end of a step.
         with StopSignal(command) as stop, recorder, explain_out_of_memory(config, training):
             distributed.on_main(report.keep_left_out, loaders, output)
-            asks = start_asking(objective, tokenizer, config, training.state)
+            asks = start_asking(objective, tokenizer, config, training.state, dtype)
             _train(objective, training, train, evaluation, config, recorder, stop, asks)
             _take_best(training, recorder)
             weights = strategy.gathered(model)
             distributed.on_main(_save_final, training, weights, tokenizer, dtype, final, resumed_at)
         if settings.overfit:
-            strategy.within(objective, prove_overfitted, config, tokenizer)
+            strategy.within(objective, prove_overfitted, config, tokenizer, dtype)
         report.summarise(config, recorder.result)
     return final
 

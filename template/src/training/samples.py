@@ -6,6 +6,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -19,7 +20,7 @@ from src.training.report import say
 from src.training.strategy import within
 from src.utils.distributed import is_main
 from src.utils.environment import from_root
-from src.utils.errors import RunError
+from src.utils.errors import RunError, UserError
 
 
 def sample_prompts(config: Config) -> list[Prompt]:
@@ -46,10 +47,11 @@ def questions(source: str, config: Config, limit: int) -> list[tuple[list[dict],
 
 
 def start_asking(
-    objective: nn.Module, tokenizer: Tokenizer, config: Config, state: TrainState
-) -> Callable[[], None]:
+    objective: nn.Module, tokenizer: Tokenizer, config: Config, state: TrainState,
+    dtype: torch.dtype,
+) -> Callable[[], None]:  # fmt: skip
     """Ask before the first step; return what asks again."""
-    asks = partial(_ask, objective, tokenizer, sample_prompts(config), config, state)
+    asks = partial(_ask, objective, tokenizer, sample_prompts(config), config, state, dtype)
     if state.step == 0:
         asks()
     return asks
@@ -57,13 +59,17 @@ def start_asking(
 
 def _ask(
     objective: nn.Module, tokenizer: Tokenizer, prompts: list[Prompt], config: Config,
-    state: TrainState,
+    state: TrainState, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Let the model answer; append the answers to `samples.jsonl`, and show the first."""
     if not prompts:
         return
     length = config.evaluation.max_length
-    answers = within(objective, generate, tokenizer, prompts, length)
+    try:
+        answers = within(objective, generate, tokenizer, prompts, length, dtype=dtype)
+    except UserError as error:  # a row is cut for training, but its question is asked whole
+        say(f"asked      nothing: {error}")
+        return
     pairs = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
     if is_main():
         with (from_root(config.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
@@ -72,7 +78,9 @@ def _ask(
     say(f"asked      {_short(prompts[0])} → {_short(answers[0])}")
 
 
-def prove_overfitted(model: PreTrainedModel, config: Config, tokenizer: Tokenizer) -> None:
+def prove_overfitted(
+    model: PreTrainedModel, config: Config, tokenizer: Tokenizer, dtype: torch.dtype
+) -> None:
     """Ask for the first answer that was learnt: mask, template and stop token in one look.
 
     Raises:
@@ -80,7 +88,7 @@ def prove_overfitted(model: PreTrainedModel, config: Config, tokenizer: Tokenize
     """
     for asked, wanted in questions(expand(config.data.train)[0], config, 1):
         room = len(tokenizer(wanted)["input_ids"]) + 20  # to run on, if nothing stops it
-        answer = generate(model, tokenizer, [asked], max_length=room)[0]
+        answer = generate(model, tokenizer, [asked], max_length=room, dtype=dtype)[0]
         if answer != wanted:
             raise RunError(
                 f"overfit not passed: row 1 says {wanted!r}, the model {answer!r}. If the loss "

@@ -144,18 +144,18 @@ def _update(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, finite: Tensor
 ) -> None:
     """Step, unless loss or gradients are not finite; without asking the GPU where possible."""
-    if scaler and scaler.is_enabled():
-        if bool(finite):  # of the loss
-            scaler.step(optimizer)  # skips by itself where gradients overflowed
-        scaler.update()  # and halves its scale then
-    elif optimizer.defaults.get("fused"):
-        # The kernel reads this flag on the device and leaves weights and moments alone: no
-        # synchronisation. It is how GradScaler talks to fused optimizers too.
-        vars(optimizer).update(found_inf=(~finite).float(), grad_scale=None)
-        optimizer.step()
-    elif bool(finite):
-        # 8-bit AdamW compiles itself, for which a machine without a GPU may lack a compiler.
-        with torch.compiler.set_stance("default" if finite.is_cuda else "force_eager"):
+    # 8-bit AdamW compiles itself, for which a machine without a GPU may lack a compiler.
+    with torch.compiler.set_stance("default" if finite.is_cuda else "force_eager"):
+        if scaler and scaler.is_enabled():
+            if bool(finite):  # of the loss
+                scaler.step(optimizer)  # skips by itself where gradients overflowed
+            scaler.update()  # and halves its scale then
+        elif optimizer.defaults.get("fused"):
+            # The kernel reads this flag on the device and leaves weights and moments alone: no
+            # synchronisation. It is how GradScaler talks to fused optimizers too.
+            vars(optimizer).update(found_inf=(~finite).float(), grad_scale=None)
+            optimizer.step()
+        elif bool(finite):
             optimizer.step()
 
 

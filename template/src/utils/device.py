@@ -71,6 +71,17 @@ def nvidia_driver() -> str | None:
     return None
 
 
+def cudnn_advice(error: RuntimeError) -> str | None:
+    """What to do where an old cuDNN refuses packed attention; None if that is not the error."""
+    if "cuDNN Frontend error" not in str(error):
+        return None
+    found, first = torch.backends.cudnn.version(), str(error).strip().splitlines()[0]
+    return (
+        f"attention: {first}. torch {torch.__version__} found cuDNN {found}, which is older than "
+        "the one it was built with: remove yours from LD_LIBRARY_PATH, so that torch loads its own"
+    )
+
+
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """The dtype that matmuls run in; see `model.dtype` in src/config.py."""
     if wanted != "auto":

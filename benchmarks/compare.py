@@ -167,8 +167,9 @@ class Bench:
         script = self.project / "scripts" / "train.py"
         return [sys.executable, str(script), str(path), *self.overrides]
 
-    def theirs(self, case: Case, steps: int, cache: Path, output: Path, packing: bool) -> list[str]:
-        """The command that trains with TRL."""
+    def theirs(self, case: Case, steps: int, cache: Path, output: Path, side: str) -> list[str]:
+        """The command that trains with TRL: its default, its packing, or that with Liger."""
+        packing = side != "default"
         settings = {
             "model": str(self.folder / "model"),
             "rows": str(self.rows(case)),
@@ -176,6 +177,7 @@ class Bench:
             "device": self.device,
             "quantization": case.quantization,
             "packing": packing,
+            "liger": side == "liger",
             "max_length": case.max_length,
             "batch_size": case.batch_size if packing else case.padded_rows,
             "steps": steps,
@@ -207,10 +209,11 @@ class Bench:
 
     def _train(self, side: str, case: Case, cache: Path, steps: int) -> Measured:
         output = Path(tempfile.mkdtemp(dir=cache)) / "run"
-        if side == "ours":
+        if side.startswith("ours"):
             command = self.ours(case, steps, cache, output)
+            command += ["model.compile=true"] * (side == "ours, compiled")
         else:
-            command = self.theirs(case, steps, cache, output, packing=side == "packing")
+            command = self.theirs(case, steps, cache, output, side)
         done, resident = self.watch(command, cache)
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         for line in lines:

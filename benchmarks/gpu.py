@@ -1,8 +1,13 @@
-"""Measure all that only a GPU can show, in one command of nine minutes, on one H100 or H200.
+"""Measure all that only a GPU can show, on one H100 or H200.
 
-    python benchmarks/gpu.py --out FOLDER                     # all stages, within 540 s
+    python benchmarks/gpu.py --out FOLDER                     # as many stages as 540 s allow
     python benchmarks/gpu.py --out FOLDER --only lora,qlora   # some, in this order
     python benchmarks/gpu.py --out FOLDER --cpu               # a tiny shape, to test this script
+
+Measure the versions of the lock: the first line printed names those that differ. All stages take
+about forty minutes; a machine lent for ten minutes at a time gets them in calls such as
+`--only smoke,tests,deterministic,resume`, `--only scripts,lora,qlora`, `--only compile,
+compile-checkpointing,compile-4bit`, `--only peers` and `--only plan,generate,longest,trl`.
 
 Each stage is a process of its own with a time limit: none takes another with it. A figure is
 printed and written to FOLDER/results.jsonl and results.md as soon as it is known, and stderr of a
@@ -15,9 +20,11 @@ and for a test) are taken from the machine. What it may lack travels as wheels, 
 
     all stages             omegaconf 0.3, python-dotenv 0.1, pydantic 0.5, pydantic-core 2.3,
                            annotated-types 0.1, typing-inspection 0.1, typing-extensions 0.1
-    qlora, longest         bitsandbytes 43.2; for a part of `tests` and of `compile` too
+    qlora, longest,        bitsandbytes 43.2; for a part of `tests` too
+    scripts, compile-4bit
+    peers                  liger-kernel 0.3, for TRL with Liger (and all that trl needs)
     tests, resume          torchao 3.4, for a part of them
-    trl                    trl 1.0, datasets 0.6, pandas 12.1, xxhash 0.5, multiprocess 0.2,
+    trl, peers             trl 1.0, datasets 0.6, pandas 12.1, xxhash 0.5, multiprocess 0.2,
                            dill 0.2, fsspec 0.3, requests 0.1, urllib3 0.2,
                            charset-normalizer 0.3 (what the machine has may stay at home)
 
@@ -183,11 +190,16 @@ STAGES = {  # in order of worth
     "lora": Stage(stages.run_lora, 35, 90),
     "qlora": Stage(stages.run_qlora, 35, 90, ("bitsandbytes",)),
     "plan": Stage(stages.run_plan, 60, 200),
+    "scripts": Stage(stages.run_scripts, 120, 400, ("bitsandbytes",), correctness=True),
     "trl": Stage(stages.run_trl, 60, 130, TRL),
+    "peers": Stage(stages.run_peers, 200, 540, TRL),
     "resume": Stage(stages.run_resume, 45, 150, correctness=True),
     "generate": Stage(stages.run_generate, 25, 70, correctness=True),
     "longest": Stage(stages.run_longest, 40, 150, ("bitsandbytes",)),
     "compile": Stage(stages.run_compile, 40, 150),
+    "compile-checkpointing": Stage(stages.run_compile_checkpointing, 40, 150),
+    "compile-4bit": Stage(stages.run_compile_4bit, 40, 150, ("bitsandbytes",)),
+    "processes": Stage(stages.run_processes, 60, 200, correctness=True),
 }
 
 
@@ -257,9 +269,13 @@ def machine() -> str:
             found.append(f"{name} {done.stdout.strip() or 'unknown'}")
         except OSError:
             found.append(f"{name} unknown")
-    for name in ("torch", "transformers", "peft", "bitsandbytes", "torchao", "trl"):
+    lock = (TEMPLATE / "uv.lock.jinja").read_text()
+    names = ("torch", "transformers", "peft", "bitsandbytes", "torchao", "trl", "liger-kernel")
+    for name in names:
+        locked = re.search(rf'^name = "{name}"\nversion = "(.*)"', lock, re.MULTILINE)
         try:
-            found.append(f"{name} {version(name)}")
+            same = locked is None or version(name).partition("+")[0] == locked[1]
+            found.append(f"{name} {version(name)}" + ("" if same else f" (locked: {locked[1]})"))
         except PackageNotFoundError:
             found.append(f"no {name}")
     if (torch := find_spec("torch")) and torch.origin:
@@ -279,6 +295,15 @@ def summarise(rows: list[dict[str, Any]]) -> None:
                 continue
             name, status = row["stage"], f"{status}: {row['note']}"
         print(f"| {name} | {_number(row['value'])} {row['unit']} | {row['goal']} | {status} |")
+
+
+def _render_config(project: Path, source: Path) -> None:
+    """Write configs/train.yaml of the copied template with the default answers."""
+    template = source / "configs" / "train.yaml.jinja"
+    if template.exists():
+        answers = {"base_model": "unused", "quantization": "4bit", "project_name": "campaign"}
+        text = re.sub(r"\{\{ (\w+).*?\}\}", lambda m: answers[m[1]], template.read_text())
+        (project / "configs" / "train.yaml").write_text(text)
 
 
 def main() -> int:
@@ -311,6 +336,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="campaign-", ignore_cleanup_errors=True) as name:
         left_out = shutil.ignore_patterns(".venv", "outputs", "*.jinja", "__pycache__")
         shutil.copytree(o.project, Path(name) / "project", ignore=left_out)
+        _render_config(Path(name) / "project", o.project)
         for stage in names:
             campaign = Campaign(o.out.resolve(), Path(name), o.cpu, run, stage)
             good = start(campaign, o.budget - (time.time() - began))

@@ -71,6 +71,7 @@ def main(settings: dict[str, Any]) -> None:
             learning_rate=settings["learning_rate"],
             lr_scheduler_type="constant",
             gradient_checkpointing=False,
+            use_liger_kernel=settings["liger"],
             bf16=True,
             use_cpu=settings["device"] == "cpu",
             logging_steps=1,

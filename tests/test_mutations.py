@@ -46,6 +46,23 @@ def leave_a_tensor_on_the_cpu(template: Path) -> None:
     replace(template / "src/data/batching.py", "k: v.to(device, non_blocking=True)", bounds)
 
 
+def answer_outside_of_autocast(template: Path) -> None:
+    cast = "autocast(model.device, dtype or base_dtype(model)),"
+    replace(template / "src/models/generation.py", cast, "")
+
+
+def evaluate_without_casts(template: Path) -> None:
+    both = "without_input_casts(objective.model), autocast(device, dtype)"
+    replace(template / "src/training/trainer.py", both, "without_input_casts(objective.model)")
+
+
+def ask_for_determinism_late(template: Path) -> None:
+    script = template / "scripts/train.py"
+    call = "    if config.deterministic:\n        request_determinism()\n"
+    replace(script, call, "")
+    replace(script, "    run(config", f"{call}    run(config")
+
+
 def replace(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
@@ -88,27 +105,31 @@ def test_a_mistake_is_caught(mistake: Callable[[Path], None], guard: str, tmp_pa
     assert "1 failed" in output
 
 
-# Mistakes that a CPU forgives and a GPU does not: a step on tensors without data shows them.
-WALKS = [
-    (
-        hand_the_kernel_what_autocast_left,
-        "test_a_step_reads_no_value_and_multiplies_in_half_precision[full-",
-    ),
-    (
-        wait_for_the_gpu_within_a_step,
-        "test_a_step_reads_no_value_and_multiplies_in_half_precision[full-",
-    ),
-    (leave_a_tensor_on_the_cpu, "test_everything_that_a_forward_pass_makes_is_on_the_gpu[full]"),
+# Mistakes that a CPU forgives in fp32, and a GPU does not.
+STEP = (
+    "test_walk.py::test_a_step_reads_no_value_and_multiplies_in_half_precision[full-dtype0-False]"
+)
+ROAD = "test_road.py::test_a_road_leads_to_an_exported_answer[lora-cpu]"
+ORDER = (
+    "test_scripts.py::test_cublas_is_told_of_determinism_before_torch_can_start_cuda[true-:4096:8]"
+)
+FORWARD = "test_walk.py::test_everything_that_a_forward_pass_makes_is_on_the_gpu[full]"
+ON_A_GPU = [
+    (hand_the_kernel_what_autocast_left, STEP),
+    (wait_for_the_gpu_within_a_step, STEP),
+    (leave_a_tensor_on_the_cpu, FORWARD),
+    (answer_outside_of_autocast, ROAD),
+    (evaluate_without_casts, ROAD),
+    (ask_for_determinism_late, ORDER),
 ]
 
 
-@pytest.mark.parametrize(("mistake", "guard"), WALKS, ids=[m.__name__ for m, _ in WALKS])
+@pytest.mark.parametrize(("mistake", "guard"), ON_A_GPU, ids=[m.__name__ for m, _ in ON_A_GPU])
 def test_a_mistake_that_only_a_gpu_would_show_is_caught(
     mistake: Callable[[Path], None], guard: str, tmp_path: Path
 ) -> None:
     template = shutil.copytree(snapshot().name, tmp_path / "repository") / "template"
-    command = (sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider")
-    tests = ("tests/test_walk.py", "-k", guard.partition("[")[0] + " and full")
+    options = ("-q", "-o", "addopts=", "-p", "no:cacheprovider")
     mistake(template)
-    output = run(*command, *tests, cwd=template, code=1).stdout
-    assert f"FAILED tests/test_walk.py::{guard}" in output
+    command = (sys.executable, "-m", "pytest", *options, f"tests/{guard}")
+    assert "1 failed" in run(*command, cwd=template, code=1).stdout

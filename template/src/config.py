@@ -56,13 +56,15 @@ class ModelConfig(Section):
     # auto: `varlen` for packed batches where model and GPU allow it, else `sdpa`, else `eager`.
     # Any other name goes to transformers as it is, e.g. flash_attention_2.
     attention: NotEmpty = "auto"
-    # Recompute activations in the backward pass: about 40 % less memory for 20 % less speed.
+    # Recompute activations in the backward pass: 19 GiB instead of 65 for LoRA on 8B with 2 x 4096
+    # tokens on an H200, and a quarter slower.
     gradient_checkpointing: bool = False
     # 1 recomputes every layer; k only each k-th, for memory that would otherwise go unused.
     gradient_checkpointing_every_n_layers: PositiveInt = 1
     # Keep each layer's input in the host's memory: for very long rows, at some speed.
     gradient_checkpointing_offload: bool = False
-    # Compile each layer: minutes at the start, then about 15 % faster steps on a GPU.
+    # Compile each layer: 13 to 17 s at the start, then a quarter faster and 0.83 of the memory
+    # (LoRA on 8B on an H200). Needs a C compiler.
     compile: bool = False
     # True executes Python code that the model's repository ships, with your rights.
     trust_remote_code: bool = False

@@ -47,6 +47,18 @@ def planned() -> Plan:
 # --- machine
 
 
+def test_a_package_that_is_missing_is_named(monkeypatch) -> None:
+    (found,) = machine._environment()
+    assert found.verdict == "OK"
+    known = machine.version
+
+    def absent(name: str) -> str:
+        return known("no-such-package" if name == "peft" else name)
+
+    monkeypatch.setattr(machine, "version", absent)
+    assert wrong(machine._environment()) == ["FAIL peft is not installed"]
+
+
 @pytest.fixture
 def four_bit(saved_model) -> Config:
     words = ("lora.r=4", "model.quantization=4bit", "model.init=pretrained")

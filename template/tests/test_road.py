@@ -55,6 +55,16 @@ ROADS: dict[str, tuple[str, list[str]]] = {
 }  # fmt: skip
 
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
 # Several runs in one start of torchrun, as each start imports torch twice.
 RUNS = """
 import json, sys
@@ -105,9 +115,9 @@ def command(base: Path, rows: str, output: Path, *options: str) -> list[str]:
     ]  # fmt: skip
 
 
-def walk_from(run: Path, rows: str, folder: Path, monkeypatch) -> None:
+def walk_from(run: Path, rows: str, folder: Path, monkeypatch, device: str = "cpu") -> None:
     """Ask what was trained in all ways, evaluate it, export it, and ask the export."""
-    short = ["--max-length", "2", "--device", "cpu"]
+    short = ["--max-length", "2", "--device", device]
     for model in (run, run / "checkpoints/step-00000003"):
         scripts.inference.main([str(model), "why?", "a much longer question than that", *short])
         scripts.evaluate.main([str(model), rows, "--samples", "2", *short])
@@ -123,12 +133,13 @@ def walk_from(run: Path, rows: str, folder: Path, monkeypatch) -> None:
     scripts.inference.main([str(folder / "exported"), "why?", *short])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ROADS)
 def test_a_road_leads_to_an_exported_answer(
-    name: str, base, rows: str, tmp_path: Path, monkeypatch
+    name: str, device: str, base, rows: str, tmp_path: Path, monkeypatch
 ) -> None:
     kind, options = ROADS[name]
-    arguments = command(base(kind), rows, tmp_path / "run", *options)
+    arguments = command(base(kind), rows, tmp_path / "run", *options, f"device={device}")
     asked: list[int] = []
     with monkeypatch.context() as stopped:
         stopped.setattr(StopSignal, "requested", lambda _: len(asked.append(1) or asked) == 2)
@@ -140,7 +151,7 @@ def test_a_road_leads_to_an_exported_answer(
     assert all(line["loss"] > 0 for line in lines)
     samples = (tmp_path / "run/samples.jsonl").read_text().splitlines()
     assert len(samples) == 3, "before the first step, and at each evaluation but the stopped one"
-    walk_from(tmp_path / "run", rows, tmp_path, monkeypatch)
+    walk_from(tmp_path / "run", rows, tmp_path, monkeypatch, device)
 
 
 def test_a_saved_adapter_goes_on_and_is_proved_in_bf16(base, rows, tmp_path, monkeypatch) -> None:

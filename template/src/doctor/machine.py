@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ SLOWED = {
 
 def check_machine(config: Config, planned: Plan | None) -> Iterator[Finding]:
     """Look at this machine; without a plan, what the plan would tell is left out."""
-    yield _environment()
+    yield from _environment()
     try:
         device = pick_device(config.device)
         dtype = pick_dtype(config.model.dtype, device)
@@ -53,10 +53,14 @@ def check_machine(config: Config, planned: Plan | None) -> Iterator[Finding]:
         yield from _disk(config, planned)
 
 
-def _environment() -> Finding:
-    names = ("torch", "transformers", "peft", "bitsandbytes", "mlflow")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    return Finding("OK", f"Python {sys.version.split()[0]}, {versions}")
+def _environment() -> Iterator[Finding]:
+    found = [f"Python {sys.version.split()[0]}"]
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "mlflow"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            yield Finding("FAIL", f"{name} is not installed", "uv sync --locked")
+    yield Finding("OK", ", ".join(found))
 
 
 def _gpu(index: int) -> Iterator[Finding]:

@@ -41,9 +41,8 @@ def generate(
             attention are put back afterwards.
         tokenizer: the one it was trained with.
         prompt: a user's question, or a list of questions; each may be a list of messages.
-        max_length: how many *new* tokens at most. transformers' own `max_length` counts the
-            prompt too, and a long prompt then leaves nothing for the answer. A model with a table
-            of positions (GPT-2) also stops at its end.
+        max_length: how many *new* tokens at most, unlike transformers' own `max_length`. A model
+            with a table of positions (GPT-2) also stops at its end.
         raw: continue the text as it is, without the chat template.
         temperature: 0 takes the likeliest token each time; above, samples: see `set_seed`.
         top_p: sample from the likeliest tokens that add up to this probability.
@@ -53,46 +52,53 @@ def generate(
         dtype: that matmuls run in, by autocast, as in training; None: that of the base's weights.
 
     Returns:
-        The completion without the prompt and special tokens; a list of them for a list, in its
-        order.
+        The completion without prompt and special tokens; a list of them, in order, for a list.
 
     Raises:
         UserError: a prompt leaves no position for an answer.
     """
     single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], dict))
     prompts: list[Any] = [prompt] if single else list(prompt)
-    # Raw text wants the tokenizer's BOS; a rendered template has written its own already.
     raw = raw or tokenizer.chat_template is None
     texts = [_as_text(each, tokenizer, raw, tools) for each in prompts]
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    stops = stop_token_ids(tokenizer)
-    options |= {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
-    options |= {"max_new_tokens": max_length, "use_cache": True, "streamer": streamer}
-    answers, complete = [""] * len(texts), cast(Any, model).generate
-    limit = position_limit(model)
+    options |= {"use_cache": True, "streamer": streamer, "pad_token_id": tokenizer.pad_token_id}
     # The longest first: what does not fit is known at once.
-    order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
+    order, answers = sorted(range(len(texts)), key=lambda n: -len(texts[n])), {}
     # Eagerly: each length would be a new shape for a compiled layer.
     with _inference_state(model, dtype), torch.compiler.set_stance("force_eager"):
         for some in batched(order, batch_size):
             inputs = _encode([texts[n] for n in some], tokenizer, raw).to(model.device)
-            asked = inputs["input_ids"].shape[1]
-            if limit is not None:
-                options["max_new_tokens"] = min(max_length, limit - asked)
-            if options["max_new_tokens"] < 1:
-                raise UserError(f"a prompt of {asked} tokens fills the model's {limit} positions")
-            new = complete(**inputs, **options)[:, asked:]
-            for n, ids in zip(some, new.tolist(), strict=True):
-                end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
-                answers[n] = str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
-    return answers[0] if single else answers
+            said = _complete(model, tokenizer, inputs, max_length, options)
+            answers |= dict(zip(some, said, strict=True))
+    return answers[0] if single else [answers[n] for n in range(len(texts))]
+
+
+def _complete(
+    model: PreTrainedModel, tokenizer: Tokenizer, inputs: BatchEncoding, max_length: int,
+    options: dict[str, Any],
+) -> list[str]:  # fmt: skip
+    asked, stops = inputs["input_ids"].shape[1], stop_token_ids(tokenizer)
+    limit = position_limit(model)
+    if limit is not None and asked >= limit:
+        raise UserError(f"a prompt of {asked} tokens fills the model's {limit} positions")
+    new = cast(Any, model).generate(
+        **inputs, **options, eos_token_id=stops,
+        max_new_tokens=min(max_length, limit - asked) if limit else max_length,
+    )[:, asked:]  # fmt: skip
+    answers = []
+    for ids in new.tolist():
+        end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
+        answers.append(str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip())
+    return answers
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer, raw: bool) -> BatchEncoding:
     # On the left: the answer continues the prompt, not its padding. Right padding gives other
     # completions, silently.
+    # Raw text wants the tokenizer's BOS; a rendered template has written its own already.
     return tokenizer(
         texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left",
         add_special_tokens=raw, return_token_type_ids=False,

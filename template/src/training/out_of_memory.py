@@ -51,7 +51,7 @@ def next_settings(config: Config) -> list[tuple[str, str]]:
     every, length = model.gradient_checkpointing_every_n_layers, config.data.max_length
     changes = []
     if not model.gradient_checkpointing:
-        changes.append(("model.gradient_checkpointing=true", "now false; a fifth slower"))
+        changes.append(("model.gradient_checkpointing=true", "now false; a quarter slower"))
     elif every > 1:
         changes.append(("model.gradient_checkpointing_every_n_layers=1", f"now {every}"))
     elif size == 1 and not model.gradient_checkpointing_offload:

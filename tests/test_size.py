@@ -12,7 +12,7 @@ from helpers import ROOT, TEMPLATE
 
 FILES = sorted([*(TEMPLATE / "src").rglob("*.py"), *(TEMPLATE / "scripts").rglob("*.py")])
 # What the code may grow to. Raise a number in the commit that needs it, and say there what for.
-CODE_LINES, LINES = 5270, 7730
+CODE_LINES, LINES = 5430, 7945
 STORY = ("src/training/run.py", "src/training/trainer.py", "src/training/loss.py")
 STORY_CODE_LINES = 450
 FUNCTION_LINES = 50  # with its docstring
@@ -114,7 +114,7 @@ def test_nothing_patches_somebody_elses_module(path: Path) -> None:
 
 
 def test_the_readme_states_the_size() -> None:
-    stated = re.search(r"About ([\d,]+) lines of your own code", (ROOT / "README.md").read_text())
+    stated = re.search(r"About ([\d,]+) lines of code", (ROOT / "README.md").read_text())
     assert stated
     lines = sum(code_lines(path.read_text()) for path in FILES)
     assert abs(int(stated[1].replace(",", "")) - lines) <= 100

@@ -7,6 +7,7 @@ MODEL is what scripts/inference.py takes. Benchmarks: see "How good is it?" in R
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from src.preflight import find_trained
@@ -27,6 +28,8 @@ def main(arguments: list[str]) -> None:
     folder = Path(name) if Path(name).is_dir() else Path("outputs") / name.replace("/", "-")
     recipe = folder / "training_config.yaml"
     data = load_config(recipe)[0].data if recipe.is_file() else DataConfig(train=options.data)
+    if recipe.is_file() and set(expand(options.data)) & set(expand(data.train)):
+        print(f"warning: {options.data} is what the model was trained on", file=sys.stderr)
     data = data.model_copy(update={"train": options.data, "eval": None, "packing": False})
     for source in expand(options.data):
         check_source("DATA", source, data)

@@ -5,6 +5,7 @@ Without prompts one is read from standard input. A file of rows is answered in o
 that was stopped goes on where it was:
   uv run scripts/inference.py outputs/train --input rows.jsonl --output answers.jsonl
 A conversation, word by word: uv run scripts/inference.py outputs/train --chat
+The likeliest answer, unless a temperature is given; the base's generation_config.json does not act.
 """
 
 import argparse
@@ -27,9 +28,12 @@ def main(arguments: list[str]) -> None:
     name = find_trained(options.model, options.base)
     prompts, done, total = _prompts(options), 0, 0
     if options.input:
+        from src.config import DataConfig, load_config
         from src.data.answers import answer_rows, check_answers
 
-        done, total = check_answers(options.input, Path(options.output))
+        recipe = Path(name) / "training_config.yaml"  # rows are read as the run read its own
+        data = load_config(recipe)[0].data if recipe.is_file() else DataConfig(train="-")
+        done, total = check_answers(options.input, Path(options.output), data)
 
     with quick_imports():
         from src.models.generation import generate
@@ -48,7 +52,7 @@ def main(arguments: list[str]) -> None:
     if options.chat:
         _chat(answer, tokenizer)
     elif options.input:
-        answer_rows(options.input, Path(options.output), done, total, answer)
+        answer_rows(options.input, Path(options.output), data, done, total, answer)
     else:
         print(*answer(prompts), sep="\n")
 
@@ -74,6 +78,7 @@ def _chat(answer: Callable[..., str], tokenizer: Any) -> None:
     """A conversation, until an empty line or the end of input."""
     from transformers import TextStreamer
 
+    # Without special tokens, as the stop token is one; the answer that is kept has them.
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages: list[dict[str, str]] = []
     while said := _line("you: "):
@@ -104,7 +109,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--batch-size", type=_at_least(1, int), default=16, help="prompts at a time")
     add("--raw", action="store_true", help="continue the text, without template")
     add("--temperature", type=_at_least(0, float), default=0.0, help="0: the likeliest")
-    add("--top-p", type=float, default=1.0, help="sample from this probability")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest, up to this sum")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto")
     add("--base", help="the adapter's base model, if it has moved")

@@ -56,7 +56,7 @@ def score(
     pairs = [(a, wanted) for a, (_, wanted) in zip(answers, asked, strict=True)]
     exact, contains = (
         sum(map(right, pairs)) / max(len(pairs), 1)
-        for right in (lambda p: p[0] == p[1], lambda p: p[1] in p[0])
+        for right in (lambda p: p[0].strip() == p[1], lambda p: p[1] in p[0])
     )
     return Score(found.loss, found.perplexity, exact, contains, list(answers))
 
@@ -68,14 +68,15 @@ def compare(
     longest = min(config.data.max_length, position_limit(model) or config.data.max_length)
     data = config.data.model_copy(update={"max_length": longest})
     config = config.model_copy(update={"data": data})
-    asked = questions(expand(config.data.train)[0], config, samples)
+    asked = questions(expand(config.data.train)[0], config, samples, tokenizer)
     scores = {"model": score(model, tokenizer, config, asked, max_length)}
     if hasattr(model, "peft_config"):
         adapted: Any = model
         with torch.no_grad(), adapted.disable_adapter():
             scores["base"] = score(model, tokenizer, config, asked, max_length)
     rows = [
-        {"prompt": prompt, "wanted": wanted, **{k: s.answers[n] for k, s in scores.items()}}
+        {"prompt": prompt["messages"], "wanted": wanted}
+        | {name: each.answers[n] for name, each in scores.items()}
         for n, (prompt, wanted) in enumerate(asked)
     ]
     figures = {k: {n: v for n, v in asdict(s).items() if n != "answers"} for k, s in scores.items()}

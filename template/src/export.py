@@ -172,5 +172,7 @@ def serving_advice(folder: Path, out: Path) -> list[str]:
     base = made["base_model_name_or_path"]
     return [
         *lines,
-        f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}",
+        # With its generation config: the base's own stops are not the end of a turn.
+        f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder} "
+        f"--generation-config {folder}",
     ]

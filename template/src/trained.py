@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
@@ -50,13 +50,13 @@ def load_trained(
     config = ModelConfig(name=name, quantization=quantization or "none", trust_remote_code=trust)
     # In the attention that transformers picks: it understands padding and a cache.
     model = read_weights(config, device, pick_dtype("auto", device))
-    if not folder.is_dir():
-        return model.eval(), load_tokenizer(config)
-    with explained(str(folder)):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if adapter.is_file():
+    if folder.is_dir():
+        config = config.model_copy(update={"name": str(folder.resolve())})
+    tokenizer = load_tokenizer(config)  # as training does: with a template in any case
+    if adapter.is_file():
+        with explained(str(folder)):
             model = load_adapters(model, folder)
-    return model.eval(), cast(Tokenizer, tokenizer)
+    return model.eval(), tokenizer
 
 
 def _load_checkpoint(path: Path, device: torch.device) -> tuple[PreTrainedModel, Tokenizer]:

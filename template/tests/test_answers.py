@@ -13,9 +13,11 @@ import pytest
 
 import scripts.inference
 from conftest import ROOT, chat
+from src.config import DataConfig
 from src.data.answers import answer_rows, check_answers
 from src.utils.errors import UserError
 
+DATA = DataConfig(train="-")
 HELLO = "Hello! I am a very small model."
 
 
@@ -41,20 +43,20 @@ def test_rows_of_every_shape_are_answered_beside_what_they_were(
     assert [row["generated"] for row in answered[:3]] == [HELLO] * 3
 
 
-def echo(asked: list[list[dict]]) -> list[str]:
-    return [messages[-1]["content"].upper() for messages in asked]
+def echo(asked: list[dict]) -> list[str]:
+    return [row["messages"][-1]["content"].upper() for row in asked]
 
 
 def test_a_file_goes_on_after_its_last_whole_line(write_rows, tmp_path) -> None:
     source = write_rows(*[{"prompt": f"row {n}"} for n in range(300)])
     output = tmp_path / "answers.jsonl"
-    assert check_answers(source, output) == (0, 300)
-    answer_rows(source, output, 0, 300, echo)
+    assert check_answers(source, output, DATA) == (0, 300)
+    answer_rows(source, output, DATA, 0, 300, echo)
     whole = output.read_bytes()
     output.write_bytes(whole[: len(whole) // 2])  # in the middle of a line
-    done, total = check_answers(source, output)
+    done, total = check_answers(source, output, DATA)
     assert 0 < done < 300 == total
-    answer_rows(source, output, done, total, echo)
+    answer_rows(source, output, DATA, done, total, echo)
     assert output.read_bytes() == whole
 
 
@@ -71,7 +73,7 @@ def test_an_output_of_other_rows_is_left_as_it_is(write_rows, tmp_path, lines, t
     output.write_text("".join(f"{line}\n" for line in lines))
     before = output.read_bytes()
     with pytest.raises(UserError, match=told):
-        check_answers(source, output)
+        check_answers(source, output, DATA)
     assert output.read_bytes() == before
 
 
@@ -79,7 +81,7 @@ def test_an_output_of_other_rows_is_left_as_it_is(write_rows, tmp_path, lines, t
     ("row", "told"),
     [
         ("{", ":2: not valid JSON"),
-        ({"answer": "x"}, ":2: asks nothing; a row needs `messages` or one of prompt"),
+        ({"answer": "x"}, ":2: `question` is missing; it has `answer`"),
         ({"messages": [{"role": "robot", "content": "x"}]}, ":2: message 1: `role` is 'robot'"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, ":2: asks nothing"),
         (["x"], ":2: a row is an object"),

@@ -4,10 +4,16 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GenerationConfig,
+    GPT2Config,
+)
 
 from src.models.generation import generate
-from src.models.model import save_model
+from src.models.model import save_model, set_generation_config
 from src.trained import load_trained
 from src.utils.errors import UserError
 
@@ -36,15 +42,16 @@ def test_generation_counts_new_tokens_and_returns_no_prompt(
 
     def stub(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
         asked.update(
-            options, length=input_ids.shape[1], inference=torch.is_inference_mode_enabled()
-        )
+            options, length=input_ids.shape[1], inference=torch.is_inference_mode_enabled(),
+            stops=model.generation_config.eos_token_id,
+        )  # fmt: skip
         return torch.cat([input_ids, answer], dim=1)
 
     monkeypatch.setattr(model, "generate", stub)
     assert generate(model, tokenizer, "a long prompt " * 10, max_length=12) == "some answer"
     assert asked["max_new_tokens"] == 12 < asked["length"]
     assert asked["inference"]
-    assert asked["eos_token_id"] == [tokenizer.eos_token_id]
+    assert asked["stops"] == [tokenizer.eos_token_id]
 
 
 def test_a_model_that_knows_no_sdpa_is_loaded_and_answers(tmp_path, tokenizer) -> None:
@@ -61,18 +68,18 @@ def test_a_model_that_knows_no_sdpa_is_loaded_and_answers(tmp_path, tokenizer) -
 def test_an_answer_ends_at_either_of_two_stop_tokens(make_model, tokenizer, monkeypatch) -> None:
     model = make_model(packing=False)
     first, second = 1, tokenizer.convert_tokens_to_ids("<|begin|>")
-    monkeypatch.setattr("src.models.generation.stop_token_ids", lambda _: [first, second])
+    monkeypatch.setattr("src.models.generation.stops_of", lambda *_: [first, second])
     said = tokenizer("said", add_special_tokens=False)["input_ids"]
     rows = [[*said, first, *said], [*said, second, *said]]
     asked = {}
 
     def stub(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
-        asked.update(options)
+        asked.update(stops=model.generation_config.eos_token_id)
         return torch.cat([input_ids, torch.tensor(rows)], dim=1)
 
     monkeypatch.setattr(model, "generate", stub)
     assert generate(model, tokenizer, ["a", "b"]) == ["said", "said"]
-    assert asked["eos_token_id"] == [first, second]
+    assert asked["stops"] == [first, second]
 
 
 def test_many_prompts_of_any_length_are_answered_in_their_order(make_model, tokenizer) -> None:
@@ -127,3 +134,83 @@ def test_an_answer_ends_where_the_models_positions_do(gpt2, tokenizer) -> None:
     generate(gpt2, tokenizer, prompt, max_length=4, raw=True)
     with pytest.raises(UserError, match=r"a prompt of \d+ tokens fills the model's 32 positions"):
         generate(gpt2, tokenizer, "x " * 40, raw=True)
+
+
+SETTINGS = {
+    "repetition_penalty": 9.0, "min_new_tokens": 6, "suppress_tokens": list(range(256)),
+    "num_beams": 3, "do_sample": True, "top_k": 5, "no_repeat_ngram_size": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_answer_is_the_likeliest_whatever_the_base_has_set(
+    make_model, tokenizer, lora: bool
+) -> None:
+    model = make_model(packing=False, lora=lora).eval()
+    model.generation_config.update(**SETTINGS)
+    kept = model.generation_config
+    ids = tokenizer("word " * 3, return_tensors="pt")["input_ids"]
+    prompt, expected = ids.shape[1], ids
+    with torch.no_grad():
+        for _ in range(5):
+            following = model(expected).logits[:, -1].argmax(-1, keepdim=True)
+            expected = torch.cat([expected, following], dim=1)
+    answer = generate(model, tokenizer, "word " * 3, max_length=5, raw=True)
+    assert answer == tokenizer.decode(expected[0, prompt:])
+    assert model.generation_config is kept
+    if lora:
+        assert model.get_base_model().generation_config is kept
+
+
+def test_a_temperature_draws_from_all_tokens(make_model, tokenizer) -> None:
+    model = make_model(packing=False).eval()
+    torch.manual_seed(0)
+    with mock.patch.object(tokenizer.__class__, "decode", lambda _, ids: " ".join(map(str, ids))):
+        drawn = generate(
+            model, tokenizer, ["x"] * 200, max_length=1, raw=True, temperature=50.0, batch_size=200
+        )
+    assert len(set(drawn)) > 100, "transformers' own top_k is 50"
+
+
+@pytest.mark.parametrize("said", ["    indented", "\n\nafter blanks  ", "<|begin|> is a token"])
+def test_an_answer_is_given_back_as_it_is(make_model, tokenizer, monkeypatch, said: str) -> None:
+    model = make_model(packing=False)
+    ids = tokenizer(said, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    stop = torch.tensor([[tokenizer.eos_token_id, 5]])
+    stub = lambda input_ids, **_: torch.cat([input_ids, ids, stop], dim=1)  # noqa: E731
+    monkeypatch.setattr(model, "generate", stub)
+    assert generate(model, tokenizer, "Hi") == said
+
+
+def test_the_bases_other_stop_tokens_are_kept(make_model, tokenizer) -> None:
+    model, begin = make_model(packing=False), tokenizer.convert_tokens_to_ids("<|begin|>")
+    model.generation_config.eos_token_id = [begin, 300]  # of which 300 is an ordinary token here
+    set_generation_config(model, tokenizer)
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, begin]
+
+
+def test_an_adapters_folder_says_where_answers_end(make_model, tokenizer, tmp_path) -> None:
+    save_model(make_model(lora=True), tokenizer, tmp_path / "m", torch.bfloat16)
+    assert GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id == [tokenizer.eos_token_id]
+
+
+def test_a_local_base_without_a_template_is_asked_as_it_would_be_trained(
+    make_model, tokenizer, tmp_path
+) -> None:
+    save_model(make_model(), tokenizer, tmp_path / "m", torch.float32)
+    (tmp_path / "m/chat_template.jinja").unlink()
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template is None
+    _, loaded = load_trained(tmp_path / "m", torch.device("cpu"))
+    assert loaded.chat_template == tokenizer.chat_template
+
+
+def test_a_list_of_questions_is_never_taken_for_a_conversation(make_model, tokenizer) -> None:
+    model = make_model(packing=False)
+    asked = ["the role of x", "y"]
+    assert len(generate(model, tokenizer, asked, max_length=1)) == 2
+    rows = [{"messages": [{"role": "user", "content": each}]} for each in asked]
+    assert generate(model, tokenizer, rows, max_length=1) == generate(
+        model, tokenizer, asked, max_length=1
+    )
+    assert isinstance(generate(model, tokenizer, rows[0], max_length=1), str)
+    assert isinstance(generate(model, tokenizer, rows[0]["messages"], max_length=1), str)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import scripts.plan
-from conftest import SMOKE, metrics, packed
+from conftest import ROOT, SMOKE, metrics, packed
 from src.config import DataConfig, ModelConfig, load_config
 from src.data.dataset import load_tokens
 from src.models.adapters import without_input_casts
@@ -150,8 +150,10 @@ def test_a_model_whose_attention_has_dropout_is_planned_too(tmp_path) -> None:
         plan(load_config(SMOKE, model)[0])
 
 
-def test_where_nothing_fits_nothing_is_advised() -> None:
-    assert cheapest_that_fits(load_config(SMOKE, ["data.max_length=32"])[0], 0.5) is None
+def test_where_nothing_fits_nothing_is_advised(tmp_path) -> None:
+    AutoConfig.from_pretrained(ROOT / "configs/tiny", num_hidden_layers=1).save_pretrained(tmp_path)
+    small = [f"model.name={tmp_path}", "data.max_length=32"]
+    assert cheapest_that_fits(load_config(SMOKE, small)[0], 0.5) is None
 
 
 def test_the_script_says_what_would_fit(two_layers, capsys) -> None:

@@ -38,6 +38,13 @@ GOOD, DATA = chat("question", "answer"), DataConfig(train="rows")
         ({"prompt": "x", "completion": 5}, "`completion` must be text, not a number"),
         ({"text": None}, "has no columns; a row needs"),
         ({"text": 5}, "`text` must be text, not a number"),
+        ({"messages": [{"role": "system", "content": "a"}, *GOOD["messages"]], "system": "b"}, "has both `system` and a system message"),
+        ({"instruction": "q", "output": "a", "history": ["x"]}, "`history` must be a list of [question, answer]"),
+        ({"instruction": "q", "input": [1], "output": "a"}, "`input` must be text, not a list"),
+        ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "message 3: a call of a tool has not valid JSON"),
+        ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]}, "message 3: the arguments of `f` must be an object, not a list"),
+        ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": ["x"]}]}, "message 3: a call of a tool has not valid JSON"),
+        ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": [{}]}]}, "message 3: a call of a tool has no name"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named_by_file_line_and_reason(write_rows, bad, reason: str) -> None:
@@ -51,6 +58,7 @@ def test_a_bad_row_is_named_by_file_line_and_reason(write_rows, bad, reason: str
 ASKED = [{"role": "user", "content": "q"}]
 ANSWERED = [{"role": "assistant", "content": "a"}]
 PLAIN = [*ASKED, *ANSWERED]
+SAID = {"role": "system", "content": "s"}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +66,16 @@ PLAIN = [*ASKED, *ANSWERED]
     [
         ({"messages": PLAIN}, PLAIN),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PLAIN),
+        ({"messages": PLAIN, "system": "s"}, [SAID, *PLAIN]),
+        ({"messages": [SAID, *PLAIN], "system": "s"}, [SAID, *PLAIN]),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"}, [SAID, *PLAIN]),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, [SAID, *PLAIN]),
+        ({"instruction": "q", "context": "c", "response": "a"}, [{"role": "user", "content": "q\n\nc"}, *ANSWERED]),
+        ({"question": "q", "context": "c", "answer": "a"}, [{"role": "user", "content": "q\n\nc"}, *ANSWERED]),
+        ({"instruction": "q", "input": float("nan"), "output": "a"}, PLAIN),
+        ({"instruction": "q", "input": [], "output": "a"}, PLAIN),
+        ({"instruction": "q", "output": "a", "history": [["q", "a"]]}, [*PLAIN, *PLAIN]),
+        ({"prompt": "q", "completion": "a", "label": True}, PLAIN),
         ({"prompt": "q", "completion": "a"}, PLAIN),
         ({"prompt": ASKED, "completion": ANSWERED}, PLAIN),
         ({"question": "q", "answer": "a", "id": 7}, PLAIN),
@@ -83,7 +101,8 @@ def test_tools_and_calls_of_them_are_kept(write_rows) -> None:
     for tools in ([tool], json.dumps([tool])):
         (row,) = read_rows(write_rows({"messages": turns, "tools": tools}), DATA)
         assert row["tools"] == [tool]
-        assert row["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+        found = {"type": "function", "function": {"name": "look", "arguments": {}}}
+        assert row["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [found]}
 
 
 def test_columns_of_other_names_are_mapped_and_a_wrong_name_is_told(write_rows) -> None:
@@ -229,3 +248,65 @@ def test_a_broken_parquet_file_says_so(tmp_path: Path) -> None:
     (tmp_path / "r.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match="not a Parquet file"):
         check_source("data.train", str(tmp_path / "r.parquet"), DATA)
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+        {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": {"a": 1}}},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+    ],
+)  # fmt: skip
+def test_a_call_of_a_tool_is_read_from_each_form(write_rows, turn: dict) -> None:
+    (row,) = read_rows(write_rows({"messages": [*ASKED, turn]}), DATA)
+    assert row["messages"][1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    ]
+
+
+def test_an_empty_argument_leaves_the_other_calls_as_they_are(write_rows) -> None:
+    calls = [{"function": {"name": "f", "arguments": text}} for text in ("", '{"a": 1}')]
+    turn = {"role": "assistant", "tool_calls": calls}
+    (row,) = read_rows(write_rows({"messages": [*ASKED, turn]}), DATA)
+    found = [call["function"]["arguments"] for call in row["messages"][1]["tool_calls"]]
+    assert found == [{}, {"a": 1}]
+
+
+def test_a_rejected_answer_is_left_out(write_rows) -> None:
+    tally = Tally()
+    row = {"prompt": "q", "completion": "a", "label": False}
+    assert not list(read_rows(write_rows(row), DATA, tally))
+    assert "was rejected" in tally.empty[0]["reason"]
+
+
+def test_parquet_does_not_fill_the_keys_of_other_rows(tmp_path: Path) -> None:
+    tools = [
+        [{"type": "function", "function": {"name": n, "parameters": {n: {"a": 1}}}}] for n in "xy"
+    ]
+    calls = [[{"function": {"name": n, "arguments": {n: 1}}}] for n in "xy"]
+    turns = [[*ASKED, {"role": "assistant", "content": "", "tool_calls": call}] for call in calls]
+    table = pa.Table.from_pylist(
+        [{"messages": m, "tools": t} for m, t in zip(turns, tools, strict=True)]
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    for row, tool, name in zip(
+        read_rows(str(tmp_path / "rows.parquet"), DATA), tools, "xy", strict=True
+    ):
+        assert row["tools"] == tool
+        assert row["messages"][1]["tool_calls"][0]["function"]["arguments"] == {name: 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('prompt,completion\na,b\nc,"d\ne,f\n', ":3: not valid CSV from this line on"),
+        ("prompt,completion,prompt\na,b,c\n", ":1: two columns have one name"),
+    ],
+)
+def test_a_csv_that_means_something_else_is_named(tmp_path: Path, text: str, problem: str) -> None:
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(UserError) as error:
+        list(read_rows(str(tmp_path / "rows.csv"), DATA))
+    assert problem in error.value.problems[0]

@@ -9,10 +9,12 @@ import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from src.data.rows import trains
 
 Message = dict[str, Any]
 Span = tuple[int, int]  # of characters: start and end
@@ -50,23 +52,23 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
         NotFound: the template leaves out or changes what the assistant said, or does not end it.
         ValueError: the template refuses the conversation.
     """
-    if re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
-        return _as_marked_by_its_author(messages, tools, tokenizer)
     ends = turn_ends(tokenizer, str(tokenizer.chat_template))
     text, places, marked = _locate(messages, tools, tokenizer)
     spans, prompted = [], True
     for number, message in enumerate(messages):
         calls, own = message.get("tool_calls") or [], places.get(number)
-        said = message["role"] == "assistant" and _parts(message)[1]
+        said = _parts(message)[1]
         if said and not own:
             raise NotFound(f"the chat template leaves out message {number + 1}")
-        if message["role"] != "assistant" or not (said or calls):
+        if message["role"] != "assistant" or not (said or calls) or not trains(message):
             continue
         before = max((end for n, (_, end) in places.items() if n < number), default=0)
         after = min((start for n, (start, _) in places.items() if n > number), default=len(text))
-        prompt = ""
         if number:
             prompt = _skeleton(marked[:number], tools, tokenizer, prompt=True)[-1]
+        else:  # nothing was asked: what the template writes before any answer
+            prompt = _generation_prompt(tokenizer, str(tokenizer.chat_template))
+            before = max(text.find(prompt, 0, own[0] if own else after), 0)
         start = before + len(_shared(text[before : own[0] if own else after], prompt))
         for token in ends.special.finditer(text, before, after):
             if token.start() < start < token.end():  # never within one
@@ -107,9 +109,35 @@ def chat_text(
 
 
 @lru_cache(maxsize=16)
+def _generation_prompt(tokenizer: Tokenizer, _template: str) -> str:
+    asked = [_user(_mark(1))]
+    without, whole = (chat_text(tokenizer, asked, prompt) for prompt in (False, True))
+    return whole[len(_shared(without, whole)) :]
+
+
+@lru_cache(maxsize=16)
 def knows_tools(tokenizer: Tokenizer) -> bool:
     """Whether the chat template writes the tools that it is given."""
     return "Look something up." in chat_text(tokenizer, [_user("?")], True, [TOOL])
+
+
+def types_token(messages: list[Message], tokenizer: Tokenizer) -> bool:
+    """Whether a message's text holds a token that the template writes, such as <|im_end|>.
+
+    The tokenizer makes the real token of it, so that the text ends or opens a turn.
+    """
+    tokens = _tokens_of(tokenizer, str(tokenizer.chat_template))
+    return any(token in message["content"] for message in messages for token in tokens)
+
+
+@lru_cache(maxsize=16)
+def _tokens_of(tokenizer: Tokenizer, template: str) -> frozenset[str]:
+    said = [_user("?"), {"role": "assistant", "content": "!"}]
+    try:
+        special = turn_ends(tokenizer, template).special
+        return frozenset(special.findall(chat_text(tokenizer, said, True))) - {""}
+    except ValueError:
+        return frozenset()
 
 
 @dataclass(frozen=True)
@@ -249,24 +277,6 @@ def _parts(message: Message) -> tuple[str, str, str]:
     said = content.strip()
     before = content[: len(content) - len(content.lstrip())]
     return head + before, said, content[len(before) + len(said) :]
-
-
-def _as_marked_by_its_author(
-    messages: list[Message], tools: list[dict] | None, tokenizer: Tokenizer
-) -> Rendered:
-    """By the template's own {% generation %} marks; only this function tells where they are."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    options: dict[str, Any] = dict(tokenizer.special_tokens_map)
-    try:
-        rendered: Any = render_jinja_template(
-            [messages], tools=cast(Any, tools), chat_template=str(tokenizer.chat_template),
-            return_assistant_tokens_mask=True, **options,
-        )  # fmt: skip
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses it: {error}") from None
-    texts, spans = rendered
-    return Rendered(texts[0], spans[0], prompted=True)
 
 
 def _with_arguments(message: Message, convert: Any) -> Message:

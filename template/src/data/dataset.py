@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config, DataConfig
 from src.data import IGNORE
-from src.data.chat import knows_tools
+from src.data.chat import knows_tools, types_token
 from src.data.encoding import encode
 from src.data.rows import MAX_PROBLEMS, Row, Tally, read_rows
 from src.data.sources import Unreadable, expand, fingerprint
@@ -46,6 +46,8 @@ class Facts:
     read_as: dict[str, int] = field(default_factory=dict)  # rows of each shape
     empty: int = 0  # rows left out: nothing to learn from
     unusable: int = 0  # rows left out with data.bad_rows=skip: see left_out.jsonl
+    unread: dict[str, int] = field(default_factory=dict)  # columns that no token comes from
+    typed: int = 0  # rows whose text holds a token that the chat template writes
     toolless: int = 0  # rows whose tools the chat template does not write
     unprompted: int = 0  # rows that lack what the generation prompt writes
     truncated: int = 0  # conversations cut at data.max_length, or left out: data.too_long
@@ -125,10 +127,14 @@ def load_tokens(
         RunError: the tokens cannot be written: no room, or no right to.
     """
     names = expand(sources)
-    vocabulary = tokenizer.backend_tokenizer.to_str()
-    made_with = (vocabulary, tokenizer.chat_template, limit, part, part != "all" and data.eval)
-    made_with += (data.columns, data.bad_rows, data.thinking, data.max_length, data.too_long)
-    folder = _cache_folder(names, *made_with)
+    made_with = {
+        "vocabulary": tokenizer.backend_tokenizer.to_str(),
+        "special tokens": tokenizer.special_tokens_map,  # which the vocabulary's file does not hold
+        "template": tokenizer.chat_template,
+        "rows": (limit, part, part != "all" and data.eval),
+        "data": data.model_dump(exclude={"train", "eval", "packing", "num_workers"}),
+    }
+    folder = _cache_folder(names, made_with)
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +147,7 @@ def load_tokens(
     return TokenDataset(folder)
 
 
-def _cache_folder(names: list[str], *made_with: object) -> Path:
+def _cache_folder(names: list[str], made_with: dict[str, object]) -> Path:
     """A folder named by a hash of all that its tokens are made from."""
     digest = hashlib.sha256(repr(made_with).encode())
     for name in CODE:
@@ -162,7 +168,7 @@ def _tokenise(
     facts, tally, lengths, digest = Facts(), Tally(), array("i"), hashlib.sha256()
     rows = chain.from_iterable(read_rows(name, data, tally) for name in names)
     if part != "all":
-        rows = (row for row in rows if _is_for_evaluation(row, data.eval) == (part == "eval"))
+        rows = (row for row in rows if is_for_evaluation(row, data.eval) == (part == "eval"))
     with new_folder(path) as folder:
         with (folder / IDS).open("wb") as ids_file, (folder / LABELS).open("wb") as labels_file:
             for some in batched(islice(rows, limit), ROWS_AT_ONCE):
@@ -204,6 +210,9 @@ def _documents(
         ids, labels, prompted = encoded
         facts.read_as[row["read_as"]] = facts.read_as.get(row["read_as"], 0) + 1
         facts.unprompted += not prompted
+        facts.typed += types_token(row.get("messages", []), tokenizer)
+        for name in row.get("unread", ()):
+            facts.unread[name] = facts.unread.get(name, 0) + 1
         facts.toolless += bool(row.get("tools")) and not knows_tools(tokenizer)
         pieces = [(ids, labels)]
         if len(ids) > length and "text" in row:  # all of it is worth reading
@@ -225,7 +234,8 @@ def _documents(
         raise UserError(*problems[:MAX_PROBLEMS], f"{share}; data.bad_rows=skip leaves them out")
 
 
-def _is_for_evaluation(row: Row, share: object) -> bool:
+def is_for_evaluation(row: Row, share: object) -> bool:
+    """Whether a row is held out, by its content: equal rows are never in both parts."""
     said = [row.get(key) for key in ("messages", "tools", "text")]
     content = json.dumps(said, sort_keys=True, default=str)
     number = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest())

@@ -22,7 +22,7 @@ def encode(rows: list[Row], tokenizer: Tokenizer) -> list[Encoded | Unreadable]:
     """Token ids and labels of each row; only what the assistant says carries a label.
 
     The whole conversation is tokenised once, as one text, because tokens of pieces need not be
-    the tokens of the whole. A token is labelled if it begins inside an assistant's turn, the
+    the tokens of the whole. A token is labelled if it holds a part of an assistant's turn, the
     stop token that ends the turn included. Position 0 never is: nothing predicts it.
 
     Returns:
@@ -44,7 +44,9 @@ def encode(rows: list[Row], tokenizer: Tokenizer) -> list[Encoded | Unreadable]:
         spoken = bytearray(len(row.text) + 1)  # 1 where a character is the assistant's
         for start, end in row.spans:
             spoken[start:end] = b"\1" * (end - start)
-        labels = [i if spoken[at] else IGNORE for i, (at, _) in zip(ids, offsets, strict=True)]
+        # Also one that begins before: a blank of the template may merge with the answer's start.
+        said = (1 in spoken[start:end] for start, end in offsets)
+        labels = [i if each else IGNORE for i, each in zip(ids, said, strict=True)]
         labels[:1] = [IGNORE]
         result.append(Encoded(ids, labels, row.prompted))
     return result
@@ -53,8 +55,10 @@ def encode(rows: list[Row], tokenizer: Tokenizer) -> list[Encoded | Unreadable]:
 def _render(row: Row, tokenizer: Tokenizer) -> Rendered | Unreadable:
     """The row as one text, and the (start, end) character spans that carry loss."""
     if "text" in row:
-        prefix = tokenizer.bos_token if tokenizer("")["input_ids"] else ""
-        text = f"{prefix or ''}{row['text']}{tokenizer.eos_token}"
+        begin, end = str(tokenizer.bos_token or ""), str(tokenizer.eos_token)
+        # As the tokenizer would; but never twice, where the row has them already.
+        begin = begin if tokenizer("")["input_ids"] and not row["text"].startswith(begin) else ""
+        text = begin + row["text"] + ("" if row["text"].endswith(end) else end)
         return Rendered(text, [(0, len(text))], prompted=True)
     try:
         return render(row["messages"], row.get("tools"), tokenizer)

@@ -81,7 +81,7 @@ def raw_rows(source: str) -> Places:
         UserError: the whole file cannot be read, or there is no such dataset.
     """
     if not is_file(source):
-        yield from _numbered(load_hub(source))
+        yield from _numbered(map(_without_nulls, load_hub(source)))
         return
     path = from_root(source)
     reader = _reader(path)
@@ -142,6 +142,19 @@ def _open(path: Path) -> Any:
     return path.open("rb")
 
 
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without the nulls in its structs, which Arrow fills in for keys of other rows."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(each) for each in value]
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items() if v is not None}
+        return value
+
+    return {column: clean(value) for column, value in row.items()}
+
+
 def _numbered(rows: Iterable[Any]) -> Places:
     return ((f": row {number}", row) for number, row in enumerate(rows, 1))
 
@@ -177,11 +190,19 @@ def _json(path: Path) -> Places:
 def _csv(path: Path) -> Places:
     csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            if None in row:
-                row = Unreadable("more cells than the header has; quote commas in text")
-            yield f":{reader.line_num}", row
+        # strict: else a quote that is never closed swallows the rest of the file.
+        reader, began = csv.DictReader(file, strict=True), 1
+        try:
+            if len(set(names := reader.fieldnames or ())) < len(names):
+                yield ":1", Unreadable("two columns have one name")
+                return
+            for row in reader:
+                if None in row:
+                    row = Unreadable("more cells than the header has; quote commas in text")
+                yield f":{reader.line_num}", row
+                began = reader.line_num + 1
+        except csv.Error as error:
+            yield f":{began}", Unreadable(f"not valid CSV from this line on: {error}")
 
 
 def _parquet(path: Path) -> Places:
@@ -190,7 +211,7 @@ def _parquet(path: Path) -> Places:
 
     try:
         batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
-        yield from _numbered(row for batch in batches for row in batch.to_pylist())
+        yield from _numbered(_without_nulls(row) for batch in batches for row in batch.to_pylist())
     except pa.ArrowInvalid as error:
         yield "", Unreadable(f"not a Parquet file ({str(error).splitlines()[0]})")
 

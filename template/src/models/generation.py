@@ -8,11 +8,11 @@ from itertools import batched
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from transformers import GenerationConfig
 
 from src.data.chat import chat_text
-from src.data.encoding import stop_token_ids
 from src.models.adapters import base_dtype, without_input_casts
-from src.models.model import position_limit
+from src.models.model import position_limit, stops_of
 from src.utils.device import autocast
 from src.utils.errors import UserError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
     from transformers.generation.streamers import BaseStreamer
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]] | dict[str, Any]  # the last: `messages` and `tools` of a row
 
 
 @torch.no_grad()
@@ -33,14 +33,16 @@ def generate(
 ) -> str | list[str]:  # fmt: skip
     """Complete one prompt, or many, those of similar length together.
 
-    It runs in `inference_mode`, except for a model in training mode: tensors that a model caches
-    in `inference_mode` cannot take part in a later backward pass.
+    The model's own generation config (repetition_penalty, top_k, …) does not act. It runs in
+    `inference_mode`, except for a model in training mode: tensors that a model caches in
+    `inference_mode` cannot take part in a later backward pass.
 
     Args:
         model: a causal language model, with or without adapters, in any mode; its mode and its
             attention are put back afterwards.
         tokenizer: the one it was trained with.
-        prompt: a user's question, or a list of questions; each may be a list of messages.
+        prompt: a user's question, or a list of questions; each may be a list of messages, or an
+            object with `messages` and the `tools` that go with them.
         max_length: how many *new* tokens at most, unlike transformers' own `max_length`. A model
             with a table of positions (GPT-2) also stops at its end.
         raw: continue the text as it is, without the chat template.
@@ -52,47 +54,61 @@ def generate(
         dtype: that matmuls run in, by autocast, as in training; None: that of the base's weights.
 
     Returns:
-        The completion without prompt and special tokens; a list of them, in order, for a list.
+        What follows the prompt, up to the stop token and otherwise as it is; a list for a list.
 
     Raises:
         UserError: a prompt leaves no position for an answer.
     """
-    single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], dict))
+    conversation = isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
+    single = isinstance(prompt, str | dict) or (conversation and "role" in prompt[0])
     prompts: list[Any] = [prompt] if single else list(prompt)
     raw = raw or tokenizer.chat_template is None
     texts = [_as_text(each, tokenizer, raw, tools) for each in prompts]
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
-    if temperature > 0:
-        options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    options |= {"use_cache": True, "streamer": streamer, "pad_token_id": tokenizer.pad_token_id}
+    own = GenerationConfig(eos_token_id=stops_of(model, tokenizer))
+    if temperature > 0:  # top_k=0: else transformers draws from the 50 likeliest alone
+        own.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     # The longest first: what does not fit is known at once.
     order, answers = sorted(range(len(texts)), key=lambda n: -len(texts[n])), {}
     # Eagerly: each length would be a new shape for a compiled layer.
-    with _inference_state(model, dtype), torch.compiler.set_stance("force_eager"):
+    with _inference_state(model, own, dtype), torch.compiler.set_stance("force_eager"):
         for some in batched(order, batch_size):
-            inputs = _encode([texts[n] for n in some], tokenizer, raw).to(model.device)
-            said = _complete(model, tokenizer, inputs, max_length, options)
+            here = [texts[n] for n in some]
+            said = _complete(model, tokenizer, here, raw, max_length, streamer)
             answers |= dict(zip(some, said, strict=True))
     return answers[0] if single else [answers[n] for n in range(len(texts))]
 
 
 def _complete(
-    model: PreTrainedModel, tokenizer: Tokenizer, inputs: BatchEncoding, max_length: int,
-    options: dict[str, Any],
+    model: PreTrainedModel, tokenizer: Tokenizer, texts: list[str], raw: bool, max_length: int,
+    streamer: BaseStreamer | None,
 ) -> list[str]:  # fmt: skip
-    asked, stops = inputs["input_ids"].shape[1], stop_token_ids(tokenizer)
-    limit = position_limit(model)
+    opened = [(text, "") if raw else _without_blank(text, tokenizer) for text in texts]
+    inputs = _encode([text for text, _ in opened], tokenizer, raw).to(model.device)
+    asked, limit = inputs["input_ids"].shape[1], position_limit(model)
     if limit is not None and asked >= limit:
         raise UserError(f"a prompt of {asked} tokens fills the model's {limit} positions")
     new = cast(Any, model).generate(
-        **inputs, **options, eos_token_id=stops,
+        **inputs, use_cache=True, streamer=streamer, pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=min(max_length, limit - asked) if limit else max_length,
     )[:, asked:]  # fmt: skip
+    stops: Any = model.generation_config.eos_token_id
     answers = []
-    for ids in new.tolist():
+    for ids, (_, blank) in zip(new.tolist(), opened, strict=True):
         end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
-        answers.append(str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip())
+        # With special tokens: those that an answer was trained to have belong to it.
+        answers.append(str(tokenizer.decode(ids[:end])).removeprefix(blank))
     return answers
+
+
+def _without_blank(prompt: str, tokenizer: Tokenizer) -> tuple[str, str]:
+    """A prompt without a blank at its end that merges with the first word in training's tokens."""
+    bare = prompt.rstrip(" ")
+    if bare == prompt:
+        return prompt, ""
+    apart, whole = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f"{prompt}a")
+    )
+    return (prompt, "") if whole[: len(apart)] == apart else (bare, prompt[len(bare) :])
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer, raw: bool) -> BatchEncoding:
@@ -110,14 +126,20 @@ def _as_text(prompt: Prompt, tokenizer: Tokenizer, raw: bool, tools: list[dict] 
         if raw:
             return prompt
         prompt = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, dict):
+        prompt, tools = prompt["messages"], prompt.get("tools") or tools
     return chat_text(tokenizer, prompt, True, tools)
 
 
 @contextmanager
-def _inference_state(model: PreTrainedModel, dtype: torch.dtype | None) -> Generator[None]:
+def _inference_state(
+    model: PreTrainedModel, own: GenerationConfig, dtype: torch.dtype | None
+) -> Generator[None]:
     """Evaluation mode, and all that a forward pass outside of training needs; put back."""
     training, attention = model.training, model.config._attn_implementation
+    kept = model.generation_config  # whose values transformers takes for all that is not given
     model.eval()
+    model.generation_config = own
     if attention == "varlen":  # reads packed rows only, without a cache
         model.set_attn_implementation("sdpa")
     try:
@@ -128,6 +150,9 @@ def _inference_state(model: PreTrainedModel, dtype: torch.dtype | None) -> Gener
         ):
             yield
     finally:
+        model.generation_config = kept
+        if hasattr(model, "peft_config"):  # to which PEFT has handed it on
+            cast(Any, model).get_base_model().generation_config = kept
         if attention == "varlen":
             model.set_attn_implementation(attention)
         model.train(training)

@@ -120,13 +120,20 @@ def set_generation_config(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     beams. transformers saves those unchanged, but raises once anything else is changed.
     """
     config = model.generation_config
-    config.eos_token_id = stop_token_ids(tokenizer)
+    config.eos_token_id = stops_of(model, tokenizer)
     config.pad_token_id = tokenizer.pad_token_id
     for repair in ({"do_sample": True}, {"early_stopping": None, "length_penalty": None}):
         try:
             config.validate(strict=True)
         except ValueError:
             config.update(**repair)
+
+
+def stops_of(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
+    """The tokenizer's and the template's stop tokens, and those special ones that the base has."""
+    stops, base = stop_token_ids(tokenizer), model.generation_config.eos_token_id
+    also = base if isinstance(base, list) else [base]
+    return stops + [i for i in also if i in tokenizer.added_tokens_decoder and i not in stops]
 
 
 def try_saving(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
@@ -163,6 +170,8 @@ def save_model(
         cast(Any, model).peft_config["default"].base_model_name_or_path = model.name_or_path
         # False: else PEFT asks the hub whether the base's vocabulary has changed.
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+        # Whoever loads the adapter elsewhere has the base's stops, unless they take these.
+        model.generation_config.save_pretrained(folder)
     else:
         state = {k: v.to(dtype) for k, v in (state or model.state_dict()).items()}
         model.save_pretrained(folder, state_dict=state)

@@ -87,7 +87,7 @@ def describe(
     ):  # fmt: skip
         if text:
             say(f"{name:<10} {text}")
-    for warning in _warnings(config, model):
+    for warning in _warnings(config, model, train, evaluation, total_steps):
         say(f"warning: {warning}")
 
 
@@ -100,7 +100,10 @@ def keep_left_out(loaders: Iterable[TokenLoader | None], folder: Path) -> None:
         (folder / "left_out.jsonl").write_bytes(b"".join(lines))
 
 
-def _warnings(config: Config, model: PreTrainedModel) -> Iterator[str]:
+def _warnings(
+    config: Config, model: PreTrainedModel, train: TokenLoader, evaluation: TokenLoader | None,
+    total_steps: int,
+) -> Iterator[str]:  # fmt: skip
     """What is allowed, and seldom meant."""
     rate, pretrained = config.training.learning_rate, config.model.init == "pretrained"
     if config.lora is None and pretrained and rate > 1e-4:
@@ -111,6 +114,23 @@ def _warnings(config: Config, model: PreTrainedModel) -> Iterator[str]:
         yield f"{bits} reaches {share:.0%} of the weights: layers, but no parameters of experts"
     if config.lora and (names := ", ".join(frozen_experts(model))):
         yield f"no adapter reaches the experts; lora.target_parameters=[{names}] adds some"
+    known: Any = model.config
+    limit = getattr(known.get_text_config(), "max_position_embeddings", None)
+    longest, settings = int(train.dataset.lengths.max()), config.training
+    if limit and longest > limit:
+        yield (
+            f"the longest document has {longest:,} tokens, and the model was made for {limit:,} "
+            f"positions; data.max_length={limit} keeps within them"
+        )
+    if settings.warmup_steps >= total_steps:
+        reached = settings.learning_rate * total_steps / settings.warmup_steps
+        yield (
+            f"training.warmup_steps={settings.warmup_steps} in a run of {total_steps} steps: the "
+            f"rate ends at {reached:.2g} and never reaches {settings.learning_rate:g}"
+        )
+    if evaluation is not None and len(evaluation.dataset) < FEW and not settings.overfit:
+        few = f"{len(evaluation.dataset)} documents to evaluate on"
+        yield f"only {few}: the best evaluation is chosen by them; use more rows for data.eval"
 
 
 def show_memory(
@@ -144,6 +164,7 @@ def show_example(train: TokenLoader, tokenizer: Tokenizer) -> None:
     say("example    " + (shown if len(shown) <= 300 else f"{shown[:300]} …"))
 
 
+FEW = 10  # documents: a loss on fewer says little
 NOT_FINITE = (
     "step {}: the loss or a gradient is not finite; the step was not taken. Its batches held rows "
     "{} of data.train (counted from 0). Lower training.learning_rate, mend the rows, or go on "

@@ -196,7 +196,8 @@ def _resume(training: Training, config: Config, output: Path, total_steps: int) 
     load_checkpoint(training, path)
     report.say(f"resume     {path.name} of {path.parent}")
     if training.state.step >= total_steps:
-        more = "a larger training.epochs adds more"
+        limited = config.training.max_steps == total_steps
+        more = f"a larger training.{'max_steps' if limited else 'epochs'} adds more"
         report.say(f"finished   all {total_steps} steps are done; {more}")
     return training.state.step
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -12,7 +11,10 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
-from src.data.rows import read_rows
+from src.data.chat import render
+from src.data.dataset import is_for_evaluation
+from src.data.encoding import stop_token_ids
+from src.data.rows import read_rows, trains
 from src.data.sources import expand
 from src.models.generation import Prompt, generate
 from src.training.checkpoint import TrainState
@@ -23,26 +25,46 @@ from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError
 
 
-def sample_prompts(config: Config) -> list[Prompt]:
+def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
     """What `evaluation` asks; nothing where there is no evaluation."""
-    if not (config.data.eval or config.training.overfit):
+    data, overfit = config.data, config.training.overfit is not None
+    if not (data.eval or overfit):
         return []
     if config.evaluation.prompts:
         return list(config.evaluation.prompts)
-    own = isinstance(config.data.eval, str | list) and config.training.overfit is None
-    source = expand(config.data.eval if own else config.data.train)[0]
-    return [asked for asked, _ in questions(source, config, config.evaluation.samples)]
+    own = isinstance(data.eval, str | list) and not overfit
+    share = data.eval if isinstance(data.eval, float) and not overfit else None
+    source = expand(data.eval if own else data.train)[0]
+    asked = questions(source, config, config.evaluation.samples, tokenizer, share)
+    return [prompt for prompt, _ in asked]
 
 
-def questions(source: str, config: Config, limit: int) -> list[tuple[list[dict], str]]:
-    """The first so many rows: what comes before the first answer, and that answer."""
-    found = []
-    for row in islice(read_rows(source, config.data), limit):
-        messages = row.get("messages", [])
-        roles = [message["role"] for message in messages]
-        if "assistant" in roles:  # plain text asks nothing
-            at = roles.index("assistant")
-            found.append((messages[:at], (messages[at].get("content") or "").strip()))
+def questions(
+    source: str, config: Config, limit: int, tokenizer: Tokenizer, share: float | None = None
+) -> list[tuple[dict[str, Any], str]]:
+    """The first so many rows: all before the first answer that trains, and what trains there.
+
+    Args:
+        source: a file or hub dataset.
+        config: whose `data` says how rows are read.
+        limit: rows at most.
+        tokenizer: whose template says what the answer is: calls of tools are part of it.
+        share: only rows that `data.eval` holds out, where it is a share.
+    """
+    found: list[tuple[dict[str, Any], str]] = []
+    for row in read_rows(source, config.data):
+        if len(found) == limit:
+            break
+        messages, tools = row.get("messages", []), row.get("tools")
+        answers = [n for n, m in enumerate(messages) if m["role"] == "assistant" and trains(m)]
+        if not answers or (share is not None and not is_for_evaluation(row, share)):
+            continue  # plain text asks nothing
+        at = answers[0]
+        rendered = render(messages[: at + 1], tools, tokenizer)
+        wanted = rendered.text[slice(*rendered.spans[0])].strip()
+        for token in tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)):
+            wanted = wanted.removesuffix(token)
+        found.append(({"messages": messages[:at], "tools": tools}, wanted.strip()))
     return found
 
 
@@ -51,7 +73,9 @@ def start_asking(
     dtype: torch.dtype,
 ) -> Callable[[], None]:  # fmt: skip
     """Ask before the first step; return what asks again."""
-    asks = partial(_ask, objective, tokenizer, sample_prompts(config), config, state, dtype)
+    asks = partial(
+        _ask, objective, tokenizer, sample_prompts(config, tokenizer), config, state, dtype
+    )
     if state.step == 0:
         asks()
     return asks
@@ -70,12 +94,13 @@ def _ask(
     except UserError as error:  # a row is cut for training, but its question is asked whole
         say(f"asked      nothing: {error}")
         return
-    pairs = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
+    asked = [p["messages"] if isinstance(p, dict) else p for p in prompts]
+    pairs = [{"prompt": p, "answer": a} for p, a in zip(asked, answers, strict=True)]
     if is_main():
         with (from_root(config.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
             line = {"step": state.step, "samples": pairs}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    say(f"asked      {_short(prompts[0])} → {_short(answers[0])}")
+    say(f"asked      {_short(asked[0])} → {_short(answers[0])}")
 
 
 def prove_overfitted(
@@ -86,10 +111,10 @@ def prove_overfitted(
     Raises:
         RunError: the model says something else.
     """
-    for asked, wanted in questions(expand(config.data.train)[0], config, 1):
+    for asked, wanted in questions(expand(config.data.train)[0], config, 1, tokenizer):
         room = len(tokenizer(wanted)["input_ids"]) + 20  # to run on, if nothing stops it
         answer = generate(model, tokenizer, [asked], max_length=room, dtype=dtype)[0]
-        if answer != wanted:
+        if answer.strip() != wanted:
             raise RunError(
                 f"overfit not passed: row 1 says {wanted!r}, the model {answer!r}. If the loss "
                 "above is near zero, the template or its stop token is wrong; else train longer"

@@ -25,6 +25,7 @@ from src.models.model import (
 )
 from src.preflight import ADAPTER
 from src.trained import load_trained
+from src.training.record import Record
 from src.training.report import read_metrics
 from src.training.trainer import evaluate
 from src.utils.environment import from_root
@@ -133,7 +134,11 @@ def write_card(folder: Path, out: Path, name: str, told: str) -> None:
     record = sorted(folder.parent.glob("checkpoints/step-*/run.json"))
     data = json.loads(record[-1].read_text())["identity"]["data.train"] if record else None
     rows = read_metrics(folder.parent / "metrics.jsonl")
-    last = {k: rows[-1][k] for k in ("step", "loss", "tokens") if rows} if rows else {}
+    # Of the step that final/ holds: the best evaluation may have been before the last.
+    held = Record.find(folder.parent)
+    step = held.facts.get("final_step") if held else None
+    row = next((row for row in rows if row["step"] == step), rows[-1] if rows else {})
+    last = {k: row[k] for k in ("step", "loss", "tokens") if row.get(k) is not None}
     evaluated = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
     figures = {**last, **({"best eval_loss": min(evaluated)} if evaluated else {})}
     base = _public(recipe["model"]["name"])
@@ -145,8 +150,7 @@ def write_card(folder: Path, out: Path, name: str, told: str) -> None:
         *(f"- {key}: {value:g}" for key, value in figures.items()),
         f"- {told}",
         "- Made with " + ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "peft")),
-        "", "```sh", "uv run scripts/train.py training_config.yaml",
-        "uv run scripts/export.py RUN OUT", "```",
+        "", "```sh", "uv run scripts/export.py RUN OUT", "```",
     ]  # fmt: skip
     if (curve := folder.parent / "loss.png").is_file():
         shutil.copy(curve, out / "loss.png")

@@ -24,8 +24,9 @@ from src.data.encoding import encode, stop_token_ids
 from src.data.look import data_notes
 from src.data.rows import read_question, read_rows
 from src.data.sources import raw_rows
-from src.models.generation import _as_text, _without_blank
+from src.models.generation import _as_text, _without_blank, generate
 from src.training.samples import questions, sample_prompts
+from src.utils.errors import UserError
 
 CALLS = (
     "{% for t in m.tool_calls or [] %}<tool_call>{{ t.function.name }} "
@@ -286,7 +287,7 @@ def test_samples_and_proofs_ask_with_system_and_tools_for_what_was_trained(
 
 
 def test_samples_are_rows_that_are_held_out(write_rows, tokenizer) -> None:
-    rows = write_rows(*[chat(f"question {n}", "a") for n in range(40)])
+    rows = write_rows(*[chat(f"question {n}?", "a") for n in range(40)])
     share = load_config(SMOKE, [f"data.train={rows}", "data.eval=0.3", "evaluation.samples=4"])[0]
     held = load_tokens(rows, tokenizer, share.data, part="eval")
     texts = [tokenizer.decode(held[[n]][0].input_ids) for n in range(len(held))]
@@ -342,3 +343,60 @@ def test_evaluating_on_the_rows_that_were_trained_on_is_said(smoke, capsys) -> N
     for source, told in (("data/sample.jsonl", True), (sample, False)):
         scripts.evaluate.main([str(smoke), source, "--samples", "1", "--max-length", "1"])
         assert ("is what the model was trained on" in capsys.readouterr().err) == told
+
+
+def test_a_row_without_an_answer_within_the_length_is_written_down(write_rows, tokenizer) -> None:
+    source = write_rows(chat("q", "a"), chat("word " * 200, "a"))
+    found = load_tokens(source, tokenizer, DataConfig(train=source, max_length=64))
+    (left,) = map(json.loads, found.left_out.read_text().splitlines())
+    assert left["place"] == f"{source}:2"
+    assert left["reason"].startswith("no answer in the first 64 of its ")
+
+
+def test_rows_that_ask_nothing_are_passed_over_by_samples_and_proofs(train, write_rows) -> None:
+    rows = write_rows(
+        {"messages": [turn("assistant", "Hello."), ASKED, SAID]},
+        {"messages": [turn("assistant", "Hello.")]},
+        {"messages": [ASKED, turn("assistant", ""), ASKED, SAID]},
+        {"messages": [ASKED, turn("assistant", "<think>x</think>"), ASKED, SAID]},
+        {"text": "Once upon a time"},
+    )
+    folder = train(f"data.train={rows}", f"data.eval={rows}", "training.max_steps=1")
+    lines = (folder / "samples.jsonl").read_text().splitlines()
+    asked = [sample["prompt"] for sample in json.loads(lines[0])["samples"]]
+    assert [prompt[-1]["content"] for prompt in asked] == ["Which one?"] * 2
+
+
+def test_rows_that_a_template_refuses_are_left_out_of_samples_too(train, write_rows) -> None:
+    strict = CHATML + "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    template = write_rows(strict.replace("<|im_end|>", "{{ eos_token }}"), name="chat.j2")
+    rows = write_rows({"messages": [turn("system", "s"), ASKED, SAID]}, chat("q", "a"))
+    folder = train(
+        f"model.chat_template={template}", f"data.train={rows}", f"data.eval={rows}",
+        "data.bad_rows=skip", "training.max_steps=1",
+    )  # fmt: skip
+    assert "q" in (folder / "samples.jsonl").read_text()
+
+
+def test_a_row_that_holds_a_marker_is_refused_in_words(speak) -> None:
+    for said in (
+        turn("assistant", "x", reasoning_content="Qzx0xzQ"),
+        turn("assistant", "", tool_calls=[call(at="Qzx9xzQ")]),
+    ):
+        (found,) = encode([{"messages": [ASKED, said], "read_as": "messages"}], speak(CHATML))
+        assert "holds text such as Qzx1xzQ" in found
+
+
+def test_a_call_alone_before_another_answer_keeps_the_header_unlabelled(speak) -> None:
+    # As Qwen 3 writes reasoning: of the last turn alone, so that a shorter conversation differs.
+    thinks = "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
+    tokenizer = speak(CHATML.replace("{{ m.content }}", thinks))
+    turns = [ASKED, turn("assistant", "", tool_calls=[call(at="home")]), SAID]
+    text, spans, _ = render(turns, None, tokenizer)
+    assert text[slice(*spans[0])].startswith("<tool_call>look")
+    assert text[slice(*spans[1])] == "<think></think>The first.<|im_end|>"
+
+
+def test_a_prompt_that_the_template_refuses_is_one_line(make_model, speak) -> None:
+    with pytest.raises(UserError, match=r"the chat template refuses it: .*no"):
+        generate(make_model(), speak("{{ raise_exception('no') }}"), "Hi", max_length=1)

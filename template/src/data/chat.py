@@ -52,6 +52,8 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
         NotFound: the template leaves out or changes what the assistant said, or does not end it.
         ValueError: the template refuses the conversation.
     """
+    if MARK.search(str(messages)):
+        raise NotFound("the row holds text such as Qzx1xzQ, by which messages are found")
     ends = turn_ends(tokenizer, str(tokenizer.chat_template))
     text, places, marked = _locate(messages, tools, tokenizer)
     spans, prompted = [], True
@@ -69,13 +71,14 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
         else:  # nothing was asked: what the template writes before any answer
             prompt = _generation_prompt(tokenizer, str(tokenizer.chat_template))
             before = max(text.find(prompt, 0, own[0] if own else after), 0)
-        start = before + len(_shared(text[before : own[0] if own else after], prompt))
+        until = own[0] if own else after
+        start, whole = _beginning(text, (before, until), prompt, spans, tokenizer)
         for token in ends.special.finditer(text, before, after):
             if token.start() < start < token.end():  # never within one
                 start = token.start()
         if not all(_name(call) in text[start:after] for call in calls):
             raise NotFound(f"the chat template leaves out the tool calls of message {number + 1}")
-        prompted = prompted and start == before + len(prompt)
+        prompted = prompted and whole
         end = own[1] if own else start
         if closing := (ends.of_calls if calls else ends.of_answers).search(text, end, after):
             end = closing.end()
@@ -86,6 +89,20 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
             raise NotFound(f"the chat template does not end message {number + 1}")
         spans.append((start, end))
     return Rendered(text, spans, prompted)
+
+
+def _beginning(
+    text: str, within: Span, prompt: str, spans: list[Span], tokenizer: Tokenizer
+) -> tuple[int, bool]:
+    """Where an answer begins, and whether it follows all that the generation prompt writes."""
+    before, until = within
+    start = before + len(_shared(text[before:until], prompt))
+    if not spans or start >= spans[-1][1]:
+        return start, start == before + len(prompt)
+    # Qwen 3 writes the turn before otherwise where it is the last: look for its header alone.
+    header, last = _generation_prompt(tokenizer, str(tokenizer.chat_template)), spans[-1][1]
+    found = text.find(header, last, until)
+    return (last, False) if found < 0 else (found + len(header), True)
 
 
 def chat_text(

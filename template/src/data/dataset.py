@@ -191,7 +191,8 @@ def _tokenise(
         facts.empty, facts.unusable = len(tally.empty), len(tally.unusable)
         facts.fingerprint = digest.hexdigest()[:32]
         left_out = "".join(
-            json.dumps(each, default=str) + "\n" for each in tally.unusable + tally.empty
+            json.dumps(each, default=str) + "\n"
+            for each in [*tally.unusable, *tally.empty, *tally.too_long]
         )
         write_text(folder / LEFT_OUT, left_out)
         write_text(folder / FACTS, json.dumps(asdict(facts), indent=1))
@@ -223,6 +224,9 @@ def _documents(
         elif len(ids) > length:
             facts.truncated += 1
             pieces = [(ids[:length], labels[:length])] if data.too_long == "cut" else []
+        if not any(set(piece[1]) - {IGNORE} for piece in pieces):
+            reason = f"no answer in the first {length} of its {len(ids)} tokens (data.max_length)"
+            tally.too_long.append({"place": row["place"], "reason": reason})
         for piece in pieces:
             learnt = len(piece[1]) - piece[1].count(IGNORE)
             facts.labelled_tokens += learnt

@@ -48,6 +48,7 @@ class Tally:
 
     empty: list[dict[str, str]] = field(default_factory=list)  # nothing to learn from
     unusable: list[dict[str, Any]] = field(default_factory=list)  # with data.bad_rows=skip
+    too_long: list[dict[str, str]] = field(default_factory=list)  # no answer within max_length
 
     def why_nothing_is_left(self) -> str | None:
         """That all rows were left out, and why the first one; None if none was."""
@@ -183,7 +184,8 @@ def _pair(
 ) -> Row | Unreadable | Empty:
     """A question and its answer, each a text or a list of messages, as a conversation."""
     turns: list[Any] = []
-    for earlier in row.get("history") or ():  # Alpaca's: pairs of a question and its answer
+    history = row.get("history") or []  # Alpaca's: pairs of a question and its answer
+    for earlier in history if isinstance(history, list) else [history]:
         if not (isinstance(earlier, list) and [type(text) for text in earlier] == [str, str]):
             return Unreadable("`history` must be a list of [question, answer]")
         turns += [
@@ -237,8 +239,8 @@ def _conversation(
         tools = json.loads(tools or "null") if isinstance(tools, str) else tools
     except ValueError as error:
         return Unreadable(f"`tools` is not valid JSON: {getattr(error, 'msg', error)}")
-    if not isinstance(tools, list | None):
-        return Unreadable(f"`tools` must be a list, not {_kind(tools)}")
+    if not isinstance(tools, list | None) or not all(isinstance(t, dict) for t in tools or ()):
+        return Unreadable(f"`tools` must be a list of objects, not {_kind(tools)}")
     return {"messages": messages, "tools": tools or None, "read_as": key, "used": used}
 
 
@@ -254,7 +256,7 @@ def read_message(turn: Any, data: DataConfig) -> dict[str, Any] | str:
         return " must be an object with `role` and `content`"
     turn = {k: v for k, v in turn.items() if not _is_absent(v)}  # Parquet fills what a row lacks
     said = turn.pop("from", None)  # ShareGPT's names
-    role = ROLES.get(named := turn.get("role", said))
+    role = ROLES.get(named) if isinstance(named := turn.get("role", said), str) else None
     if role is None:
         return f": `role` is {named!r}, not {' | '.join(list(ROLES)[:4])}"
     content = turn.get("content", turn.pop("value", None))

@@ -1,5 +1,6 @@
 """Put LoRA adapters on a model, new or saved ones, by PEFT."""
 
+import re
 import warnings
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -54,7 +55,7 @@ def _begin(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     try:
         with _silent():
             return cast(PreTrainedModel, peft.get_peft_model(model, adapter))
-    except ValueError as error:
+    except (ValueError, TypeError, re.error) as error:
         key = "parameters" if "target_parameters" in str(error) else "modules"
         raise UserError(f"lora.target_{key}: {str(error).splitlines()[0]}") from None
 

@@ -46,7 +46,7 @@ def generate(
         max_length: how many *new* tokens at most, unlike transformers' own `max_length`. A model
             with a table of positions (GPT-2) also stops at its end.
         raw: continue the text as it is, without the chat template.
-        temperature: 0 takes the likeliest token each time; above, samples: see `set_seed`.
+        temperature: 0 takes the likeliest token each time; above, it samples.
         top_p: sample from the likeliest tokens that add up to this probability.
         tools: what the model may call, for templates that write it.
         batch_size: prompts at a time.
@@ -57,7 +57,7 @@ def generate(
         What follows the prompt, up to the stop token and otherwise as it is; a list for a list.
 
     Raises:
-        UserError: a prompt leaves no position for an answer.
+        UserError: a prompt leaves no position for an answer, or the template refuses it.
     """
     conversation = isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
     single = isinstance(prompt, str | dict) or (conversation and "role" in prompt[0])
@@ -69,8 +69,7 @@ def generate(
         own.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     # The longest first: what does not fit is known at once.
     order, answers = sorted(range(len(texts)), key=lambda n: -len(texts[n])), {}
-    # Eagerly: each length would be a new shape for a compiled layer.
-    with _inference_state(model, own, dtype), torch.compiler.set_stance("force_eager"):
+    with _inference_state(model, own, dtype):
         for some in batched(order, batch_size):
             here = [texts[n] for n in some]
             said = _complete(model, tokenizer, here, raw, max_length, streamer)
@@ -128,7 +127,10 @@ def _as_text(prompt: Prompt, tokenizer: Tokenizer, raw: bool, tools: list[dict] 
         prompt = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, dict):
         prompt, tools = prompt["messages"], prompt.get("tools") or tools
-    return chat_text(tokenizer, prompt, True, tools)
+    try:
+        return chat_text(tokenizer, prompt, True, tools)
+    except ValueError as error:
+        raise UserError(f"{str(prompt)[:80]}: {error}") from None
 
 
 @contextmanager
@@ -147,6 +149,8 @@ def _inference_state(
             torch.inference_mode(not training),
             without_input_casts(model),
             autocast(model.device, dtype or base_dtype(model)),
+            # Eagerly: each length would be a new shape for a compiled layer.
+            torch.compiler.set_stance("force_eager"),
         ):
             yield
     finally:

@@ -122,7 +122,7 @@ def _warnings(
             f"the longest document has {longest:,} tokens, and the model was made for {limit:,} "
             f"positions; data.max_length={limit} keeps within them"
         )
-    if settings.warmup_steps >= total_steps:
+    if settings.warmup_steps > total_steps:
         reached = settings.learning_rate * total_steps / settings.warmup_steps
         yield (
             f"training.warmup_steps={settings.warmup_steps} in a run of {total_steps} steps: the "

@@ -56,16 +56,25 @@ def questions(
         if len(found) == limit:
             break
         messages, tools = row.get("messages", []), row.get("tools")
-        answers = [n for n, m in enumerate(messages) if m["role"] == "assistant" and trains(m)]
-        if not answers or (share is not None and not is_for_evaluation(row, share)):
-            continue  # plain text asks nothing
-        at = answers[0]
-        rendered = render(messages[: at + 1], tools, tokenizer)
-        wanted = rendered.text[slice(*rendered.spans[0])].strip()
+        at = next((n for n, message in enumerate(messages) if n and _answers(message)), None)
+        if at is None or (share is not None and not is_for_evaluation(row, share)):
+            continue  # plain text asks nothing, nor does who speaks first
+        try:
+            rendered = render(messages[: at + 1], tools, tokenizer)
+        except ValueError:  # such rows are named, or left out, where they are tokenised
+            continue
+        if not rendered.spans:
+            continue
+        wanted = rendered.text[slice(*rendered.spans[-1])].strip()
         for token in tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)):
             wanted = wanted.removesuffix(token)
         found.append(({"messages": messages[:at], "tools": tools}, wanted.strip()))
     return found
+
+
+def _answers(message: dict[str, Any]) -> bool:
+    said = message["content"].strip() or message.get("tool_calls")
+    return bool(message["role"] == "assistant" and trains(message) and said)
 
 
 def start_asking(

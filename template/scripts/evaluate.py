@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> None:
     folder = Path(name) if Path(name).is_dir() else Path("outputs") / name.replace("/", "-")
     recipe = folder / "training_config.yaml"
     data = load_config(recipe)[0].data if recipe.is_file() else DataConfig(train=options.data)
-    if recipe.is_file() and set(expand(options.data)) & set(expand(data.train)):
+    trained_on = [data.train] if isinstance(data.train, str) else data.train
+    if recipe.is_file() and options.data in trained_on:
         print(f"warning: {options.data} is what the model was trained on", file=sys.stderr)
     data = data.model_copy(update={"train": options.data, "eval": None, "packing": False})
     for source in expand(options.data):

@@ -236,6 +236,13 @@ def check_positions(config: ModelConfig, max_length: int) -> None:
     Raises:
         UserError: naming both; and as `load_model` does.
     """
+    with explained(config.name):
+        described = AutoConfig.from_pretrained(
+            resolve(config.name), trust_remote_code=config.trust_remote_code
+        )
+    known = getattr(described.get_text_config(), "max_position_embeddings", None)
+    if known is None or max_length <= known:  # nearly always; not every model can be built on meta
+        return
     limit = position_limit(without_weights(config))
     if limit is not None and max_length > limit:
         raise UserError(

@@ -4,6 +4,7 @@ Every shape of rows under four kinds of templates: the project's own, ChatML, Ll
 whose author marked the assistant's turns.
 """
 
+import copy
 import csv
 import json
 from functools import partial
@@ -113,10 +114,15 @@ SHAPES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def loaded():
+    return AutoTokenizer.from_pretrained(ROOT / "configs/tiny")
+
+
 @pytest.fixture
-def speak():
+def speak(loaded):
     def make(template: str | None):
-        tokenizer = AutoTokenizer.from_pretrained(ROOT / "configs/tiny")
+        tokenizer = copy.deepcopy(loaded)  # a tenth of the time that loading takes
         tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
         own = (ROOT / "configs/chat_template.j2").read_text()
         tokenizer.chat_template = template or own

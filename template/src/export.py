@@ -114,7 +114,7 @@ def _merge(adapted: PreTrainedModel) -> PreTrainedModel:
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     inner, outer = (getattr(layer, "base_layer", layer) for layer in (head, embeddings))
     adapted_one = inner is not head or outer is not embeddings
-    if adapted_one and getattr(inner, "weight", None) is getattr(outer, "weight", outer):
+    if adapted_one and inner.weight is outer.weight:
         # An adapter of one of both: merged into shared weights, it would change the other too.
         inner.weight = nn.Parameter(inner.weight.detach().clone())
         base.config.tie_word_embeddings = False

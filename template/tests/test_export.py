@@ -135,3 +135,16 @@ def test_an_adapter_that_vllm_refuses_is_told(tmp_path, made: dict, told: str) -
         json.dumps({"base_model_name_or_path": "a/b", **made})
     )
     assert told in export.serving_advice(tmp_path, tmp_path / "out")[-1]
+
+
+def test_the_card_tells_of_the_step_that_is_exported(tune, tmp_path) -> None:
+    run, out = tune(), tmp_path / "exported"
+    record = json.loads((run / "record.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    earlier = lines[0] | {"step": 1, "loss": 7.25}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [earlier, *lines]))
+    (run / "record.json").write_text(json.dumps(record | {"final_step": 1}))
+    scripts.export.main([str(run), str(out)])
+    card = (out / "README.md").read_text()
+    assert "- step: 1\n" in card
+    assert "- loss: 7.25\n" in card

@@ -236,6 +236,23 @@ def test_target_modules_that_match_nothing_are_named(saved_model: Path, tokenize
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": "q_proj|("},
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]},
+    ],
+)
+def test_what_peft_cannot_make_of_target_modules_is_one_line(
+    saved_model: Path, tokenizer, lora: dict
+) -> None:
+    with pytest.raises(UserError, match=r"^lora.target_modules: \S"):
+        load_model(
+            ModelConfig(name=str(saved_model)), LoraConfig(**lora), tokenizer, CPU, torch.float32,
+            packing=True,
+        )  # fmt: skip
+
+
 def test_a_gated_model_says_where_to_ask_and_where_the_token_goes(monkeypatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError("You are trying to access a gated repo.\n401 Client Error.")

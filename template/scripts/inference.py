@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> None:
 
     with quick_imports():
         from src.models.generation import generate
+        from src.models.model import stops_of
         from src.trained import load_trained
         from src.utils.device import pick_device
         from src.utils.seed import set_seed
@@ -50,11 +51,11 @@ def main(arguments: list[str]) -> None:
         batch_size=options.batch_size, **sampling,
     )  # fmt: skip
     if options.chat:
-        _chat(answer, tokenizer)
+        _chat(answer, tokenizer, stops_of(model, tokenizer), options.system)
     elif options.input:
         answer_rows(options.input, Path(options.output), data, done, total, answer)
     else:
-        print(*answer(prompts), sep="\n")
+        print(*answer([_messages(options.system, prompt) for prompt in prompts]), sep="\n")
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -66,6 +67,8 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     ways = [bool(options.prompt), bool(options.input), options.chat]
     if sum(ways) > 1 or bool(options.input) != bool(options.output):
         raise UserError("give prompts, or --input with --output, or --chat")
+    if options.system and (options.raw or options.input):
+        raise UserError("--system goes with prompts or --chat; rows of --input bring their own")
     if options.chat or options.input:
         return []
     prompts = list(options.prompt) or [sys.stdin.read()]
@@ -74,13 +77,26 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _chat(answer: Callable[..., str], tokenizer: Any) -> None:
+def _messages(system: str | None, prompt: str) -> Any:
+    """A prompt as `generate` takes it, with a system turn if there is one."""
+    if not system:
+        return prompt
+    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+
+
+def _chat(answer: Callable[..., str], tokenizer: Any, stops: list[int], system: str | None) -> None:
     """A conversation, until an empty line or the end of input."""
     from transformers import TextStreamer
 
-    # Without special tokens, as the stop token is one; the answer that is kept has them.
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    messages: list[dict[str, str]] = []
+    class Streamer(TextStreamer):
+        """Prints an answer as it comes, without the stop token at its end."""
+
+        def put(self, value: Any) -> None:
+            if self.next_tokens_are_prompt or int(value) not in stops:
+                super().put(value)
+
+    streamer = Streamer(tokenizer, skip_prompt=True)
+    messages = [{"role": "system", "content": system}] if system else []
     while said := _line("you: "):
         messages.append({"role": "user", "content": said})
         text = answer(messages, streamer=streamer)
@@ -102,6 +118,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("model", help="what answers; see above")
     add("prompt", nargs="*", help="a question; several are answered as a batch")
+    add("--system", help="a system turn before the first question")
     add("--input", help="a file of rows with `messages` or `prompt`, of any size")
     add("--output", help="where its rows go, with their answers as `generated`")
     add("--chat", action="store_true", help="a conversation; an empty line ends it")

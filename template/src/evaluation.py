@@ -68,7 +68,7 @@ def compare(
     longest = min(config.data.max_length, position_limit(model) or config.data.max_length)
     data = config.data.model_copy(update={"max_length": longest})
     config = config.model_copy(update={"data": data})
-    asked = questions(expand(config.data.train)[0], config, samples, tokenizer)
+    asked = questions(expand(config.data.train), config, samples, tokenizer)
     scores = {"model": score(model, tokenizer, config, asked, max_length)}
     if hasattr(model, "peft_config"):
         adapted: Any = model

@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import scripts.inference
 from conftest import ROOT, chat
 from src.config import DataConfig
 from src.data.answers import answer_rows, check_answers
+from src.data.chat import chat_text
+from src.models import generation
 from src.utils.errors import UserError
 
 DATA = DataConfig(train="-")
@@ -120,6 +124,46 @@ def test_a_conversation_streams_its_answers(smoke: Path, monkeypatch, capsys) ->
     monkeypatch.setattr("builtins.input", lambda _: next(said))
     scripts.inference.main([str(smoke), "--chat", "--max-length", "32"])
     assert capsys.readouterr().out.strip() == HELLO
+
+
+def test_a_system_turn_is_asked_before_prompts_and_in_a_conversation(
+    smoke: Path, monkeypatch, capsys, refused
+) -> None:
+    asked = []
+
+    def record(tokenizer, messages, *rest) -> str:
+        asked.append([(m["role"], m["content"]) for m in messages])
+        return chat_text(tokenizer, messages, *rest)
+
+    monkeypatch.setattr(generation, "chat_text", record)
+    said = iter(["Say hello.", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    short = ["--max-length", "2", "--system", "Be brief."]
+    scripts.inference.main([str(smoke), "Say hello.", *short])
+    scripts.inference.main([str(smoke), "--chat", *short])
+    assert asked == [[("system", "Be brief."), ("user", "Say hello.")]] * 2
+    for other in (["q", "--raw"], ["--input", "rows.jsonl", "--output", "answers.jsonl"]):
+        assert refused(scripts.inference.main, str(smoke), *other, "--system", "x") == [
+            "--system goes with prompts or --chat; rows of --input bring their own"
+        ]
+
+
+def test_a_conversation_shows_special_tokens_but_the_stop_token(capsys, tokenizer) -> None:
+    stop, special = tokenizer.eos_token_id, tokenizer.bos_token_id
+    hello = tokenizer("hello", add_special_tokens=False)["input_ids"]
+
+    def answer(_: object, streamer: Any) -> str:
+        streamer.put(torch.tensor([[1, 2]]))
+        for token in [*hello, special, *hello, stop]:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        return ""
+
+    said = iter(["a question", ""])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.input", lambda _: next(said))
+        scripts.inference._chat(answer, tokenizer, [stop], None)
+    assert capsys.readouterr().out == f"hello{tokenizer.bos_token}hello\n"
 
 
 def test_a_checkpoint_answers_as_the_result_that_was_made_of_it(smoke: Path, capsys) -> None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import chat, tokens
 from src.config import DataConfig
 from src.data import dataset
-from src.data.dataset import load_tokens
+from src.data.dataset import evaluation_limit, load_tokens
 from src.data.rows import FIRST_ROWS, check_source
 from src.utils.errors import RunError, UserError
 
@@ -61,6 +61,24 @@ def test_a_share_for_evaluation_is_chosen_by_content(tokenizer, write_rows) -> N
         [load_tokens(alone, tokenizer, data, part=part) for part in ("train", "eval")]
     facts = load_tokens(file, tokenizer, data, part="eval").facts
     assert facts.read_as == {"messages": len(evaluation)}, "and not the rows of both parts"
+
+
+@pytest.mark.parametrize(("rows", "share", "held"), [(60, 0.1, 6), (12, 0.1, 1), (3, 0.5, 2)])
+def test_a_share_of_few_rows_is_met_within_one_row(
+    tokenizer, write_rows, rows: int, share: float, held: int
+) -> None:
+    file = write_rows(*[chat(f"q{n}", f"a{n}") for n in range(rows)])
+    data = DataConfig(train=file, eval=share, max_length=64)
+    parts = [len(load_tokens(file, tokenizer, data, part=part)) for part in ("train", "eval")]
+    assert parts == [rows - held, held]
+
+
+def test_rows_added_to_many_move_no_other_row_to_the_other_part(write_rows, monkeypatch) -> None:
+    monkeypatch.setattr(dataset, "MANY", 50)
+    rows = [chat(f"q{n}", f"a{n}") for n in range(80)]
+    few, more = write_rows(*rows), write_rows(*rows, chat("new", "row"), name="more.jsonl")
+    data = DataConfig(train=few, eval=0.2)
+    assert evaluation_limit([few], data) == evaluation_limit([more], data)
 
 
 def test_several_sources_are_read_one_after_the_other(tokenizer, write_rows) -> None:

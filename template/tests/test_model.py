@@ -27,7 +27,14 @@ from src.data.batching import collate_packed
 from src.data.dataset import Document
 from src.models.adapters import without_input_casts
 from src.models.generation import generate
-from src.models.model import check_positions, load_model, load_tokenizer, resolve, save_model
+from src.models.model import (
+    build_model,
+    check_positions,
+    load_model,
+    load_tokenizer,
+    resolve,
+    save_model,
+)
 from src.trained import load_trained
 from src.training.loss import find_plain_head, summed_loss
 from src.training.trainer import evaluate
@@ -237,6 +244,26 @@ def test_target_modules_that_match_nothing_are_named(saved_model: Path, tokenize
 
 
 @pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("modules_to_save", ["embed_tokens", "embed_out"]),
+        ("target_modules", ["q_proj", "embed_out"]),
+        ("target_parameters", ["q_proj.weight", "embed_out"]),
+    ],
+)
+def test_one_name_that_matches_nothing_is_refused_beside_others_that_do(
+    saved_model: Path, tokenizer, key: str, names: list[str]
+) -> None:
+    with pytest.raises(UserError, match=rf"^lora.{key}: LlamaForCausalLM has no embed_out") as told:
+        load_model(
+            ModelConfig(name=str(saved_model)), LoraConfig(**{key: names}), tokenizer, CPU,
+            torch.float32, packing=True,
+        )  # fmt: skip
+    advised = "its embeddings and head are embed_tokens, lm_head" in str(told.value)
+    assert advised == (key == "modules_to_save")
+
+
+@pytest.mark.parametrize(
     "lora",
     [
         {"target_modules": "q_proj|("},
@@ -407,11 +434,27 @@ def test_whole_modules_train_in_fp32_beside_adapters_and_come_back(
     assert loss_of(loaded) != pytest.approx(loss_of(tuned(tmp_path / "base", tokenizer)), rel=0.01)
 
 
-def test_new_tokens_are_refused_with_the_way_out(saved_model: Path, tokenizer, tmp_path) -> None:
-    more = copy.deepcopy(tokenizer)
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])  # whose embeddings have other names
+def test_new_tokens_are_refused_with_the_way_out(kind: str, tokenizer, tmp_path) -> None:
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=1, num_attention_heads=2,
+    )  # fmt: skip
+    more, folder = copy.deepcopy(tokenizer), tmp_path / "base"
     more.add_tokens(["<mine>"])
-    with pytest.raises(UserError, match=r"'<mine>' is the first without.*resize_token_embeddings"):
-        tuned(saved_model, more)
+    base = AutoModelForCausalLM.from_config(config)
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"'<mine>' is the first without") as told:
+        tuned(folder, more)
+    *_, advice = str(told.value).partition("lora.modules_to_save=")
+    base.resize_token_embeddings(len(more))
+    base.save_pretrained(folder)
+    more.save_pretrained(folder)
+    lora = LoraConfig(r=4, modules_to_save=advice.strip("[]").split(","))
+    model = build_model(ModelConfig(name=str(folder)), lora, more, CPU, torch.float32)
+    shapes = [p.shape for n, p in model.named_parameters() if "modules_to_save" in n]
+    assert shapes == [(len(more), 32)] * 2
 
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9}

@@ -129,15 +129,18 @@ def test_early_stopping_ends_the_run_and_the_best_checkpoint_stays(train, monkey
     assert (folder / "final").is_dir()
 
 
-def test_a_finished_run_can_be_extended_and_its_first_result_stays(train):
-    folder = train("data.eval=null", "training.max_steps=4")
+def test_a_finished_run_can_be_extended_and_its_first_result_stays(train, capsys):
+    cosine = ["training.scheduler=cosine", "training.warmup_steps=0"]
+    folder = train("data.eval=null", *cosine, "training.max_steps=4")
     first = (folder / "final/model.safetensors").read_bytes()
     for name in ("final-step-00000004", "final-step-00000004.2"):  # and .1 its owner has deleted
         (folder / name).mkdir()
         (folder / name / "kept").touch()
-    train("data.eval=null", "training.max_steps=4", "training.resume=auto")
+    train("data.eval=null", *cosine, "training.max_steps=4", "training.resume=auto")
     assert (folder / "final/model.safetensors").read_bytes() == first, "nothing left to do"
-    train("data.eval=null", "training.max_steps=8", "training.resume=auto")
+    assert "learning rate jumps" not in capsys.readouterr().out
+    train("data.eval=null", *cosine, "training.max_steps=8", "training.resume=auto")
+    assert "after step 4 the learning rate jumps from 0 to" in capsys.readouterr().out
     assert (folder / "final-step-00000004.1/model.safetensors").read_bytes() == first
     assert (folder / "final/model.safetensors").read_bytes() != first
 

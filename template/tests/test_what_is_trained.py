@@ -289,7 +289,7 @@ def test_samples_and_proofs_ask_with_system_and_tools_for_what_was_trained(
 ) -> None:
     raw, _ = SHAPES["tools"]
     config = load_config(SMOKE, [f"data.train={write_rows(raw)}"])[0]
-    ((asked, wanted),) = questions(config.data.train, config, 5, speak(CHATML))
+    ((asked, wanted),) = questions([config.data.train], config, 5, speak(CHATML))
     assert [m["role"] for m in asked["messages"]] == ["system", "user"]
     assert asked["tools"] == [TOOL]
     assert wanted.startswith("<tool_call>look")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import batched, chain, islice
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self, cast
 
 import numpy as np
 from filelock import FileLock
@@ -23,6 +23,7 @@ from src.data.sources import Unreadable, expand, fingerprint
 from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder, write_text
 
+MANY = 1000  # rows, from which on a share of their hashes is close to a share of the rows
 ROWS_AT_ONCE = 1000  # the tokenizer runs a list of texts in parallel
 IDS, LABELS, LENGTHS, FACTS = "input_ids.bin", "labels.bin", "lengths.bin", "facts.json"
 LEFT_OUT = "left_out.jsonl"
@@ -168,7 +169,8 @@ def _tokenise(
     facts, tally, lengths, digest = Facts(), Tally(), array("i"), hashlib.sha256()
     rows = chain.from_iterable(read_rows(name, data, tally) for name in names)
     if part != "all":
-        rows = (row for row in rows if is_for_evaluation(row, data.eval) == (part == "eval"))
+        limit_of_eval = evaluation_limit(names, data)
+        rows = (row for row in rows if (row_hash(row) < limit_of_eval) == (part == "eval"))
     with new_folder(path) as folder:
         with (folder / IDS).open("wb") as ids_file, (folder / LABELS).open("wb") as labels_file:
             for some in batched(islice(rows, limit), ROWS_AT_ONCE):
@@ -238,9 +240,24 @@ def _documents(
         raise UserError(*problems[:MAX_PROBLEMS], f"{share}; data.bad_rows=skip leaves them out")
 
 
-def is_for_evaluation(row: Row, share: object) -> bool:
-    """Whether a row is held out, by its content: equal rows are never in both parts."""
+def evaluation_limit(names: list[str], data: DataConfig) -> int:
+    """Rows with a `row_hash` below this are held out: the share `data.eval` of all rows.
+
+    Of up to MANY rows the share is met as exactly as whole rows allow. Of more it is met on
+    average, and rows that are added later move no other row to the other part.
+    """
+    share = float(cast(float, data.eval))
+    rows = chain.from_iterable(read_rows(name, data) for name in names)
+    hashes = sorted(map(row_hash, islice(rows, MANY + 1)))
+    if len(hashes) > MANY:
+        return int(share * 2**64)
+    wanted = max(1, round(share * len(hashes)))
+    # The hash after the last row that is held out; equal rows stay together.
+    return next((h for h in hashes[wanted:] if h > hashes[0]), 0)
+
+
+def row_hash(row: Row) -> int:
+    """64 bits that depend on what a row says, and not on its place."""
     said = [row.get(key) for key in ("messages", "tools", "text")]
     content = json.dumps(said, sort_keys=True, default=str)
-    number = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest())
-    return isinstance(share, float) and number < share * 2**64
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest())

@@ -43,6 +43,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
 def _begin(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     import peft
 
+    _check_names(model, lora)
     past = MAMBA if lora.target_modules == "all-linear" else ()
     adapter = peft.LoraConfig(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
@@ -58,6 +59,37 @@ def _begin(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     except (ValueError, TypeError, re.error) as error:
         key = "parameters" if "target_parameters" in str(error) else "modules"
         raise UserError(f"lora.target_{key}: {str(error).splitlines()[0]}") from None
+
+
+def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Refuse names that match nothing: PEFT ignores them as long as one other name matches.
+
+    Raises:
+        UserError: naming the key, the names, and the embeddings and head that the model has.
+    """
+    layers = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for key, known in (
+        ("target_modules", layers),
+        ("target_parameters", parameters),
+        ("modules_to_save", layers),
+    ):
+        names = getattr(lora, key) or ()
+        if isinstance(names, str):  # all-linear, or a pattern
+            continue
+        missing = [n for n in names if not any(f".{k}".endswith(f".{n}") for k in known)]
+        if missing:
+            ends = ", ".join(embedding_names(model))
+            raise UserError(
+                f"lora.{key}: {type(model).__name__} has no {', '.join(missing)}"
+                + f"; its embeddings and head are {ends}" * (key == "modules_to_save")
+            )
+
+
+def embedding_names(model: PreTrainedModel) -> list[str]:
+    """The input embeddings and the head, as `lora.modules_to_save` names them."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is e for e in ends)]
 
 
 def _go_on(model: PreTrainedModel, name: str) -> PreTrainedModel:

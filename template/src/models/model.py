@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from src.config import LoraConfig, ModelConfig
 from src.data.encoding import stop_token_ids
-from src.models.adapters import add_adapters
+from src.models.adapters import add_adapters, embedding_names
 from src.models.attention import set_attention
 from src.utils.environment import PROJECT_ROOT, from_root
 from src.utils.errors import UserError
@@ -99,7 +99,7 @@ def build_model(
             f"model.name: {config.name}: {sizes}: {first!r} is the first without. Another model's "
             "tokenizer? If the tokens are yours, call model.resize_token_embeddings(len(tokenizer))"
             ", save both in a folder, name that, and with LoRA let the new rows learn: "
-            "lora.modules_to_save=[embed_tokens,lm_head]"
+            f"lora.modules_to_save=[{','.join(embedding_names(model))}]"
         )
     if config.quantization != "none":
         _check_quantized(model, config)

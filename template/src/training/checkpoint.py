@@ -51,6 +51,7 @@ class TrainState:
     position: int = 0  # microbatches of this epoch done, over all processes
     tokens: int = 0  # real tokens seen, filler not counted
     skipped: int = 0  # steps not taken, for want of labels or of finite numbers
+    learning_rate: float | None = None  # of the next step; None: not known
     best_loss: float = float("inf")
     best_step: int | None = None
     evaluations_without_gain: int = 0
@@ -111,6 +112,7 @@ def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
         RunError: it could not be written, e.g. to a full disk; those before are untouched.
     """
     path = folder / f"step-{training.state.step:08d}"
+    training.state.learning_rate = float(training.optimizer.param_groups[0]["lr"])
     if from_main(path.exists):  # saved by the loop, and now again by a signal
         return path
     try:

@@ -1,6 +1,7 @@
 """The optimizer, and the schedule of its learning rate."""
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -63,21 +64,22 @@ def make_scheduler(
 
     It keeps nothing: the rate follows from the configuration and from how many steps are `done`.
     """
-    warmup = settings.warmup_steps
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup  # the first step learns something too
-        progress = (step - warmup) / max(1, total_steps - warmup)
-        if settings.scheduler == "linear":
-            return max(0.0, 1 - progress)
-        if settings.scheduler == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        return 1.0
-
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # which LambdaLR wants where it does not begin at 0
-    return LambdaLR(optimizer, factor, last_epoch=done - 1)
+    return LambdaLR(optimizer, partial(rate_factor, settings, total_steps), last_epoch=done - 1)
+
+
+def rate_factor(settings: TrainingConfig, total_steps: int, step: int) -> float:
+    """The share of `training.learning_rate` that a step takes, counted from 0."""
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup  # the first step learns something too
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if settings.scheduler == "linear":
+        return max(0.0, 1 - progress)
+    if settings.scheduler == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return 1.0
 
 
 def count_steps(settings: TrainingConfig, batches: int) -> int:

@@ -133,6 +133,20 @@ def _warnings(
         yield f"only {few}: the best evaluation is chosen by them; use more rows for data.eval"
 
 
+def warn_of_rate(state: TrainState, rate: float, total_steps: int) -> None:
+    """Say it where a resumed run goes on at another learning rate than it was saved with.
+
+    The rate follows from the configuration: more epochs stretch a schedule that had ended.
+    """
+    saved = state.learning_rate
+    if saved is not None and not math.isclose(saved, rate, rel_tol=0.01):
+        say(
+            f"warning: after step {state.step} the learning rate jumps from {saved:.2g} to "
+            f"{rate:.2g}: the schedule has changed, and now covers {total_steps} steps. A lower "
+            "training.learning_rate, or training.scheduler=constant, makes the jump smaller"
+        )
+
+
 def show_memory(
     config: Config, device: torch.device, dtype: torch.dtype, shared: str
 ) -> float | None:

@@ -33,6 +33,7 @@ from src.training.optimizer import (
     make_optimizer,
     make_scaler,
     make_scheduler,
+    rate_factor,
 )
 from src.training.out_of_memory import explain_out_of_memory
 from src.training.samples import prove_overfitted, start_asking
@@ -199,6 +200,9 @@ def _resume(training: Training, config: Config, output: Path, total_steps: int) 
         limited = config.training.max_steps == total_steps
         more = f"a larger training.{'max_steps' if limited else 'epochs'} adds more"
         report.say(f"finished   all {total_steps} steps are done; {more}")
+    else:
+        factor = rate_factor(config.training, total_steps, training.state.step)
+        report.warn_of_rate(training.state, config.training.learning_rate * factor, total_steps)
     return training.state.step
 
 

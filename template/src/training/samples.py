@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
 from src.data.chat import render
-from src.data.dataset import is_for_evaluation
+from src.data.dataset import evaluation_limit, row_hash
 from src.data.encoding import stop_token_ids
 from src.data.rows import read_rows, trains
 from src.data.sources import expand
@@ -32,32 +33,33 @@ def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
         return []
     if config.evaluation.prompts:
         return list(config.evaluation.prompts)
+    share = isinstance(data.eval, float) and not overfit
     own = isinstance(data.eval, str | list) and not overfit
-    share = data.eval if isinstance(data.eval, float) and not overfit else None
-    source = expand(data.eval if own else data.train)[0]
-    asked = questions(source, config, config.evaluation.samples, tokenizer, share)
+    sources = expand(data.eval if own else data.train)
+    below = evaluation_limit(sources, data) if share else None
+    asked = questions(sources, config, config.evaluation.samples, tokenizer, below)
     return [prompt for prompt, _ in asked]
 
 
 def questions(
-    source: str, config: Config, limit: int, tokenizer: Tokenizer, share: float | None = None
+    sources: list[str], config: Config, limit: int, tokenizer: Tokenizer, below: int | None = None
 ) -> list[tuple[dict[str, Any], str]]:
     """The first so many rows: all before the first answer that trains, and what trains there.
 
     Args:
-        source: a file or hub dataset.
+        sources: files or hub datasets.
         config: whose `data` says how rows are read.
         limit: rows at most.
         tokenizer: whose template says what the answer is: calls of tools are part of it.
-        share: only rows that `data.eval` holds out, where it is a share.
+        below: only rows with a `row_hash` below this: those that are held out.
     """
     found: list[tuple[dict[str, Any], str]] = []
-    for row in read_rows(source, config.data):
+    for row in chain.from_iterable(read_rows(name, config.data) for name in sources):
         if len(found) == limit:
             break
         messages, tools = row.get("messages", []), row.get("tools")
         at = next((n for n, message in enumerate(messages) if n and _answers(message)), None)
-        if at is None or (share is not None and not is_for_evaluation(row, share)):
+        if at is None or (below is not None and row_hash(row) >= below):
             continue  # plain text asks nothing, nor does who speaks first
         try:
             rendered = render(messages[: at + 1], tools, tokenizer)
@@ -120,7 +122,7 @@ def prove_overfitted(
     Raises:
         RunError: the model says something else.
     """
-    for asked, wanted in questions(expand(config.data.train)[0], config, 1, tokenizer):
+    for asked, wanted in questions(expand(config.data.train), config, 1, tokenizer):
         room = len(tokenizer(wanted)["input_ids"]) + 20  # to run on, if nothing stops it
         answer = generate(model, tokenizer, [asked], max_length=room, dtype=dtype)[0]
         if answer.strip() != wanted:

@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> None:
 
     with quick_imports():
         from src.data.dataset import load_documents
-        from src.data.look import GREEN, describe_data, show_document
+        from src.data.describe import show_document
+        from src.data.look import GREEN, describe_data
         from src.models.model import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)

@@ -21,8 +21,8 @@ from src.config import DataConfig, load_config
 from src.data import IGNORE
 from src.data.chat import chat_text, render
 from src.data.dataset import load_tokens
+from src.data.describe import data_notes
 from src.data.encoding import encode, stop_token_ids
-from src.data.look import data_notes
 from src.data.rows import read_question, read_rows
 from src.data.sources import raw_rows
 from src.models.generation import _as_text, _without_blank, generate

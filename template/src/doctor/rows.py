@@ -6,8 +6,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
 from src.data.dataset import Document, TokenDataset, load_documents
+from src.data.describe import data_notes, show_document
+from src.data.duplicates import repeated, shared
 from src.data.encoding import stop_token_ids
-from src.data.look import data_notes, repeated, shared, show_document
 from src.doctor import Finding
 from src.models.model import check_positions, load_tokenizer
 from src.preflight import check_run

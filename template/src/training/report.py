@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
 from src.data.batching import TokenLoader
-from src.data.look import data_notes, show_document
+from src.data.describe import data_notes, show_document
 from src.models.adapters import adapted_names, frozen_experts
 from src.models.model import count_parameters
 from src.training import strategy

@@ -17,6 +17,7 @@ from src.utils.imports import quick_imports
 
 COLOURS = {"OK": "\033[32m", "WARN": "\033[33m", "FAIL": "\033[31m"}
 PLAIN = "\033[0m"
+GREEN = ("\033[32m", PLAIN)
 
 
 def main(arguments: list[str]) -> None:
@@ -33,7 +34,6 @@ def main(arguments: list[str]) -> None:
     coloured = sys.stdout.isatty() and not as_json
 
     with quick_imports():
-        from src.data.look import GREEN
         from src.doctor.machine import check_machine
         from src.doctor.memory import check_memory
         from src.doctor.project import check_project

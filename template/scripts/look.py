@@ -1,7 +1,8 @@
 """Look at the rows before training: `uv run scripts/look.py [CONFIG] [key=value ...]`.
 
-Prints how rows were read, their lengths, what carries loss, what is left out, duplicates, and the
-first documents as the model will see them, with what carries loss in colour (or between [ and ]).
+Prints how rows were read, their lengths, how many tokens carry loss, which rows are left out or
+duplicated, and the first documents as the model sees them: what carries loss is in colour, or
+between [ and ] where the output is not a terminal. Nothing is trained.
 CONFIG and keys are those of scripts/train.py.
 """
 
@@ -11,11 +12,11 @@ from src.utils.environment import load_environment
 from src.utils.errors import run_script
 from src.utils.imports import quick_imports
 
-EXAMPLES = 3
+GREEN = ("\033[32m", "\033[0m")
 
 
 def main(arguments: list[str]) -> None:
-    """Read and tokenise what training would, and train nothing."""
+    """Check config and rows first, then import torch."""
     if "-h" in arguments or "--help" in arguments:
         print(__doc__.strip())
         return
@@ -27,20 +28,11 @@ def main(arguments: list[str]) -> None:
     check_run(config, output=False)
 
     with quick_imports():
-        from src.data.dataset import load_documents
-        from src.data.describe import show_document
-        from src.data.look import GREEN, describe_data
-        from src.models.model import load_tokenizer
+        from src.tools.look import look
 
-    tokenizer = load_tokenizer(config.model)
-    train, other = load_documents(config, tokenizer)
-    print(*describe_data("data.train", train, config.data), sep="\n")
-    if other is not None:
-        print(*describe_data("data.eval", other, config.data, train), sep="\n")
     marks = GREEN if sys.stdout.isatty() else ("[", "]")
-    for document in train[list(range(min(EXAMPLES, len(train))))]:
-        print(f"\n--- document {document.row + 1}, {len(document.input_ids)} tokens")
-        print(show_document(document, tokenizer, marks))
+    for line in look(config, marks):
+        print(line)
 
 
 if __name__ == "__main__":

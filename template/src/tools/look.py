@@ -1,0 +1,54 @@
+"""Describe a run's rows: shapes, lengths, labels, rows left out, duplicates, and examples."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+
+from src.config import Config, DataConfig
+from src.data.dataset import TokenDataset, load_documents
+from src.data.describe import data_notes, show_document
+from src.data.duplicates import repeated, shared
+from src.models.model import load_tokenizer
+
+EXAMPLES = 3  # documents that are shown
+REASONS = 5  # rows that were left out: the first ones, each with its reason
+
+
+def look(config: Config, marks: tuple[str, str]) -> Iterator[str]:
+    """Read and tokenise what training would; yield the lines of the page.
+
+    Args:
+        config: of the run.
+        marks: what to print before and after tokens that carry loss.
+    """
+    tokenizer = load_tokenizer(config.model)
+    train, evaluation = load_documents(config, tokenizer)
+    yield from _describe("data.train", train, config.data)
+    if evaluation is not None and evaluation is not train:  # with overfit it is the same
+        yield from _describe("data.eval", evaluation, config.data)
+        if both := shared(evaluation, train):
+            yield f"           {both:,} documents are in data.train too"
+    for document in train[list(range(min(EXAMPLES, len(train))))]:
+        yield f"\n--- document {document.row + 1}, {len(document.input_ids)} tokens"
+        yield show_document(document, tokenizer, marks)
+
+
+def _describe(name: str, dataset: TokenDataset, data: DataConfig) -> Iterator[str]:
+    """Yield counts, lengths, notes and duplicates of a dataset, a line each."""
+    lengths, facts = dataset.lengths, dataset.facts
+    shapes = ", ".join(f"{count:,} as {shape}" for shape, count in facts.read_as.items())
+    tokens, labelled = int(lengths.sum()), facts.labelled_tokens
+    median, high = np.percentile(lengths, (50, 90)).astype(int)
+    yield f"{name:<10} {len(dataset):,} documents, read {shapes}"
+    yield f"tokens     {tokens:,}, of which {labelled:,} labelled ({labelled / tokens:.0%})"
+    yield f"lengths    median {median:,}, 90 % up to {high:,}, longest {lengths.max():,}"
+    for note in data_notes(facts, data):
+        yield f"           {note}"
+    with dataset.left_out.open(encoding="utf-8") as file:
+        for line in islice(file, REASONS):
+            row = json.loads(line)
+            yield f"             {row['place']}: {row['reason']}"
+    if count := repeated(dataset):
+        yield f"           {count:,} documents repeat another one"

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from src.preflight import find_trained
+from src.preflight import find_trained, trained_config
 from src.utils.environment import load_environment
 from src.utils.errors import UserError, run_script
 from src.utils.imports import quick_imports
@@ -28,11 +28,11 @@ def main(arguments: list[str]) -> None:
     name = find_trained(options.model, options.base)
     prompts, done, total = _prompts(options), 0, 0
     if options.input:
-        from src.config import DataConfig, load_config
+        from src.config import DataConfig
         from src.data.answers import answer_rows, check_answers
 
-        recipe = Path(name) / "training_config.yaml"  # rows are read as the run read its own
-        data = load_config(recipe)[0].data if recipe.is_file() else DataConfig(train="-")
+        trained = trained_config(name)  # rows are read as the run read its own
+        data = trained.data if trained else DataConfig(train="-")
         done, total = check_answers(options.input, Path(options.output), data)
 
     with quick_imports():

@@ -16,20 +16,19 @@ from src.config import Config, ModelConfig
 from src.data.batching import padded_loader
 from src.models.adapters import load_adapters
 from src.models.model import (
-    RECIPE,
     explained,
     load_tokenizer,
     read_weights,
     save_model,
     set_generation_config,
 )
-from src.preflight import ADAPTER
 from src.trained import load_trained
 from src.training.record import Record
 from src.training.report import read_metrics
 from src.training.trainer import evaluate
 from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError
+from src.utils.files import ADAPTER, RECIPE
 from src.utils.memory import GIB
 
 CPU = torch.device("cpu")
@@ -166,7 +165,7 @@ def _public(name: str) -> str:
 def serving_advice(folder: Path, out: Path) -> list[str]:
     """The commands that serve the export and, where vLLM can, the bare adapter."""
     lines = [f"vllm serve {out}", f"transformers serve {out}"]
-    adapter = folder / "adapter_config.json"
+    adapter = folder / ADAPTER
     if not adapter.is_file():
         return lines
     made = json.loads(adapter.read_text("utf-8"))

@@ -4,14 +4,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from src.config import Config, ModelConfig
+from src.config import Config, ModelConfig, load_config
 from src.data.rows import check_source
 from src.data.sources import expand
 from src.utils.environment import from_root
 from src.utils.errors import UserError
+from src.utils.files import ADAPTER, RECIPE, RECORD
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}
-ADAPTER = "adapter_config.json"
 TRACES = ("metrics.jsonl", "checkpoints", "final")  # that a run leaves in its folder
 
 
@@ -77,6 +77,28 @@ def find_trained(name: str, base: str | None = None) -> str:
             gone = f"its base model was at {origin}, and is not now; give --base"
             raise UserError(f"{folder}: {gone}")
     return str(folder)
+
+
+def trained_config(folder: str) -> Config | None:
+    """Read the config that a saved model was trained with; None if it is not the result of a run.
+
+    Args:
+        folder: what `find_trained` returned.
+    """
+    path = Path(folder) / RECIPE
+    return load_config(path)[0] if path.is_file() else None
+
+
+def find_runs(names: list[str]) -> list[Path]:
+    """Return the output folders of runs.
+
+    Raises:
+        UserError: a folder holds no run.
+    """
+    folders = [from_root(name) for name in names]
+    if unknown := [folder for folder in folders if not (folder / RECORD).is_file()]:
+        raise UserError(*(f"{folder}: no {RECORD} in it: not a run's folder" for folder in unknown))
+    return folders
 
 
 def _from_mlflow(uri: str) -> str:

@@ -16,6 +16,7 @@ from src.models.model import RECIPE, build_model, explained, load_tokenizer, rea
 from src.training.checkpoint import MOMENTS, find_damage, load_weights
 from src.utils.device import pick_dtype
 from src.utils.errors import UserError
+from src.utils.files import ADAPTER
 
 
 def load_trained(
@@ -40,7 +41,7 @@ def load_trained(
     folder = Path(name)
     if (folder / "run.json").is_file():
         return _load_checkpoint(folder, device)
-    adapter, recipe = folder / "adapter_config.json", folder / RECIPE
+    adapter, recipe = folder / ADAPTER, folder / RECIPE
     trained = yaml.safe_load(recipe.read_text("utf-8"))["model"] if recipe.is_file() else {}
     name = str(folder.resolve()) if folder.is_dir() else str(name)
     if adapter.is_file():

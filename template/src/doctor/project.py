@@ -12,8 +12,9 @@ from urllib.request import urlopen
 
 from src.config import Config
 from src.doctor import Finding
-from src.training.record import RECORD, Record
+from src.training.record import Record
 from src.utils.environment import from_root, to_root
+from src.utils.files import RECORD
 from src.utils.git import git
 
 

@@ -23,8 +23,8 @@ from src.models.adapters import add_adapters, embedding_names
 from src.models.attention import set_attention
 from src.utils.environment import PROJECT_ROOT, from_root
 from src.utils.errors import UserError
+from src.utils.files import RECIPE as RECIPE
 
-RECIPE = "training_config.yaml"  # beside a trained model: the config that it was trained with
 DEFAULT_CHAT_TEMPLATE = PROJECT_ROOT / "configs" / "chat_template.j2"
 
 

@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all."""
+"""Write files and folders whole or not at all; and the file names that several parts know."""
 
 import os
 import shutil
@@ -10,6 +10,10 @@ from filelock import FileLock, Timeout
 
 from src.utils.errors import UserError
 from src.utils.ranks import RANK
+
+ADAPTER = "adapter_config.json"  # PEFT's, beside the weights of an adapter
+RECIPE = "training_config.yaml"  # beside a trained model: the config that it was trained with
+RECORD = "record.json"  # in a run's folder: where the run comes from and how it ended
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,8 +6,9 @@ that MLflow has already are not sent again. Training prints this command when a 
 
 import sys
 
-from src.utils.environment import from_root, load_environment
-from src.utils.errors import RunError, UserError, run_script
+from src.preflight import find_runs
+from src.utils.environment import load_environment
+from src.utils.errors import RunError, run_script
 
 
 def main(arguments: list[str]) -> None:
@@ -16,9 +17,7 @@ def main(arguments: list[str]) -> None:
         print(__doc__.strip())
         sys.exit(0 if arguments else 2)
     load_environment()
-    folders = [from_root(name) for name in arguments]
-    if unknown := [folder for folder in folders if not (folder / "record.json").is_file()]:
-        raise UserError(*(f"{it}: no record.json in it: not a run's folder" for it in unknown))
+    folders = find_runs(arguments)
 
     from src.training.record import Record
     from src.training.sending import Sender

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from src.training.provenance import hide, provenance, uncommitted
-from src.utils.files import write_text
-
-RECORD = "record.json"
+from src.utils.files import RECORD, write_text
 
 
 class Record:

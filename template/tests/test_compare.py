@@ -1,4 +1,4 @@
-"""Two runs beside each other: what differs, what came out, and one picture."""
+"""Two runs side by side: what differs, what each reached, and one picture."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import scripts.compare
-from src.comparison import differences
+from src.tools.compare import compare
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def other(smoke: Path, tmp_path) -> Path:
 
 
 def test_what_differs_is_named_and_nothing_else(smoke: Path, other: Path) -> None:
-    found = differences([smoke, other])
+    found, _ = compare([smoke, other])
     assert found.keys() == {
         "training.learning_rate", "torch", "fingerprint.train", "mlflow.source.git.commit",
         "uncommitted.diff",
@@ -49,9 +49,16 @@ def test_the_script_prints_both_and_draws_their_curves(smoke, other, tmp_path, c
     assert ["steps", "160", "160"] in shown
     assert imread(picture).shape[:2] == (540, 960)
     scripts.compare.main([str(smoke), str(smoke), "--output", str(picture)])
-    assert "\nnothing" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[1] == "nothing"
 
 
 def test_what_is_no_run_is_refused(smoke, tmp_path, refused) -> None:
     assert "not a run's folder" in refused(scripts.compare.main, str(smoke), str(tmp_path))[0]
-    assert "two runs or more" in refused(scripts.compare.main, str(smoke))[0]
+    assert "give two or more to compare" in refused(scripts.compare.main, str(smoke))[0]
+
+
+def test_a_loss_that_was_not_finite_is_named(smoke, other) -> None:
+    line = json.loads((other / "metrics.jsonl").read_text().splitlines()[-1])
+    with (other / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line | {"step": 161, "loss": None}) + "\n")
+    assert compare([smoke, other])[1]["loss"][1] == "not finite"

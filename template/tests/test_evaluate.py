@@ -7,7 +7,7 @@ import pytest
 
 import scripts.evaluate
 from conftest import SMOKE, chat, metrics
-from src.evaluation import as_markdown
+from src.tools.evaluate import as_markdown
 
 SAMPLE = str(Path(SMOKE).parents[1] / "data/sample.jsonl")
 
@@ -34,7 +34,7 @@ def test_an_adapter_is_compared_with_its_base(smoke: Path, train, write_rows) ->
     scores = found["scores"]
     assert scores["model"]["loss"] < 0.1 < scores["base"]["loss"]
     assert scores["model"]["exact"] == 1 > scores["base"]["exact"]
-    assert {"prompt", "wanted", "model", "base"} == found["samples"][0].keys()
+    assert {"prompt", "expected", "model", "base"} == found["samples"][0].keys()
 
 
 def test_exact_and_contained_answers_are_counted_apart(smoke: Path, write_rows) -> None:
@@ -54,6 +54,12 @@ def test_bad_rows_are_named_before_anything_is_loaded(smoke: Path, refused, writ
 
 def test_a_table_survives_what_models_say() -> None:
     figures = {"loss": 1.0, "perplexity": 2.7, "exact": 0.5, "contains": 1.0}
-    row = {"prompt": [{"role": "user", "content": "a | b\nc"}], "wanted": "x" * 300, "model": ""}
+    row = {"prompt": [{"role": "user", "content": "a | b\nc"}], "expected": "x" * 300, "model": ""}
     text = as_markdown({"data": "d", "scores": {"model": figures}, "samples": [row]})
     assert r"| a \| b c | " + "x" * 200 + " … |  |" in text
+
+
+def test_a_warning_names_rows_that_the_model_was_trained_on(smoke, capsys) -> None:
+    for source, warned in (("data/sample.jsonl", True), (SAMPLE, False)):
+        scripts.evaluate.main([str(smoke), source, "--samples", "1", "--max-length", "1"])
+        assert ("is what the model was trained on" in capsys.readouterr().err) == warned

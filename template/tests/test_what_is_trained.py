@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-import scripts.evaluate
 from conftest import ROOT, SMOKE, chat
 from src.config import DataConfig, load_config
 from src.data import IGNORE
@@ -346,13 +345,6 @@ def test_what_is_seldom_meant_is_said_before_the_first_step(train, write_rows, c
     assert "only 3 documents to evaluate on" in capsys.readouterr().out
     train(f"data.eval={rows}", "training.max_steps=1", "training.resume=auto", output="few")
     assert "a larger training.max_steps adds more" in capsys.readouterr().out
-
-
-def test_evaluating_on_the_rows_that_were_trained_on_is_said(smoke, capsys) -> None:
-    sample = str(ROOT / "data/sample.jsonl")
-    for source, told in (("data/sample.jsonl", True), (sample, False)):
-        scripts.evaluate.main([str(smoke), source, "--samples", "1", "--max-length", "1"])
-        assert ("is what the model was trained on" in capsys.readouterr().err) == told
 
 
 def test_a_row_without_an_answer_within_the_length_is_written_down(write_rows, tokenizer) -> None:

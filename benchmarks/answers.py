@@ -94,7 +94,7 @@ def export(folder: Path) -> float:
     code = (
         "import resource, sys, peft, torch; from pathlib import Path\n"
         "from src.config import load_config, LoraConfig\n"
-        "from src.export import export\n"
+        "from src.tools.export import export\n"
         "from src.models.adapters import add_adapters\n"
         "from src.models.model import RECIPE\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"

@@ -54,11 +54,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("model", help="a run's folder, its final/, a checkpoint, a saved model, or a hub id")
-    add("data", help="rows with answers")
+    add("model", metavar="MODEL", help="a run's folder, a checkpoint, a saved model or a hub id")
+    add("data", metavar="DATA", help="rows with answers")
     add("--samples", type=int, default=20, help="rows to answer (default: %(default)s)")
-    add("--max-length", type=int, default=256,
-        help="tokens of an answer at most (default: %(default)s)")  # fmt: skip
+    length = "tokens of an answer at most (default: %(default)s)"
+    add("--max-length", type=int, default=256, help=length)
     devices = ["auto", "cuda", "cpu"]
     add("--device", choices=devices, default="auto", help="default: %(default)s")
     add("--base", help="folder or hub id of the adapter's base model, if it has moved")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import scripts.export
 import scripts.inference
-from src import export
+from src.tools import export
 from src.utils.errors import RunError
 
 
@@ -68,7 +68,14 @@ def test_an_export_is_complete_and_names_no_path_of_this_machine(tune, tmp_path,
     assert stops == [1]
     assert json.loads((out / "config.json").read_text())["use_cache"]
     card = (out / "README.md").read_text()
-    for text in ("base_model: final", "best eval_loss", "merging changed", "torch ", "loss.png"):
+    for text in (
+        "base_model: final",
+        "- eval_loss: 0.0",
+        "fingerprint ",
+        "merging changed",
+        "torch ",
+        "loss.png",
+    ):
         assert text in card
     for file in out.iterdir():
         if file.suffix in {".md", ".json", ".jinja"}:
@@ -115,7 +122,7 @@ def test_what_cannot_be_exported_is_refused(tune, tmp_path, refused, smoke: Path
     described["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (quantized / "config.json").write_text(json.dumps(described))
     told = refused(scripts.export.main, str(run), str(out), "--base", str(quantized))
-    assert "is quantized, and an adapter merged into it would be rounded away" in told[0]
+    assert "is quantized, and merging would round the adapter away" in told[0]
     (run / "final/training_config.yaml").unlink()
     assert "not the result of a run" in refused(scripts.export.main, str(run), str(out))[0]
     assert not out.exists()
@@ -126,8 +133,11 @@ def test_what_cannot_be_exported_is_refused(tune, tmp_path, refused, smoke: Path
     [
         ({"r": 16}, "--max-lora-rank 16 "),
         ({"r": 24}, "--max-lora-rank 32 "),
-        ({"r": 8, "use_dora": True}, "no bare adapter with use_dora"),
-        ({"r": 8, "modules_to_save": ["lm_head"]}, "no bare adapter with modules_to_save"),
+        ({"r": 8, "use_dora": True}, "not serve an adapter alone with use_dora"),
+        (
+            {"r": 8, "modules_to_save": ["lm_head"]},
+            "not serve an adapter alone with modules_to_save",
+        ),
     ],
 )
 def test_an_adapter_that_vllm_refuses_is_told(tmp_path, made: dict, told: str) -> None:
@@ -137,14 +147,15 @@ def test_an_adapter_that_vllm_refuses_is_told(tmp_path, made: dict, told: str) -
     assert told in export.serving_advice(tmp_path, tmp_path / "out")[-1]
 
 
-def test_the_card_tells_of_the_step_that_is_exported(tune, tmp_path) -> None:
+def test_the_card_gives_the_figures_of_the_step_that_is_exported(tune, tmp_path) -> None:
     run, out = tune(), tmp_path / "exported"
     record = json.loads((run / "record.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    earlier = lines[0] | {"step": 1, "loss": 7.25}
+    earlier = lines[0] | {"step": 1, "loss": 7.25, "eval_loss": None}
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [earlier, *lines]))
     (run / "record.json").write_text(json.dumps(record | {"final_step": 1}))
     scripts.export.main([str(run), str(out)])
     card = (out / "README.md").read_text()
     assert "- step: 1\n" in card
     assert "- loss: 7.25\n" in card
+    assert "- eval_loss: not finite\n" in card

@@ -1,5 +1,6 @@
 """Small models, tokenizers and files, made here: no test downloads anything or needs a GPU."""
 
+import importlib
 import json
 import os
 import shutil
@@ -34,6 +35,14 @@ def chat(question: str, answer: str) -> dict:
 def metrics(folder: Path) -> list[dict]:
     """What a run has logged; unlike src's own reader, no broken line is passed over."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_tool(name: str, *arguments: str) -> bool:
+    """Run a tool's script in this process; False where the project has deleted that tool."""
+    if not (ROOT / f"scripts/{name}.py").is_file():
+        return False
+    importlib.import_module(f"scripts.{name}").main([*arguments])
+    return True
 
 
 @pytest.fixture(scope="session", autouse=True)

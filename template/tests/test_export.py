@@ -1,7 +1,9 @@
 """A run becomes one model folder that says the same, or nothing is written."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -159,3 +161,33 @@ def test_the_card_gives_the_figures_of_the_step_that_is_exported(tune, tmp_path)
     assert "- step: 1\n" in card
     assert "- loss: 7.25\n" in card
     assert "- eval_loss: not finite\n" in card
+
+
+SAMPLING = {"temperature": 0.6, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("lora", ["lora=null", "lora.r=4"])
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("generation_config.json", {"eos_token_id": 0, "do_sample": False, **SAMPLING}),
+        ("generation_config.json", {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}),
+        ("config.json", SAMPLING),
+    ],
+)
+def test_a_base_whose_generation_config_transformers_refuses_is_trained_and_saved(
+    saved_model: Path, tmp_path: Path, train, lora: str, file: str, values: dict
+) -> None:
+    base = shutil.copytree(saved_model, tmp_path / "base")
+    described = json.loads((base / file).read_text()) | values
+    (base / "generation_config.json").unlink()  # else transformers does not read the other's values
+    (base / file).write_text(json.dumps(described))
+    run = train(
+        f"model.name={base}", "model.init=pretrained", lora, "data.eval=null",
+        "training.max_steps=1",
+    )  # fmt: skip
+    scripts.export.main([str(run), str(tmp_path / "exported")])
+    for folder in [tmp_path / "exported", *([run / "final"] if lora == "lora=null" else [])]:
+        saved = GenerationConfig.from_pretrained(folder)
+        assert 1 in cast(list, saved.eos_token_id)
+        assert (saved.do_sample, saved.temperature) == (True, 0.6) or "num_beams" in values

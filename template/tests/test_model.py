@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-import scripts.export
 import scripts.train
 import src.models.model as model_module
 from conftest import SMOKE
@@ -455,36 +454,6 @@ def test_new_tokens_are_refused_with_the_way_out(kind: str, tokenizer, tmp_path)
     model = build_model(ModelConfig(name=str(folder)), lora, more, CPU, torch.float32)
     shapes = [p.shape for n, p in model.named_parameters() if "modules_to_save" in n]
     assert shapes == [(len(more), 32)] * 2
-
-
-SAMPLING = {"temperature": 0.6, "top_p": 0.9}
-
-
-@pytest.mark.parametrize("lora", ["lora=null", "lora.r=4"])
-@pytest.mark.parametrize(
-    ("file", "values"),
-    [
-        ("generation_config.json", {"eos_token_id": 0, "do_sample": False, **SAMPLING}),
-        ("generation_config.json", {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}),
-        ("config.json", SAMPLING),
-    ],
-)
-def test_a_base_whose_generation_config_transformers_refuses_is_trained_and_saved(
-    saved_model: Path, tmp_path: Path, train, lora: str, file: str, values: dict
-) -> None:
-    base = shutil.copytree(saved_model, tmp_path / "base")
-    described = json.loads((base / file).read_text()) | values
-    (base / "generation_config.json").unlink()  # else transformers does not read the other's values
-    (base / file).write_text(json.dumps(described))
-    run = train(
-        f"model.name={base}", "model.init=pretrained", lora, "data.eval=null",
-        "training.max_steps=1",
-    )  # fmt: skip
-    scripts.export.main([str(run), str(tmp_path / "exported")])
-    for folder in [tmp_path / "exported", *([run / "final"] if lora == "lora=null" else [])]:
-        saved = GenerationConfig.from_pretrained(folder)
-        assert 1 in cast(list, saved.eos_token_id)
-        assert (saved.do_sample, saved.temperature) == (True, 0.6) or "num_beams" in values
 
 
 def test_what_cannot_be_saved_is_refused_before_the_first_step(

@@ -1,6 +1,7 @@
 """An evaluation says what training said, and compares with the base."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import scripts.evaluate
 from conftest import SMOKE, chat, metrics
 from src.tools.evaluate import as_markdown
+from src.training.tracking import connect
 
 SAMPLE = str(Path(SMOKE).parents[1] / "data/sample.jsonl")
 
@@ -63,3 +65,16 @@ def test_a_warning_names_rows_that_the_model_was_trained_on(smoke, capsys) -> No
     for source, warned in (("data/sample.jsonl", True), (SAMPLE, False)):
         scripts.evaluate.main([str(smoke), source, "--samples", "1", "--max-length", "1"])
         assert ("is what the model was trained on" in capsys.readouterr().err) == warned
+
+
+def test_scores_are_added_to_the_mlflow_run_that_made_the_model(
+    smoke, tmp_path, monkeypatch, write_rows
+) -> None:
+    copy = shutil.copy(smoke.parent / "mlflow.db", tmp_path / "copy.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{copy}")
+    rows = write_rows(chat("Say hello.", "Hello! I am a very small model."))
+    scripts.evaluate.main([str(smoke), rows, "--max-length", "32"])
+    run_id = json.loads((smoke / "record.json").read_text())["mlflow"]
+    assert connect().get_run(run_id).data.metrics["evaluation_exact"] == 1
+    kept = {file.path for file in connect().list_artifacts(run_id)}
+    assert {"evaluation.md", "config.yaml", "samples.jsonl", "loss.png"} <= kept

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import pytest
 
-import scripts.evaluate
 import scripts.inference
 import scripts.sync
 import scripts.train
-from conftest import ROOT, SMOKE, chat, metrics
+from conftest import ROOT, SMOKE, metrics
 from src.config import load_config
 from src.preflight import find_trained
 from src.training import tracking
@@ -141,15 +140,6 @@ def test_a_model_larger_than_the_limit_is_listed_without_its_files(
     assert [m.name for m in models] == ["checkpoint-80", "final-160"]
     assert models[1].tags["folder"] == str(copy / "final")
     assert not list((tmp_path / "store").rglob("*.safetensors"))
-
-
-def test_an_evaluation_is_added_to_the_run_that_made_the_model(seen, write_rows) -> None:
-    rows = write_rows(chat("Say hello.", "Hello! I am a very small model."))
-    scripts.evaluate.main([str(seen), rows, "--max-length", "32"])
-    (run,) = runs()
-    assert run.data.metrics["evaluation_exact"] == 1
-    kept = {file.path for file in connect().list_artifacts(run.info.run_id)}
-    assert {"evaluation.md", "config.yaml", "samples.jsonl", "loss.png"} <= kept
 
 
 def test_files_of_a_run_are_found_by_its_uri(tmp_path, seen: Path, refused) -> None:

@@ -1,6 +1,7 @@
 """The command lines: quick where they refuse, and nothing imported that is not used."""
 
 import os
+import runpy
 import subprocess
 import sys
 
@@ -81,3 +82,12 @@ def test_a_start_imports_nothing_that_a_run_may_not_need() -> None:
 def test_inference_refuses_what_is_no_model(tmp_path, refused, make, expected) -> None:
     (tmp_path / "final").mkdir()
     assert expected in refused(scripts.inference.main, str(make(tmp_path)), "hi")[0]
+
+
+def test_a_conflict_in_code_that_is_imported_is_one_line(tmp_path, refused) -> None:
+    def main(_: list[str]) -> None:
+        (tmp_path / "config.py").write_text(f"x = 1\n{'<' * 7} before updating\n")
+        runpy.run_path(str(tmp_path / "config.py"))
+
+    (line,) = refused(main)
+    assert line == f"{tmp_path / 'config.py'}:2: invalid syntax: {'<' * 7} before updating"

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 import scripts.inference
-import scripts.sync
 import scripts.train
 from conftest import ROOT, SMOKE, metrics
 from src.config import load_config
@@ -26,6 +25,7 @@ from src.preflight import find_trained
 from src.training import tracking
 from src.training.record import Record
 from src.training.report import Recorder
+from src.training.sending import Sender
 from src.training.tracking import Tracker, connect
 from src.utils.errors import Interrupted
 
@@ -81,6 +81,12 @@ def end(record: Record, tracker: Tracker, status: str = "FINISHED") -> None:
     tracker.close(status)
 
 
+def send_later(folder: Path) -> int:
+    """Send what MLflow lacks of a run that has ended, as scripts/sync.py does."""
+    record = Record(folder)
+    return Sender(record).send(record.facts["status"])
+
+
 def test_mlflow_has_the_parameters_metrics_and_tags_of_the_run(seen: Path) -> None:
     client, (run,) = connect(), runs()
     assert run.info.status == "FINISHED"
@@ -134,7 +140,7 @@ def test_a_model_larger_than_the_limit_is_listed_without_its_files(
     config = (copy / "config.yaml").read_text().replace("max_model_gib: 1.0", "max_model_gib: 0")
     (copy / "config.yaml").write_text(config)
     for _ in range(2):
-        scripts.sync.main([str(copy)])
+        send_later(copy)
     client, (run,) = connect(), runs()
     models = client.search_logged_models([run.info.experiment_id])
     assert [m.name for m in models] == ["checkpoint-80", "final-160"]
@@ -270,16 +276,14 @@ def test_a_place_that_takes_no_runs_costs_one_warning_and_gets_all_later(
     assert told.endswith(f"uv run scripts/sync.py {tmp_path / 'run'}")
     assert "sent" not in Record(record.folder).facts
     store_later()
-    scripts.sync.main([str(tmp_path / "run")])
+    assert send_later(tmp_path / "run") == 20
     (run,) = runs()
     assert steps(run) == [*range(1, 21)]
     assert run.info.status == Record(record.folder).facts["sent"] == "KILLED"
-    scripts.sync.main([str(tmp_path / "run")])
+    assert send_later(tmp_path / "run") == 0
     (run,) = runs()
     assert steps(run) == [*range(1, 21)]
     printed = capfd.readouterr()
-    assert "20 lines and models sent" in printed.out
-    assert "nothing was missing" in printed.out
     assert "canary" not in printed.out + printed.err + told
 
 
@@ -353,15 +357,6 @@ def test_where_to_look_is_the_server_even_if_it_knows_nothing_yet(tmp_path, monk
     assert tracking.where_to_look(record) == "http://host:5000/#/experiments/1/runs/r"
 
 
-def test_only_a_run_that_has_ended_is_sent_later(tmp_path, store, refused) -> None:
-    from src.utils.files import only_run_in
-
-    record = begin(tmp_path / "run")
-    with only_run_in(record.folder):
-        assert "another run is writing to" in refused(scripts.sync.main, str(record.folder))[0]
-    assert "no record.json in it" in refused(scripts.sync.main, str(tmp_path))[0]
-
-
 @pytest.mark.slow  # four interpreters that import MLflow
 def test_four_runs_that_start_at_once_on_a_fresh_store_all_arrive(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'fresh.db'}")
@@ -409,7 +404,7 @@ def test_a_real_server_dies_and_comes_back_and_has_all_in_the_end(tmp_path, monk
         assert len(warnings) == 1
     with serve(tmp_path, port):
         for _ in range(2):
-            scripts.sync.main([str(record.folder)])
+            send_later(record.folder)
             (run,) = runs()
             assert run.info.status == "FINISHED"
             assert steps(run) == [1, 2, 3, 4]

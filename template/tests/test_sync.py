@@ -1,0 +1,48 @@
+"""`scripts/sync.py` sends what MLflow lacks of a run that has ended."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import scripts.sync
+from src.training.tracking import connect
+from src.utils.errors import RunError
+from src.utils.files import only_run_in
+
+
+@pytest.fixture
+def unsent(smoke: Path, tmp_path: Path) -> Path:
+    """The smoke run once more, as if it had been killed before anything was sent."""
+    copy = Path(shutil.copytree(smoke, tmp_path / "run"))
+    facts = json.loads((copy / "record.json").read_text())
+    left = {key: facts[key] for key in facts.keys() - {"mlflow", "mlflow_experiment", "sent"}}
+    (copy / "record.json").write_text(json.dumps(left | {"key": "other", "status": "RUNNING"}))
+    return copy
+
+
+def test_a_killed_run_is_sent_once(unsent, tmp_path, mlflow_database, monkeypatch, capsys) -> None:
+    store = shutil.copy(mlflow_database, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
+    connect().create_experiment("smoke", (tmp_path / "store").as_uri())
+    for printed in ("lines and models sent", "nothing was missing"):
+        scripts.sync.main([str(unsent)])
+        assert printed in capsys.readouterr().out
+    run_id = json.loads((unsent / "record.json").read_text())["mlflow"]
+    assert connect().get_run(run_id).info.status == "KILLED"
+
+
+def test_a_run_that_goes_on_or_is_none_is_refused(unsent, tmp_path, refused) -> None:
+    with only_run_in(unsent):
+        assert "another run is writing to" in refused(scripts.sync.main, str(unsent))[0]
+    assert "no record.json in it" in refused(scripts.sync.main, str(tmp_path))[0]
+
+
+def test_a_server_that_does_not_answer_is_one_line_without_its_password(
+    unsent, monkeypatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:canary@127.0.0.1:9")
+    with pytest.raises(RunError, match="MLflow failed") as failure:
+        scripts.sync.main([str(unsent)])
+    assert "canary" not in str(failure.value)

@@ -29,13 +29,13 @@ def other(smoke: Path, tmp_path) -> Path:
 
 
 def test_what_differs_is_named_and_nothing_else(smoke: Path, other: Path) -> None:
-    found, _ = compare([smoke, other])
-    assert found.keys() == {
+    different, _ = compare([smoke, other])
+    assert different.keys() == {
         "training.learning_rate", "torch", "fingerprint.train", "mlflow.source.git.commit",
         "uncommitted.diff",
     }  # fmt: skip
-    assert found["training.learning_rate"] == ["0.003", "0.001"]
-    assert found["uncommitted.diff"][0] == "-"
+    assert different["training.learning_rate"] == ["0.003", "0.001"]
+    assert different["uncommitted.diff"][0] == "-"
 
 
 def test_the_script_prints_both_and_draws_their_curves(smoke, other, tmp_path, capsys) -> None:
@@ -43,10 +43,10 @@ def test_the_script_prints_both_and_draws_their_curves(smoke, other, tmp_path, c
 
     picture = tmp_path / "curves.png"
     scripts.compare.main([str(smoke), str(other), "--output", str(picture)])
-    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["training.learning_rate", "0.003", "0.001"] in shown
-    assert ["status", "FINISHED", "KILLED"] in shown
-    assert ["steps", "160", "160"] in shown
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["training.learning_rate", "0.003", "0.001"] in rows
+    assert ["status", "FINISHED", "KILLED"] in rows
+    assert ["steps", "160", "160"] in rows
     assert imread(picture).shape[:2] == (540, 960)
     scripts.compare.main([str(smoke), str(smoke), "--output", str(picture)])
     assert capsys.readouterr().out.splitlines()[1] == "nothing"

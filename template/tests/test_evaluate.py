@@ -1,4 +1,4 @@
-"""An evaluation says what training said, and compares with the base."""
+"""An evaluation finds the loss that training found, and compares a model with its base."""
 
 import json
 import shutil
@@ -16,11 +16,11 @@ SAMPLE = str(Path(SMOKE).parents[1] / "data/sample.jsonl")
 
 def test_the_loss_is_the_one_that_training_found(smoke: Path, capsys) -> None:
     scripts.evaluate.main([str(smoke), SAMPLE, "--samples", "5", "--max-length", "40"])
-    found = json.loads((smoke / "final/evaluation.json").read_text())
-    figures = found["scores"]["model"]
+    result = json.loads((smoke / "final/evaluation.json").read_text())
+    figures = result["scores"]["model"]
     assert figures["loss"] == pytest.approx(metrics(smoke)[-1]["eval_loss"], rel=1e-4)
     assert figures["exact"] == figures["contains"] == 1
-    assert len(found["samples"]) == 5
+    assert len(result["samples"]) == 5
     assert (smoke / "final/evaluation.md").read_text().strip() in capsys.readouterr().out
 
 
@@ -32,16 +32,16 @@ def test_an_adapter_is_compared_with_its_base(smoke: Path, train, write_rows) ->
         "training.learning_rate=1e-2",
     )  # fmt: skip
     scripts.evaluate.main([str(folder), rows, "--max-length", "16"])
-    found = json.loads((folder / "final/evaluation.json").read_text())
-    scores = found["scores"]
+    result = json.loads((folder / "final/evaluation.json").read_text())
+    scores = result["scores"]
     assert scores["model"]["loss"] < 0.1 < scores["base"]["loss"]
     assert scores["model"]["exact"] == 1 > scores["base"]["exact"]
-    assert {"prompt", "expected", "model", "base"} == found["samples"][0].keys()
+    assert {"prompt", "expected", "model", "base"} == result["samples"][0].keys()
 
 
 def test_exact_and_contained_answers_are_counted_apart(smoke: Path, write_rows) -> None:
-    said = "Hello! I am a very small model."
-    rows = [chat("Say hello.", answer) for answer in (said, "a very small model", "no")]
+    greeting = "Hello! I am a very small model."
+    rows = [chat("Say hello.", answer) for answer in (greeting, "a very small model", "no")]
     scripts.evaluate.main([str(smoke), write_rows(*rows), "--max-length", "40"])
     figures = json.loads((smoke / "final/evaluation.json").read_text())["scores"]["model"]
     assert figures["exact"] == pytest.approx(1 / 3)

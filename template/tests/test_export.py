@@ -123,15 +123,15 @@ def test_what_cannot_be_exported_is_refused(tune, tmp_path, refused, smoke: Path
         (quantized / file.name).write_bytes(file.read_bytes())
     described["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (quantized / "config.json").write_text(json.dumps(described))
-    told = refused(scripts.export.main, str(run), str(out), "--base", str(quantized))
-    assert "is quantized, and merging would round the adapter away" in told[0]
+    (line,) = refused(scripts.export.main, str(run), str(out), "--base", str(quantized))
+    assert "is quantized, and merging would round the adapter away" in line
     (run / "final/training_config.yaml").unlink()
     assert "not the result of a run" in refused(scripts.export.main, str(run), str(out))[0]
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("adapter", "expected"),
     [
         ({"r": 16}, "--max-lora-rank 16 "),
         ({"r": 24}, "--max-lora-rank 32 "),
@@ -142,11 +142,13 @@ def test_what_cannot_be_exported_is_refused(tune, tmp_path, refused, smoke: Path
         ),
     ],
 )
-def test_an_adapter_that_vllm_refuses_is_told(tmp_path, made: dict, told: str) -> None:
+def test_the_advice_names_what_vllm_needs_or_refuses(
+    tmp_path, adapter: dict, expected: str
+) -> None:
     (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "a/b", **made})
+        json.dumps({"base_model_name_or_path": "a/b", **adapter})
     )
-    assert told in export.serving_advice(tmp_path, tmp_path / "out")[-1]
+    assert expected in export.serving_advice(tmp_path, tmp_path / "out")[-1]
 
 
 def test_the_card_gives_the_figures_of_the_step_that_is_exported(tune, tmp_path) -> None:

@@ -12,7 +12,7 @@ def test_a_look_at_the_data_tells_what_training_would_see(write_rows, tmp_path, 
     scripts.look.main([
         SMOKE, f"data.train={train}", f"data.eval={other}", f"output_dir={tmp_path / 'out'}"
     ])  # fmt: skip
-    shown = capsys.readouterr().out
+    page = capsys.readouterr().out
     for line in (
         "data.train 10 documents, read 10 as messages",
         "1 rows cut: longer than data.max_length=128",
@@ -23,6 +23,6 @@ def test_a_look_at_the_data_tells_what_training_would_see(write_rows, tmp_path, 
         "1 documents are in data.train too",
         "[a0<|end|>]",
     ):
-        assert line in shown, line
-    assert shown.count("--- document") == 3
-    assert "longest 128" in shown
+        assert line in page, line
+    assert page.count("--- document") == 3
+    assert "longest 128" in page

@@ -58,7 +58,9 @@ def export(folder: Path, out: Path, base: str | None, config: Config) -> str:
         UserError: the base is quantized: merging would round the adapter away.
         RunError: merging changed the model by more than rounding does.
     """
-    source, trust = _weights_of(folder, base), config.model.trust_remote_code
+    adapter, source, trust = folder / ADAPTER, str(folder), config.model.trust_remote_code
+    if adapter.is_file():
+        source = base or json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
     size = sum(file.stat().st_size for file in from_root(source).glob("*.safetensors")) / GIB
     needs = f"needs {1.3 * size:.2f} GiB of memory and {size:.2f} GiB of disk" if size else ""
     print(f"exporting  {folder} (base: {source}) {needs}")
@@ -71,7 +73,7 @@ def export(folder: Path, out: Path, base: str | None, config: Config) -> str:
     dtype = hf_config.dtype or torch.float32
     settings = ModelConfig(name=source, trust_remote_code=trust)
     tokenizer = load_tokenizer(ModelConfig(name=str(folder), trust_remote_code=trust))
-    if (folder / ADAPTER).is_file():
+    if adapter.is_file():
         model, result = _merge_checked(folder, base, settings, dtype, config, tokenizer)
     else:
         model = read_weights(settings, CPU, dtype)
@@ -79,13 +81,6 @@ def export(folder: Path, out: Path, base: str | None, config: Config) -> str:
     set_generation_config(model, tokenizer)
     save_model(model, tokenizer, out, dtype)
     return result
-
-
-def _weights_of(folder: Path, base: str | None) -> str:
-    """Return the folder or hub id of the full model's weights: of the base, for an adapter."""
-    if not (folder / ADAPTER).is_file():
-        return str(folder)
-    return base or json.loads((folder / ADAPTER).read_text("utf-8"))["base_model_name_or_path"]
 
 
 def _merge_checked(
@@ -141,11 +136,11 @@ def write_card(folder: Path, out: Path, name: str, result: str) -> None:
     base = recipe["model"]["name"]
     if Path(base).is_absolute():  # no path of this machine
         base = Path(base).name
-    record = Record.find(run)
+    record, lines = Record.find(run), read_metrics(run / "metrics.jsonl")
     facts = record.facts if record else {"tags": {}}
     fingerprint = facts["tags"].get("fingerprint.train", "unknown")
     # The step that final/ holds: the best evaluation may have been before the last step.
-    step, lines = facts.get("final_step"), read_metrics(run / "metrics.jsonl")
+    step = facts.get("final_step")
     line = next((line for line in lines if line["step"] == step), lines[-1] if lines else {})
     figures = {key: line[key] for key in ("step", "loss", "eval_loss", "tokens") if key in line}
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
@@ -157,7 +152,6 @@ def write_card(folder: Path, out: Path, name: str, result: str) -> None:
         *(f"- {key}: {'not finite' if x is None else f'{x:g}'}" for key, x in figures.items()),
         f"- {result}",
         f"- Made with {versions}",
-        "", "```sh", "uv run scripts/export.py RUN OUT", "```",
     ]  # fmt: skip
     if (curve := run / "loss.png").is_file():
         shutil.copy(curve, out / "loss.png")

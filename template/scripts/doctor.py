@@ -1,7 +1,7 @@
 """Check a run before you pay for a GPU: `uv run scripts/doctor.py [CONFIG] [key=value ...]`.
 
-Checks this machine, this project, the config's rows and its memory, and prints what is OK, what to
-WARN of and what would FAIL, with the command or change that fixes it. Exit code 1 if anything
+Checks this machine, this project, the config's rows, and the memory and disk that the run needs.
+Prints OK, WARN or FAIL for each, with the command or change that fixes it. Exit code 1 if anything
 FAILs; nothing is changed. CONFIG and keys are those of scripts/train.py.
 Paste the page when you ask somebody for help.
 """

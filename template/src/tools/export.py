@@ -62,8 +62,10 @@ def export(folder: Path, out: Path, base: str | None, config: Config) -> str:
     if adapter.is_file():
         source = base or json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
     size = sum(file.stat().st_size for file in from_root(source).glob("*.safetensors")) / GIB
-    needs = f"needs {1.3 * size:.2f} GiB of memory and {size:.2f} GiB of disk" if size else ""
-    print(f"exporting  {folder} (base: {source}) {needs}")
+    needs = (
+        f"{1.3 * size:.2f} GiB of memory and {size:.2f} of disk" if size else "as much as its base"
+    )
+    print(f"exporting  {folder}, weights of {source}; needs {needs}")
     logging.disable_progress_bar()
     with explained(source):
         hf_config = AutoConfig.from_pretrained(source, trust_remote_code=trust)

@@ -43,6 +43,7 @@ class Sender:
             live: whether the run is going on in this process, whose machine is then watched.
         """
         self._record, self._folder, self._live = record, record.folder, live
+        self._uri = tracking_uri()  # for good: whatever changes later, this run stays in one place
         config, self._written = load_config(self._folder / "config.yaml")
         self._settings = config.tracking
         self._client: Any = None
@@ -68,12 +69,12 @@ class Sender:
 
     def _connect(self) -> None:
         """Find the run by its key, or create it; and learn which steps it has."""
-        uri, facts = tracking_uri(), self._record.facts
+        uri, facts = self._uri, self._record.facts
         database = Path(uri.removeprefix("sqlite:///"))
         # Two first starts on a fresh database both create its tables, and one of them fails.
         own = uri.startswith("sqlite:///")
         with FileLock(database.with_name(f"{database.name}.lock")) if own else nullcontext():
-            client = connect()
+            client = connect(uri)
             name = self._settings.experiment
             if found := client.get_experiment_by_name(name):
                 self._experiment = found.experiment_id
@@ -139,7 +140,7 @@ class Sender:
         self._steps |= {line["step"] for line in new}
         if self._live and self._watcher is None:
             self._watcher = SystemMetricsMonitor(
-                self._run_id, resume_logging=True, tracking_uri=tracking_uri()
+                self._run_id, resume_logging=True, tracking_uri=self._uri
             )
             self._watcher.start()
         return len(new)

@@ -67,7 +67,8 @@ class Tracker:
             self._news.wait()
             self._news.clear()
             closing = self._closing
-            if self._failed and time.monotonic() - self._failed < RETRY_SECONDS:
+            waiting = self._failed and time.monotonic() - self._failed < RETRY_SECONDS
+            if waiting and not closing:  # the end is always tried
                 continue
             try:
                 sender.send(closing)
@@ -106,7 +107,7 @@ def where_to_look(record: Record) -> str:
     return f"uv run mlflow ui --backend-store-uri {own}"
 
 
-def connect() -> MlflowClient:
+def connect(uri: str | None = None) -> MlflowClient:
     """A client that gives up within seconds, and prints nothing of an address with a password."""
     # Its own defaults wait four minutes for a server that refuses, twenty for one that hangs.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -116,7 +117,7 @@ def connect() -> MlflowClient:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    return MlflowClient(tracking_uri())
+    return MlflowClient(uri or tracking_uri())
 
 
 def send_evaluation(folder: Path, figures: dict[str, float], files: list[Path]) -> None:

@@ -63,7 +63,7 @@ def test_a_run_whose_last_steps_were_all_skipped_ends_with_a_summary(train, monk
     loss = loss_module.summed_loss
     monkeypatch.setattr(loss_module, "summed_loss", lambda *args: loss(*args) * float("nan"))
     folder = train("training.on_non_finite=skip", "training.max_steps=2", "data.eval=null")
-    assert "done       2 steps, none of them with a loss" in capsys.readouterr().out
+    assert "done       2 steps, loss not finite" in capsys.readouterr().out
     (line,) = metrics(folder)
     assert (line["loss"], line["skipped_steps"]) == (None, 2)
     assert (folder / "loss.png").is_file()
@@ -74,3 +74,15 @@ def test_metrics_are_rewound_to_a_step_past_a_line_that_a_crash_has_cut(tmp_path
     path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"step": 8, "lo')
     rewind_metrics(path, 4)
     assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_a_finished_checkpoint_resumed_in_a_new_folder_ends_with_a_result(train, capsys) -> None:
+    once = ["training.max_steps=1", "data.eval=null"]
+    checkpoint = train(*once) / "checkpoints/step-00000001"
+    capsys.readouterr()
+    folder = train(*once, f"training.resume={checkpoint}", output="again")
+    shown = capsys.readouterr().out
+    assert "done       nothing was left to train\n" in shown
+    assert "final: step 1 of 1, the last step\n" in shown
+    assert "curve " not in shown
+    assert (folder / "final").is_dir()

@@ -324,6 +324,11 @@ class Recorder:
         return line
 
 
+def figure(value: float | None, form: str = ".4f") -> str:
+    """Write a number of `metrics.jsonl`, where null stands for NaN and infinity."""
+    return "not finite" if value is None else format(value, form)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a `metrics.jsonl`; a crash may have cut the last one."""
     rows = []
@@ -350,7 +355,8 @@ def draw_curves(folders: Sequence[Path], picture: Path) -> None:
     for number, folder in enumerate(folders):
         rows, name = read_metrics(folder / "metrics.jsonl"), f"{folder.name}: " * (len(folders) > 1)
         for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o--")):
-            if points := [(row["step"], row[key]) for row in rows if row.get(key) is not None]:
+            # A null is drawn as a gap.
+            if points := [(row["step"], row[key]) for row in rows if key in row]:
                 color = f"C{number}" if name else None
                 axes.plot(*zip(*points, strict=True), style, label=name + label, color=color)
     axes.set(xlabel="optimizer step", ylabel="loss per labelled token (nats)", ylim=(0, None))
@@ -364,13 +370,17 @@ def draw_curves(folders: Sequence[Path], picture: Path) -> None:
 
 def summarise(config: Config, result: str) -> None:
     """What came out, where it is, and what to do next."""
-    last = read_metrics(from_root(config.output_dir) / "metrics.jsonl")[-1]
-    losses = {"loss": last["loss"], "evaluation": last.get("eval_loss")}
-    shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
+    rows = read_metrics(from_root(config.output_dir) / "metrics.jsonl")
     here = shlex.quote(config.output_dir)
-    say(f"\ndone       {last['step']} steps, {shown or 'none of them with a loss'}")
+    if rows:
+        last, names = rows[-1], {"loss": "loss", "eval_loss": "evaluation"}
+        losses = [f"{names[key]} {figure(last[key])}" for key in names if key in last]
+        say(f"\ndone       {last['step']} steps, {', '.join(losses)}")
+    else:
+        say("\ndone       nothing was left to train")
     say(f"model      {here}/final: {result}")
-    say(f"curve      {here}/loss.png, numbers in metrics.jsonl beside it")
+    if rows:
+        say(f"curve      {here}/loss.png, numbers in metrics.jsonl beside it")
     if config.tracking.enabled and distributed.is_main():
         say(f"runs       {where_to_look(Record(from_root(config.output_dir)))}")
     say(f'next       uv run scripts/inference.py {here}/final "your question"')

@@ -1,12 +1,13 @@
 """What people read of a run is there, whole, and true."""
 
 import json
+import shutil
 from pathlib import Path
 
-from conftest import chat, metrics
+from conftest import SMOKE, chat, metrics
 from src.config import load_config
 from src.training import loss as loss_module
-from src.training.report import rewind_metrics
+from src.training.report import draw_curves, rewind_metrics, summarise
 
 
 def test_a_run_leaves_what_it_promises(smoke: Path) -> None:
@@ -86,3 +87,15 @@ def test_a_finished_checkpoint_resumed_in_a_new_folder_ends_with_a_result(train,
     assert "final: step 1 of 1, the last step\n" in shown
     assert "curve " not in shown
     assert (folder / "final").is_dir()
+
+
+def test_a_loss_that_is_not_finite_is_read_back_as_such(smoke: Path, tmp_path, capsys) -> None:
+    folder = Path(shutil.copytree(smoke, tmp_path / "run"))
+    *lines, last = metrics(folder)
+    text = [json.dumps(line) + "\n" for line in [*lines, last | {"loss": None, "eval_loss": None}]]
+    (folder / "metrics.jsonl").write_text("".join(text))
+    summarise(load_config(SMOKE, [f"output_dir={folder}", "tracking.enabled=false"])[0], "")
+    assert (
+        "done       160 steps, loss not finite, evaluation not finite\n" in capsys.readouterr().out
+    )
+    draw_curves([folder], tmp_path / "loss.png")

@@ -114,6 +114,15 @@ def test_a_nan_can_be_skipped_and_is_counted(train, poisoned):
     assert last["loss"] is not None
 
 
+def test_an_epoch_is_logged_as_one_where_processes_outnumber_its_batches(
+    train, write_rows, monkeypatch
+) -> None:
+    monkeypatch.setattr(run, "WORLD_SIZE", 2)  # of which the second gets a batch of filler
+    row = f"data.train={write_rows(chat('q', 'a'))}"
+    folder = train(row, "data.eval=null", "training.epochs=3", "training.log_every=1")
+    assert [(line["step"], line["epoch"]) for line in metrics(folder)] == [(1, 1), (2, 2), (3, 3)]
+
+
 def test_early_stopping_ends_the_run_and_the_best_checkpoint_stays(train, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
     monkeypatch.setattr(

@@ -141,7 +141,8 @@ def _train(
         saving = stopping or done or due(settings.save_every)
         if not (evaluating or saving or due(settings.log_every)):
             return False
-        metrics = recorder.read(state.epoch + state.position / train.sampler.batches)
+        share = state.position / train.sampler.batches  # above 1 where ranks got filler alone
+        metrics = recorder.read(state.epoch + min(share, 1))
         if evaluating:
             result = evaluate(objective, evaluation, device, dtype)
             metrics |= {"eval_loss": result.loss, "perplexity": result.perplexity}

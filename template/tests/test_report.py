@@ -7,7 +7,8 @@ from pathlib import Path
 from conftest import SMOKE, chat, metrics
 from src.config import load_config
 from src.training import loss as loss_module
-from src.training.report import draw_curves, rewind_metrics, summarise
+from src.training.record import rewind_metrics
+from src.training.report import draw_curves, summarise
 
 
 def test_a_run_leaves_what_it_promises(smoke: Path) -> None:

@@ -205,16 +205,6 @@ def test_steps_that_are_taken_again_after_a_kill_are_sent_once(tmp_path, store) 
     assert run.info.status == "FINISHED"
 
 
-def test_a_run_that_was_killed_before_it_saved_is_closed_by_the_next_one(tmp_path, store) -> None:
-    record = begin(tmp_path / "run")
-    Tracker(record, pytest.fail)
-    while not runs() or runs()[0].info.status != "RUNNING":
-        time.sleep(0.05)
-    again = begin(tmp_path / "run")
-    end(again, Tracker(again, pytest.fail))
-    assert sorted(run.info.status for run in runs()) == ["FINISHED", "KILLED"]
-
-
 class Broken(http.server.BaseHTTPRequestHandler):
     """A server that answers everything with 500."""
 

@@ -5,7 +5,6 @@ import math
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +23,7 @@ from src.training import strategy
 from src.training.checkpoint import TrainState
 from src.training.optimizer import bytes_a_weight
 from src.training.plan import plan
-from src.training.record import Record
+from src.training.record import Record, read_metrics, rewind_metrics
 from src.training.speed import Speed
 from src.training.tracking import Tracker, where_to_look
 from src.training.trainer import StepResult
@@ -327,23 +326,6 @@ class Recorder:
 def figure(value: float | None, form: str = ".4f") -> str:
     """Write a number of `metrics.jsonl`, where null stands for NaN and infinity."""
     return "not finite" if value is None else format(value, form)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a `metrics.jsonl`; a crash may have cut the last one."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def rewind_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`: a resumed run takes those steps again."""
-    kept = [row for row in read_metrics(path) if row["step"] <= step]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-    if path.exists() or text:
-        write_text(path, text)
 
 
 def draw_curves(folders: Sequence[Path], picture: Path) -> None:

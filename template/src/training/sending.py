@@ -19,8 +19,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from src.config import flatten, load_config
 from src.training.checkpoint import MOMENTS
-from src.training.provenance import hide
-from src.training.record import Record
+from src.training.record import Record, hide
 from src.training.tracking import connect, tracking_uri
 from src.utils.environment import PROJECT_ROOT
 from src.utils.memory import GIB
@@ -82,8 +81,6 @@ class Sender:
                 beside = (PROJECT_ROOT / "mlruns").as_uri()
                 folder = None if os.environ.get("MLFLOW_TRACKING_URI") else beside
                 self._experiment = client.create_experiment(name, folder)
-        for run in self._runs(client, facts.get("abandoned")):
-            client.set_terminated(run.info.run_id, "KILLED")
         known = self._runs(client, facts["key"]) or [self._create(client)]
         run, self._run_id = known[0], known[0].info.run_id
         self._record.update(mlflow=self._run_id, mlflow_experiment=self._experiment)

@@ -15,8 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from src.training.provenance import hide
-from src.training.record import Record
+from src.training.record import Record, hide
 from src.utils.environment import PROJECT_ROOT, to_root
 
 if TYPE_CHECKING:

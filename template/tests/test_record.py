@@ -8,7 +8,7 @@ import pytest
 
 import scripts.train
 from conftest import SMOKE
-from src.training import provenance
+from src.training import record
 
 SECRETS = {
     "HF_TOKEN": "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ012345",
@@ -34,7 +34,7 @@ def tracked(tmp_path, monkeypatch, mlflow_database):
         ("status", "--porcelain"): " M src/config.py",
         ("diff", "HEAD"): f"+token = '{SECRETS['HF_TOKEN']}'\n+other = '{LOOSE}'",
     }
-    monkeypatch.setattr(provenance, "git", lambda _, *words: answers[words])
+    monkeypatch.setattr(record, "git", lambda _, *words: answers[words])
     monkeypatch.setattr("sys.argv", ["scripts/train.py", f"--x={SECRETS['MY_API_KEY']}"])
     scripts.train.main([
         SMOKE, f"output_dir={tmp_path / 'run'}", "device=cpu", "training.max_steps=2",
@@ -88,12 +88,12 @@ def test_no_secret_is_in_the_database_or_an_artifact(tracked) -> None:
     ],
 )
 def test_what_looks_like_a_secret_is_hidden(text: str, hidden: str) -> None:
-    assert provenance.hide(text) == hidden
+    assert record.hide(text) == hidden
 
 
 def test_outside_of_git_a_run_has_no_commit(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(provenance, "PROJECT_ROOT", tmp_path)
-    tags = provenance.provenance()
+    monkeypatch.setattr(record, "PROJECT_ROOT", tmp_path)
+    tags = record.provenance()
     assert "mlflow.source.git.commit" not in tags
     assert "git.dirty" not in tags
-    assert provenance.uncommitted() == ""
+    assert record.uncommitted() == ""

@@ -23,11 +23,11 @@ from src.models.model import load_tokenizer
 from src.preflight import check_run
 from src.training.feasibility import check_feasible
 from src.training.plan import Plan, cheapest_that_fits, plan
+from src.training.record import git
 from src.training.strategy import may_shard
 from src.utils.device import nvidia_driver, pick_device, pick_dtype
 from src.utils.environment import PROJECT_ROOT, from_root
 from src.utils.errors import UserError
-from src.utils.git import git
 from src.utils.memory import GIB, gpu_memory
 
 # NVML's bits for lowered clocks: application clocks, hardware, two of heat, the power supply's

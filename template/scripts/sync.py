@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     folders = find_runs(arguments)
 
     from src.training.record import Record
-    from src.training.sending import Sender
+    from src.training.tracking import Sender
     from src.utils.files import only_run_in
 
     for folder in folders:

@@ -59,7 +59,7 @@ def test_a_run_says_who_made_it_of_what(tracked) -> None:
     inputs = {i.dataset.name: i.dataset for i in run.inputs.dataset_inputs}
     assert inputs.keys() == {"train", "eval"}
     assert "data/sample.jsonl" in inputs["train"].source
-    assert len(inputs["train"].digest) == 32
+    assert inputs["train"].digest == tags["fingerprint.train"]
     kept = {file.path for file in client.list_artifacts(run.info.run_id)}
     wanted = {"config.yaml", "samples.jsonl", "loss.png", "uv.lock", "uncommitted.diff"}
     assert kept == wanted | {"samples.json"}

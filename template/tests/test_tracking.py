@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -25,8 +25,7 @@ from src.preflight import find_trained
 from src.training import tracking
 from src.training.record import Record
 from src.training.report import Recorder
-from src.training.sending import Sender
-from src.training.tracking import Tracker, connect
+from src.training.tracking import Sender, Tracker, connect
 from src.utils.errors import Interrupted
 
 QUESTION = "What does LoRA train?"
@@ -63,10 +62,10 @@ def steps(run) -> list[int]:
 
 def begin(folder: Path, step: int = 0, **tracking: object) -> Record:
     """A run's folder and record, as Recorder makes them."""
-    config, written = load_config(SMOKE, [f"tracking.{k}={v}" for k, v in tracking.items()])
+    _, written = load_config(SMOKE, [f"tracking.{k}={v}" for k, v in tracking.items()])
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(json.dumps(written), encoding="utf-8")
-    return Record.start(folder, written, [("train", str(config.data.train), "0" * 64)], step)
+    return Record.start(folder, written, {"train": "0" * 64}, step)
 
 
 def add(record: Record, *steps: int) -> None:
@@ -74,6 +73,12 @@ def add(record: Record, *steps: int) -> None:
         for step in steps:
             line = {"step": step, "loss": 1 / step, "eval_loss": None, "learning_rate": 0.1}
             file.write(json.dumps(line | {"time": time.time()}) + "\n")
+
+
+def track(record: Record, warn: Callable = pytest.fail) -> Tracker:
+    tracker = Tracker(warn)
+    tracker.start(record)
+    return tracker
 
 
 def end(record: Record, tracker: Tracker, status: str = "FINISHED") -> None:
@@ -109,27 +114,18 @@ def test_mlflow_shows_the_answers_before_and_after_as_a_table(seen: Path) -> Non
     assert asked["answer"].iloc[0] != ANSWER == asked["answer"].iloc[1]
 
 
-def test_kept_checkpoints_and_the_result_are_models_that_answer_by_their_uri(
-    seen: Path, capfd
-) -> None:
+def test_the_result_is_a_model_that_answers_by_its_uri_with_its_evaluation(seen, capfd) -> None:
     client, (run,) = connect(), runs()
     best_first = [{"field_name": "metrics.eval_loss"}]
-    models = client.search_logged_models([run.info.experiment_id], order_by=best_first)
-    assert [(model.name, model.status) for model in models] == [
-        ("final-160", "READY"), ("checkpoint-80", "READY"),
-    ]  # fmt: skip
-    assert {out.model_id for out in run.outputs.model_outputs} == {m.model_id for m in models}
+    (model,) = client.search_logged_models([run.info.experiment_id], order_by=best_first)
+    assert (model.name, model.status) == ("final-160", "READY")
+    assert [out.model_id for out in run.outputs.model_outputs] == [model.model_id]
     last = metrics(seen)[-1]
-    assert {m.key: m.value for m in models[0].metrics}["eval_loss"] == last["eval_loss"]
-    kept = {file.path for file in client.list_logged_model_artifacts(models[1].model_id)}
-    assert kept == {"config.yaml", "manifest.json", "run.json", "weights.safetensors"}
-    answers = []
-    for name in (f"models:/{models[0].model_id}", str(seen), f"models:/{models[1].model_id}"):
+    assert {m.key: m.value for m in model.metrics}["eval_loss"] == last["eval_loss"]
+    for name in (f"models:/{model.model_id}", str(seen)):
         capfd.readouterr()
         scripts.inference.main([name, QUESTION])
-        answers.append(capfd.readouterr().out)
-    assert answers[0] == answers[1] == f"{ANSWER}\n"
-    assert answers[2] not in {"", answers[0]}, "a checkpoint's own weights"
+        assert capfd.readouterr().out == f"{ANSWER}\n"
 
 
 def test_a_model_larger_than_the_limit_is_listed_without_its_files(
@@ -143,8 +139,8 @@ def test_a_model_larger_than_the_limit_is_listed_without_its_files(
         send_later(copy)
     client, (run,) = connect(), runs()
     models = client.search_logged_models([run.info.experiment_id])
-    assert [m.name for m in models] == ["checkpoint-80", "final-160"]
-    assert models[1].tags["folder"] == str(copy / "final")
+    assert [m.name for m in models] == ["final-160"]
+    assert models[0].tags["folder"] == str(copy / "final")
     assert not list((tmp_path / "store").rglob("*.safetensors"))
 
 
@@ -185,12 +181,11 @@ def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(tmp_path, monkeypatch
     assert run.info.status == "FINISHED"
     assert steps(run) == [2, 4, 6, 8, 10, 12], "nothing twice"
     assert run.data.params["training.learning_rate"] == "0.003"
-    assert run.data.tags["changed.training.learning_rate"] == "0.001"
 
 
 def test_steps_that_are_taken_again_after_a_kill_are_sent_once(tmp_path, store) -> None:
     record = begin(tmp_path / "run")
-    tracker = Tracker(record, pytest.fail)
+    tracker = track(record)
     add(record, 2, 4, 6)
     tracker.wake()
     while not (found := runs()) or steps(found[0]) != [2, 4, 6]:
@@ -199,7 +194,7 @@ def test_steps_that_are_taken_again_after_a_kill_are_sent_once(tmp_path, store) 
     (record.folder / "metrics.jsonl").unlink()  # as rewind_metrics would
     again = begin(tmp_path / "run", step=2)
     add(again, 2, 4, 6, 8)
-    end(again, Tracker(again, pytest.fail))
+    end(again, track(again))
     (run,) = runs()
     assert steps(run) == [2, 4, 6, 8]
     assert run.info.status == "FINISHED"
@@ -251,7 +246,7 @@ def test_a_place_that_takes_no_runs_costs_one_warning_and_gets_all_later(
     warnings: list[str] = []
     record = begin(tmp_path / "run")
     started = time.perf_counter()
-    tracker = Tracker(record, warnings.append)
+    tracker = track(record, warnings.append)
     assert time.perf_counter() - started < 1, "a start waits for nobody"
     for step in range(1, 21):
         add(record, step)
@@ -295,7 +290,7 @@ def test_a_server_that_comes_back_gets_the_rest_at_the_end_at_the_latest(
     assert tracking.RETRY_SECONDS > 10, "the end comes before MLflow would be asked again"
     warnings: list[str] = []
     record, uri = begin(tmp_path / "run"), os.environ["MLFLOW_TRACKING_URI"]
-    tracker = Tracker(record, warnings.append)
+    tracker = track(record, warnings.append)
     add(record, 1, 2)
     tracker.wake()
     while not runs() or steps(runs()[0]) != [1, 2]:
@@ -330,7 +325,7 @@ def test_lines_that_come_quickly_are_sent_together(tmp_path, store, monkeypatch)
     monkeypatch.setattr(MlflowClient, "log_batch", count)
     monkeypatch.setattr(tracking, "PAUSE_SECONDS", 60.0)
     record = begin(tmp_path / "run")
-    tracker = Tracker(record)
+    tracker = track(record)
     for step in range(1, 31):
         add(record, step)
         tracker.wake()
@@ -357,7 +352,7 @@ def test_four_runs_that_start_at_once_on_a_fresh_store_all_arrive(tmp_path, monk
         "import sys; from pathlib import Path; import test_tracking as t\n"
         "record = t.begin(Path(sys.argv[1])); t.add(record, 1, 2, 3)\n"
         "t.tracking.CLOSE_SECONDS = 120\n"
-        "t.end(record, t.Tracker(record, lambda warning: sys.exit(warning)), 'KILLED')"
+        "t.end(record, t.track(record, lambda warning: sys.exit(warning)), 'KILLED')"
     )
     folders = [tmp_path / str(number) for number in range(4)]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
@@ -382,7 +377,7 @@ def test_a_real_server_dies_and_comes_back_and_has_all_in_the_end(tmp_path, monk
     warnings: list[str] = []
     with serve(tmp_path, port) as server:
         record = begin(tmp_path / "run")
-        tracker = Tracker(record, warnings.append)
+        tracker = track(record, warnings.append)
         add(record, 1, 2)
         tracker.wake()
         while not runs() or steps(runs()[0]) != [1, 2]:

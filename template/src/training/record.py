@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,8 +39,8 @@ class Record:
     Attributes:
         folder: the run's.
         facts: key (identifies the run), started (ms since 1970), status (RUNNING, FINISHED, FAILED
-            or KILLED), tags (see `provenance`), data (name, source and fingerprint of each
-            dataset), and what `update` adds: ended, final, final_step, mlflow, sent.
+            or KILLED), tags (see `provenance`), and what `update` adds: ended, final, final_step,
+            mlflow and mlflow_experiment (ids), sent (the status, once MLflow has all).
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
@@ -57,14 +56,14 @@ class Record:
 
     @classmethod
     def start(
-        cls, folder: Path, written: dict[str, Any], data: Sequence[tuple[str, str, str]], step: int
+        cls, folder: Path, written: dict[str, Any], fingerprints: dict[str, str], step: int
     ) -> Self:
         """Write the record of a run that begins; from a step above 0 it continues the earlier one.
 
         Args:
             folder: the run's.
             written: its config as plain data.
-            data: name, source and fingerprint of each dataset.
+            fingerprints: of its data, by name: train, eval.
             step: where it begins.
         """
         facts: dict[str, Any] = {"key": uuid.uuid4().hex, "started": int(time.time() * 1000)}
@@ -72,9 +71,9 @@ class Record:
             facts = {name: earlier.facts[name] for name in facts}
         config = json.dumps(written | {"output_dir": ""}, sort_keys=True)  # equal in any folder
         tags = provenance() | {"config": _hash(config.encode())}
-        tags |= {f"fingerprint.{name}": digest[:16] for name, _, digest in data}
+        tags |= {f"fingerprint.{name}": digest[:16] for name, digest in fingerprints.items()}
         record = cls(folder, facts)
-        record.update(status="RUNNING", tags=tags, data=[[*map(hide, row)] for row in data])
+        record.update(status="RUNNING", tags=tags)
         if changes := uncommitted():
             write_text(folder / "uncommitted.diff", changes)
         return record

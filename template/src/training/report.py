@@ -197,13 +197,11 @@ class Recorder:
         self, config: Config, written: dict[str, Any], state: TrainState, total_steps: int,
         speed: Speed, loaders: Sequence[TokenLoader | None] = (), planned: float | None = None,
     ) -> None:  # fmt: skip
-        self.data = [
-            (key, str(source), loader.dataset.facts.fingerprint)
-            for key, source, loader in zip(
-                ("train", "eval"), (config.data.train, config.data.eval), loaders, strict=False
-            )
+        self.fingerprints = {
+            name: loader.dataset.facts.fingerprint
+            for name, loader in zip(("train", "eval"), loaders, strict=False)
             if loader is not None
-        ]
+        }
         self.config, self.written, self.state = config, written, state
         self.total_steps, self.planned = total_steps, planned
         self.folder, self.speed = from_root(config.output_dir), speed
@@ -223,9 +221,12 @@ class Recorder:
             write_text(self.folder / "config.yaml", OmegaConf.to_yaml(self.written))
             for name in ("metrics.jsonl", "samples.jsonl"):
                 rewind_metrics(self.folder / name, self.state.step)
-            self.record = Record.start(self.folder, self.written, self.data, self.state.step)
+            self.record = Record.start(
+                self.folder, self.written, self.fingerprints, self.state.step
+            )
             if self.config.tracking.enabled:
-                self.tracker = Tracker(self.record, say)
+                self.tracker = Tracker(say)
+                self.tracker.start(self.record)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -187,8 +187,8 @@ class TrackingConfig(Section):
     experiment: NotEmpty = "default"
     # null: the name of output_dir.
     run_name: NotEmpty | None = None
-    # The result and kept checkpoints are stored as MLflow's models, with their evaluation. Of
-    # larger ones it only learns which folder they are in.
+    # The result is stored as a model in MLflow, with its evaluation. Of a larger one MLflow only
+    # learns which folder it is in.
     max_model_gib: Annotated[float, Field(ge=0)] = 1.0
 
 

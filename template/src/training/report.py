@@ -5,6 +5,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +32,13 @@ from src.utils import distributed
 from src.utils.environment import from_root
 from src.utils.errors import Interrupted, RunError
 from src.utils.files import write_text
-from src.utils.memory import GIB, clear_memory, gpu_memory, print_gpu_memory
+from src.utils.memory import GIB, clear_memory, print_gpu_memory
+
+NOT_FINITE = (
+    "step {}: the loss or a gradient is not finite; the step was not taken. Its batches held rows "
+    "{} of data.train (counted from 0). Lower training.learning_rate, correct the rows, or set "
+    "training.on_non_finite=skip to go on without such steps"
+)
 
 
 def say(text: str) -> None:
@@ -178,11 +185,18 @@ def show_example(train: TokenLoader, tokenizer: Tokenizer) -> None:
 
 
 FEW = 10  # documents: a loss on fewer says little
-NOT_FINITE = (
-    "step {}: the loss or a gradient is not finite; the step was not taken. Its batches held rows "
-    "{} of data.train (counted from 0). Lower training.learning_rate, mend the rows, or go on "
-    "without such steps with training.on_non_finite=skip"
-)
+
+
+def check_finite(steps: list[StepResult], state: TrainState, on_non_finite: str) -> None:
+    """Count the steps that were not taken, for want of labels or of finite numbers.
+
+    Raises:
+        RunError: a step was not finite, and `training.on_non_finite` is `stop`.
+    """
+    for number, step in enumerate(steps, state.step - len(steps) + 1):
+        state.skipped += not (step.finite and step.labelled)
+        if not step.finite and on_non_finite == "stop":
+            raise RunError(NOT_FINITE.format(number, step.rows))
 
 
 class Recorder:
@@ -209,6 +223,7 @@ class Recorder:
         self.record: Record | None = None
         self.tracker: Tracker | None = None
         self.result = ""
+        self._steps: list[StepResult] = []
         self.clear()
 
     def __enter__(self) -> Self:
@@ -247,51 +262,50 @@ class Recorder:
             self.record.update(final=result, final_step=step)
 
     def clear(self) -> None:
-        """Begin the next line's interval; its clock leaves out evaluating and saving."""
-        self._steps: list[StepResult] = []
+        """Restart the clock of the next line; it leaves out evaluating and saving."""
         self._started = time.perf_counter()
 
     def add(self, step: StepResult) -> None:
-        """Count a step, without waiting for the GPU."""
+        """Keep a step for the next line, without waiting for the GPU."""
         self._steps.append(step)
         self.bar.update()
 
-    def read(self, epoch: float) -> dict[str, Any]:
-        """The numbers since the last line.
+    def take_steps(self) -> list[StepResult]:
+        """The steps since the last line, their tensors on the CPU.
 
-        This reads from the device, and so waits for it: the only place in training that does.
-
-        Raises:
-            RunError: a step was not finite, and `training.on_non_finite` says to stop there.
+        Copying them waits for the device: nothing else in training does.
         """
-        steps, state, world = self._steps, self.state, distributed.WORLD_SIZE
-        device_values = [torch.stack([s.loss, s.grad_norm, s.finite]) for s in steps]
-        losses, norms, finite = torch.stack(device_values).T.tolist()
-        seconds = time.perf_counter() - self._started
+        steps, self._steps = self._steps, []
+        rows = torch.stack([torch.stack([s.loss, s.grad_norm, s.finite]) for s in steps]).cpu()
+        return [
+            replace(step, loss=loss, grad_norm=norm, finite=finite > 0)
+            for step, (loss, norm, finite) in zip(steps, rows, strict=True)
+        ]
+
+    def measure(self, steps: list[StepResult], batches: int) -> dict[str, Any]:
+        """The numbers of these steps, the last ones taken; an epoch has so many batches."""
+        seconds, state = time.perf_counter() - self._started, self.state
+        # Ranks without a batch got filler, which counts in `position`.
+        epoch = state.epoch + min(state.position / batches, 1)
         tokens, labelled = sum(s.tokens for s in steps), sum(s.labelled for s in steps)
-        taken = [s.labelled if good else 0 for s, good in zip(steps, finite, strict=True)]
-        state.skipped += taken.count(0)
-        total = sum(loss * n for loss, n in zip(losses, taken, strict=True) if n)
+        good = [step for step in steps if step.finite]
+        total = sum(float(step.loss) * step.labelled for step in good)
         metrics = {
             "step": state.step,
             "epoch": round(epoch, 4),
-            "loss": total / sum(taken) if any(taken) else math.nan,
+            "loss": total / sum(step.labelled for step in good) if good else math.nan,
             "learning_rate": steps[-1].learning_rate,
-            "grad_norm": norms[-1],
+            "grad_norm": float(steps[-1].grad_norm),
             "tokens": state.tokens,
             "tokens_per_second": tokens / seconds,
             "labelled_tokens_per_second": labelled / seconds,
-            "mfu": self.speed.utilisation(tokens, labelled, seconds, world),
+            "mfu": self.speed.utilisation(tokens, labelled, seconds, distributed.WORLD_SIZE),
             "filler_share": 1 - tokens / sum(s.processed for s in steps),
             "data_wait_share": sum(s.waited for s in steps) / seconds,
             "skipped_steps": state.skipped,
         }
-        if steps[-1].loss.is_cuda:
-            metrics["peak_memory_gib"] = round(gpu_memory()["peak"], 3)
-        first = state.step - len(steps) + 1
-        for number, (step, good) in enumerate(zip(steps, finite, strict=True), first):
-            if not good and self.config.training.on_non_finite == "stop":
-                raise RunError(NOT_FINITE.format(number, step.rows))
+        if peak := torch.cuda.max_memory_allocated():  # 0 where CUDA was not started
+            metrics["peak_memory_gib"] = round(peak / GIB, 3)
         return metrics
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -309,7 +323,6 @@ class Recorder:
             self.planned = None
         if self.tracker:
             self.tracker.wake()
-        self.clear()
 
     def _line(self, m: dict[str, Any]) -> str:
         line = (

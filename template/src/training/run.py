@@ -18,6 +18,7 @@ from src.models.model import RECIPE, build_model, load_tokenizer, save_model, tr
 from src.training import report, strategy
 from src.training.checkpoint import (
     Training,
+    TrainState,
     check_identity,
     find_checkpoint,
     identify,
@@ -125,9 +126,6 @@ def _train(
     dtype, total_steps = pick_dtype(config.model.dtype, device), recorder.total_steps
     scheduler = make_scheduler(training.optimizer, settings, total_steps, state.step)
 
-    def due(every: int | None) -> bool:
-        return every is not None and state.step % every == 0
-
     def finished() -> bool:
         in_vain, patience = state.evaluations_without_gain, settings.patience
         return state.step >= total_steps or (patience is not None and in_vain >= patience)
@@ -137,12 +135,13 @@ def _train(
         recorder.add(step)
         done, best = finished(), False
         stopping = stop.requested() and not done
-        evaluating = evaluation and not stopping and (done or due(settings.eval_every))
-        saving = stopping or done or due(settings.save_every)
-        if not (evaluating or saving or due(settings.log_every)):
+        evaluating = evaluation and not stopping and (done or _due(settings.eval_every, state))
+        saving = stopping or done or _due(settings.save_every, state)
+        if not (evaluating or saving or _due(settings.log_every, state)):
             return False
-        share = state.position / train.sampler.batches  # above 1 where ranks got filler alone
-        metrics = recorder.read(state.epoch + min(share, 1))
+        steps = recorder.take_steps()  # waits for the GPU
+        report.check_finite(steps, state, settings.on_non_finite)
+        metrics = recorder.measure(steps, train.sampler.batches)
         if evaluating:
             result = evaluate(objective, evaluation, device, dtype)
             metrics |= {"eval_loss": result.loss, "perplexity": result.perplexity}
@@ -167,6 +166,10 @@ def _train(
             skip_non_finite=settings.on_non_finite == "skip",
         )  # fmt: skip
         state.epoch, state.position = state.epoch + 1, 0
+
+
+def _due(every: int | None, state: TrainState) -> bool:
+    return every is not None and state.step % every == 0
 
 
 def _make_loaders(

@@ -1,10 +1,10 @@
-"""What people read of a run: its figures, log lines, `metrics.jsonl`, curve and summary."""
+"""What people read of a run: its printed lines, `metrics.jsonl`, curve and summary."""
 
 import json
 import math
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +34,7 @@ from src.utils.errors import Interrupted, RunError
 from src.utils.files import write_text
 from src.utils.memory import GIB, clear_memory, print_gpu_memory
 
+FEW = 10  # documents: a loss on fewer says little
 NOT_FINITE = (
     "step {}: the loss or a gradient is not finite; the step was not taken. Its batches held rows "
     "{} of data.train (counted from 0). Lower training.learning_rate, correct the rows, or set "
@@ -52,91 +53,96 @@ def describe(
     config: Config, model: PreTrainedModel, dtype: torch.dtype, train: TokenLoader,
     evaluation: TokenLoader | None, total_steps: int, speed: Speed,
 ) -> None:  # fmt: skip
-    """The arithmetic of the run, before step 1."""
-    training, data, length = config.training, train.dataset, config.data.max_length
-    trainable, quantized, total = count_parameters(model)
-    attention = model.config._attn_implementation
-    bits = f"{config.model.quantization} ({quantized / total:.0%} of it)"
-    bits = bits if quantized else "not quantized"
-    weights = "random weights" if config.model.init == "random" else bits
-    adapter = getattr(model, "peft_config", {}).get("default")  # as it is: it may be a saved one
-    base = getattr(adapter, "base_model_name_or_path", None)
-    kind = f"LoRA r={adapter.r} alpha={adapter.lora_alpha}" if adapter else "all weights"
+    """Print what is trained, on what, and how: before step 1."""
+    settings, length, data = config.training, config.data.max_length, train.dataset
+    rows, window = settings.batch_size, settings.gradient_accumulation_steps
     tokens, labelled = int(data.lengths.sum()), data.facts.labelled_tokens
-    to_evaluate = f"; {len(evaluation.dataset):,} rows to evaluate on" if evaluation else ""
-    window, world = training.gradient_accumulation_steps, distributed.WORLD_SIZE
-    real = tokens / (train.sampler.batches * training.batch_size * length)
-    fill = f"{real:.1%} of them real" if train.packing else "padded"
-    epoch, rate = -(-len(train.sampler) // window), training.learning_rate
-    ways = f"{training.scheduler} from {rate:g}, {training.warmup_steps} warm-up"
-    shapes = ", ".join(f"{n:,} as {shape}" for shape, n in data.facts.read_as.items())
-    precision = str(dtype).removeprefix("torch.")
-    held = total * bytes_a_weight(training, dtype) / GIB if config.lora is None else 0
-    apart = f"not packed: in {model.config.model_type} packed documents would see each other"
-    for name, text in (
-        ("model", f"{config.model.name}, {weights}: {kind} trained, {trainable:,} of {total:,}"),
-        ("", f"{precision} on {model.device.type}, {attention} attention"),
-        ("", adapter and f"adapters on {', '.join(adapted_names(model))}"),
-        ("", config.lora and config.lora.adapter
-         and f"going on from {config.lora.adapter}, made on {base}"),
-        ("", held > 0.1 and f"{held:.1f} GiB for weights, gradients and moments"),
-        ("data", f"{len(data):,} rows, {tokens:,} tokens, {labelled:,} labelled"
-         f" ({labelled / tokens:.0%}){to_evaluate}"),
-        ("", f"read {shapes}"),
-        *(("", line) for line in data_notes(data.facts, config.data)),
-        ("batch", f"{training.batch_size} x {length} tokens x {window} accumulated x {world} "
-         f"process{'es' * (world > 1)}, {fill}"),
-        ("", config.data.packing and not train.packing and apart),
-        ("schedule", f"{total_steps:,} steps, {epoch:,} an epoch; {ways}"),
-        ("speed", f"{speed.per_token / 1e9:.3g} GFLOP a token; a matmul does "
-         f"{speed.matmul / 1e12:.3g} TFLOP/s here, of which mfu is the share in use"),
-    ):  # fmt: skip
-        if text:
-            say(f"{name:<10} {text}")
+    fill = "padded"
+    if train.packing:
+        fill = f"{tokens / (train.sampler.batches * rows * length):.1%} of them real"
+    _describe_model(config, model, dtype)
+    share = f"{labelled:,} labelled ({labelled / tokens:.0%})"
+    say(f"data       {len(data):,} rows, {tokens:,} tokens, {share}")
+    if evaluation:
+        say(f"           {len(evaluation.dataset):,} rows to evaluate on")
+    shapes = [f"{count:,} as {shape}" for shape, count in data.facts.read_as.items()]
+    say(f"           read {', '.join(shapes)}")
+    for note in data_notes(data.facts, config.data):
+        say(f"           {note}")
+    world = distributed.WORLD_SIZE
+    say(f"batch      {rows} x {length} tokens, {fill}; accumulation {window}, processes {world}")
+    if config.data.packing and not train.packing:
+        kind = model.config.model_type
+        say(f"           not packed: {kind} would let packed documents attend to each other")
+    say(
+        f"schedule   {total_steps:,} steps, {-(-len(train.sampler) // window):,} an epoch; "
+        f"{settings.scheduler} from {settings.learning_rate:g}, {settings.warmup_steps} warm-up"
+    )
+    say(
+        f"speed      mfu is the share of this machine's matmul speed, {speed.matmul / 1e12:.3g} "
+        f"TFLOP/s, that training uses; a token takes {speed.per_token / 1e9:.3g} GFLOP"
+    )
     for warning in _warnings(config, model, train, evaluation, total_steps):
         say(f"warning: {warning}")
 
 
-def keep_left_out(loaders: Iterable[TokenLoader | None], folder: Path) -> None:
-    """Write down in the run's folder which rows were left out as unusable."""
-    lines: dict[bytes, None] = {}  # once, where both sets come from the same rows
-    for loader in filter(None, loaders):
-        lines |= dict.fromkeys(loader.dataset.left_out.read_bytes().splitlines(keepends=True))
-    if lines:
-        (folder / "left_out.jsonl").write_bytes(b"".join(lines))
+def _describe_model(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    trainable, quantized, total = count_parameters(model)
+    weights = "not quantized"
+    if config.model.init == "random":
+        weights = "random weights"
+    elif quantized:
+        weights = f"{config.model.quantization} ({quantized / total:.0%} of the weights)"
+    say(f"model      {config.model.name}, {weights}; {trainable:,} of {total:,} weights trained")
+    attention, precision = model.config._attn_implementation, str(dtype).removeprefix("torch.")
+    say(f"           {precision} on {model.device.type}, {attention} attention")
+    if config.lora is None:
+        held = total * bytes_a_weight(config.training, dtype) / GIB
+        say(f"           {held:.2g} GiB for weights, gradients and moments")
+        return
+    made: Any = model.peft_config["default"]  # a saved adapter may differ from the config's
+    layers = ", ".join(adapted_names(model))
+    say(f"           LoRA r={made.r} alpha={made.lora_alpha} on {layers}")
+    if config.lora.adapter:
+        base = made.base_model_name_or_path
+        say(f"           continues {config.lora.adapter}, which was made on {base}")
 
 
 def _warnings(
     config: Config, model: PreTrainedModel, train: TokenLoader, evaluation: TokenLoader | None,
     total_steps: int,
 ) -> Iterator[str]:  # fmt: skip
-    """What is allowed, and seldom meant."""
-    rate, pretrained = config.training.learning_rate, config.model.init == "pretrained"
-    if config.lora is None and pretrained and rate > 1e-4:
-        yield f"training.learning_rate={rate:g} suits LoRA; full fine-tuning takes about 2e-5"
+    """Settings that are allowed and rarely meant."""
+    settings, rate = config.training, config.training.learning_rate
+    if config.lora is None and config.model.init == "pretrained" and rate > 1e-4:
+        yield f"training.learning_rate={rate:g} suits LoRA; use about 2e-5 to train all weights"
     _, quantized, total = count_parameters(model)
     if 0 < quantized < total / 2:
-        bits, share = config.model.quantization, quantized / total
-        yield f"{bits} reaches {share:.0%} of the weights: layers, but no parameters of experts"
-    if config.lora and (names := ", ".join(frozen_experts(model))):
-        yield f"no adapter reaches the experts; lora.target_parameters=[{names}] adds some"
+        bits = config.model.quantization
+        yield f"{bits} quantizes only {quantized / total:.0%} of the weights: layers, not experts"
+    experts = frozen_experts(model) if config.lora else []
+    if experts:
+        names = ", ".join(experts)
+        yield f"experts get no adapters; lora.target_parameters=[{names}] adds some"
     known: Any = model.config
     limit = getattr(known.get_text_config(), "max_position_embeddings", None)
-    longest, settings = int(train.dataset.lengths.max()), config.training
+    longest = int(train.dataset.lengths.max())
     if limit and longest > limit:
         yield (
             f"the longest document has {longest:,} tokens, and the model was made for {limit:,} "
             f"positions; data.max_length={limit} keeps within them"
         )
-    if settings.warmup_steps > total_steps:
-        reached = settings.learning_rate * total_steps / settings.warmup_steps
+    warmup = settings.warmup_steps
+    if warmup > total_steps:
         yield (
-            f"training.warmup_steps={settings.warmup_steps} in a run of {total_steps} steps: the "
-            f"rate ends at {reached:.2g} and never reaches {settings.learning_rate:g}"
+            f"training.warmup_steps={warmup} in a run of {total_steps} steps: the rate ends at "
+            f"{rate * total_steps / warmup:.2g} and never reaches {rate:g}"
         )
-    if evaluation is not None and len(evaluation.dataset) < FEW and not settings.overfit:
-        few = f"{len(evaluation.dataset)} documents to evaluate on"
-        yield f"only {few}: the best evaluation is chosen by them; use more rows for data.eval"
+    if evaluation and len(evaluation.dataset) < FEW and not settings.overfit:
+        yield (
+            f"only {len(evaluation.dataset)} documents to evaluate on, and they choose the best "
+            "checkpoint; use more rows for data.eval"
+        )
 
 
 def warn_of_rate(state: TrainState, rate: float, total_steps: int) -> None:
@@ -156,20 +162,20 @@ def warn_of_rate(state: TrainState, rate: float, total_steps: int) -> None:
 def show_memory(
     config: Config, device: torch.device, dtype: torch.dtype, shared: str
 ) -> float | None:
-    """On a GPU say what loading left there, and what a step is planned to take.
+    """On a GPU, print what loading left there and how much memory a step is planned to take.
 
     Returns:
-        GiB that the peak of a step should be; None where it is not known.
+        Planned peak of a step in GiB; None where it is not known.
     """
     if device.type != "cuda":
         return None
-    clear_memory()  # what loading left: the peak is then that of training
+    clear_memory()  # so that the peak is that of training, and not of loading
     distributed.on_main(print_gpu_memory, "memory    ")
     if strategy.shards(shared) > 1:
         return None
     try:
         planned = plan(config, dtype)
-    except Exception as error:  # noqa: BLE001 - a model that cannot be walked can be trained
+    except Exception as error:  # noqa: BLE001 - a model that cannot be planned can be trained
         say(f"planned    not known: {type(error).__name__}")
         return None
     peak = planned.peak_gib - planned.overhead  # which torch does not count either
@@ -179,12 +185,9 @@ def show_memory(
 
 
 def show_example(train: TokenLoader, tokenizer: Tokenizer) -> None:
-    """The first document as the model sees it, what carries loss between [ and ]."""
-    shown = show_document(train.dataset[[0]][0], tokenizer).replace("\n", "\\n")
-    say("example    " + (shown if len(shown) <= 300 else f"{shown[:300]} …"))
-
-
-FEW = 10  # documents: a loss on fewer says little
+    """Print the first document as the model reads it; tokens with loss are between [ and ]."""
+    text = show_document(train.dataset[[0]][0], tokenizer).replace("\n", "\\n")
+    say("example    " + (text if len(text) <= 300 else f"{text[:300]} …"))
 
 
 def check_finite(steps: list[StepResult], state: TrainState, on_non_finite: str) -> None:
@@ -202,26 +205,22 @@ def check_finite(steps: list[StepResult], state: TrainState, on_non_finite: str)
 class Recorder:
     """Writes a line of numbers everywhere: `metrics.jsonl` first, then the terminal and MLflow.
 
-    A context manager around all that writes into the run's folder: it starts the tracker, and
-    tells it in the end whether the run finished, failed or was stopped. Processes other than
-    the main one add up the same numbers and write nothing.
+    A context manager around everything that writes into the run's folder. It starts the record and
+    the tracker, and in the end writes whether the run finished, failed or was stopped. Processes
+    other than the main one compute the same numbers and write nothing.
     """
 
     def __init__(
         self, config: Config, written: dict[str, Any], state: TrainState, total_steps: int,
         speed: Speed, loaders: Sequence[TokenLoader | None] = (), planned: float | None = None,
+        tracker: Tracker | None = None,
     ) -> None:  # fmt: skip
-        self.fingerprints = {
-            name: loader.dataset.facts.fingerprint
-            for name, loader in zip(("train", "eval"), loaders, strict=False)
-            if loader is not None
-        }
-        self.config, self.written, self.state = config, written, state
-        self.total_steps, self.planned = total_steps, planned
-        self.folder, self.speed = from_root(config.output_dir), speed
+        self.written, self.state, self.total_steps = written, state, total_steps
+        self.speed, self.loaders, self.planned = speed, loaders, planned
+        self.tracker = tracker if distributed.is_main() else None
+        self.folder = from_root(config.output_dir)
         self.checkpoints = self.folder / "checkpoints"
         self.record: Record | None = None
-        self.tracker: Tracker | None = None
         self.result = ""
         self._steps: list[StepResult] = []
         self.clear()
@@ -229,37 +228,47 @@ class Recorder:
     def __enter__(self) -> Self:
         self.bar = tqdm(
             total=self.total_steps, initial=self.state.step, unit="step", dynamic_ncols=True,
-            disable=None if distributed.is_main() else True,  # None: where nobody watches
+            disable=None if distributed.is_main() else True,  # None: off where it is no terminal
         )  # fmt: skip
         if distributed.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.yaml", OmegaConf.to_yaml(self.written))
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                rewind_metrics(self.folder / name, self.state.step)
-            self.record = Record.start(
-                self.folder, self.written, self.fingerprints, self.state.step
-            )
-            if self.config.tracking.enabled:
-                self.tracker = Tracker(say)
-                self.tracker.start(self.record)
+            self._start_record()
         return self
+
+    def _start_record(self) -> None:
+        folder, step, fingerprints = self.folder, self.state.step, {}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(self.written))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            rewind_metrics(folder / name, step)
+        left_out: dict[str, None] = {}  # a row once, where both sets come from the same rows
+        for name, loader in zip(("train", "eval"), self.loaders, strict=False):
+            if loader is not None:
+                fingerprints[name] = loader.dataset.facts.fingerprint
+                lines = loader.dataset.left_out.read_text("utf-8").splitlines(keepends=True)
+                left_out |= dict.fromkeys(lines)
+        if left_out:
+            write_text(folder / "left_out.jsonl", "".join(left_out))
+        self.record = Record.start(folder, self.written, fingerprints, step)
+        if self.tracker:
+            self.tracker.start(self.record)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.close()
-        stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
-        status = "KILLED" if stopped else "FAILED" if kind else "FINISHED"
+        status = "FAILED" if kind else "FINISHED"
+        if kind and issubclass(kind, Interrupted | KeyboardInterrupt):
+            status = "KILLED"
         if self.record:
             self.record.update(status=status, ended=int(time.time() * 1000))
         if self.tracker:
             self.tracker.close(status)
 
-    def conclude(self, step: int, why: str) -> None:
-        """Say of which step the result is, wherever somebody may look for it."""
-        self.result = result = f"step {step:,} of {self.state.step:,}, {why}"
+    def conclude(self, step: int, reason: str) -> None:
+        """Write down of which step the result is."""
+        self.result = f"step {step:,} of {self.state.step:,}, {reason}"
         if self.record:
-            told = f"# final/ holds {result}\n{OmegaConf.to_yaml(self.written)}"
-            write_text(self.folder / "config.yaml", told)
-            self.record.update(final=result, final_step=step)
+            text = f"# final/ holds {self.result}\n{OmegaConf.to_yaml(self.written)}"
+            write_text(self.folder / "config.yaml", text)
+            self.record.update(final=self.result, final_step=step)
 
     def clear(self) -> None:
         """Restart the clock of the next line; it leaves out evaluating and saving."""
@@ -310,14 +319,15 @@ class Recorder:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Write one line everywhere; keys as in `metrics.jsonl`."""
-        # A NaN is not JSON, so it is written as null.
-        clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        clean["time"] = round(time.time(), 3)
         if distributed.is_main():
+            # A NaN is not JSON, so it is written as null.
+            line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+            line["time"] = round(time.time(), 3)
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(clean) + "\n")
+                file.write(json.dumps(line) + "\n")
         say(self._line(metrics))
-        if self.planned and (peak := metrics.get("peak_memory_gib")):
+        peak = metrics.get("peak_memory_gib")
+        if self.planned and peak:
             more = f"{100 * (peak / self.planned - 1):+.0f} % of what was planned"
             say(f"measured   {peak:.2f} GiB at the peak of {metrics['step']} steps, {more}")
             self.planned = None
@@ -346,37 +356,35 @@ def draw_curves(folders: Sequence[Path], picture: Path) -> None:
     """Draw the training and evaluation loss of one run or several over their steps."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    canvas = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = canvas.subplots()
     for number, folder in enumerate(folders):
-        rows, name = read_metrics(folder / "metrics.jsonl"), f"{folder.name}: " * (len(folders) > 1)
+        rows = read_metrics(folder / "metrics.jsonl")
         for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o--")):
-            # A null is drawn as a gap.
-            if points := [(row["step"], row[key]) for row in rows if key in row]:
-                color = f"C{number}" if name else None
-                axes.plot(*zip(*points, strict=True), style, label=name + label, color=color)
+            points = [(row["step"], row[key]) for row in rows if key in row]  # null leaves a gap
+            if points:
+                label = f"{folder.name}: {label}"
+                axes.plot(*zip(*points, strict=True), style, label=label, color=f"C{number}")
     axes.set(xlabel="optimizer step", ylabel="loss per labelled token (nats)", ylim=(0, None))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    temporary = picture.with_name(f".{picture.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(picture)
+    canvas.savefig(picture, dpi=120, format="png")
 
 
 def summarise(config: Config, result: str) -> None:
-    """What came out, where it is, and what to do next."""
-    rows = read_metrics(from_root(config.output_dir) / "metrics.jsonl")
-    here = shlex.quote(config.output_dir)
-    if rows:
-        last, names = rows[-1], {"loss": "loss", "eval_loss": "evaluation"}
-        losses = [f"{names[key]} {figure(last[key])}" for key in names if key in last]
-        say(f"\ndone       {last['step']} steps, {', '.join(losses)}")
+    """Print what came out, where it is, and what to do next."""
+    folder, here = from_root(config.output_dir), shlex.quote(config.output_dir)
+    if rows := read_metrics(folder / "metrics.jsonl"):
+        last = rows[-1]
+        losses = f"loss {figure(last['loss'])}"
+        if "eval_loss" in last:
+            losses += f", evaluation {figure(last['eval_loss'])}"
+        say(f"\ndone       {last['step']} steps, {losses}")
+        say(f"curve      {here}/loss.png, numbers in metrics.jsonl beside it")
     else:
         say("\ndone       nothing was left to train")
     say(f"model      {here}/final: {result}")
-    if rows:
-        say(f"curve      {here}/loss.png, numbers in metrics.jsonl beside it")
     if config.tracking.enabled and distributed.is_main():
-        say(f"runs       {where_to_look(Record(from_root(config.output_dir)))}")
+        say(f"runs       {where_to_look(Record(folder))}")
     say(f'next       uv run scripts/inference.py {here}/final "your question"')

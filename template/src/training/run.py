@@ -40,6 +40,7 @@ from src.training.out_of_memory import explain_out_of_memory
 from src.training.samples import prove_overfitted, start_asking
 from src.training.signals import StopSignal
 from src.training.speed import measure_speed
+from src.training.tracking import Tracker
 from src.training.trainer import StepResult, evaluate, train_epoch
 from src.utils import distributed
 from src.utils.device import pick_device, pick_dtype
@@ -85,11 +86,11 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         report.describe(config, model, dtype, train, evaluation, total_steps, speed)
         report.show_example(train, tokenizer)
         planned = report.show_memory(config, device, dtype, shared)
-        told = (config, written, training.state, total_steps, speed, loaders, planned)
-        recorder = report.Recorder(*told)
+        tracker = Tracker(report.say) if config.tracking.enabled else None
+        parts = (training.state, total_steps, speed, loaders, planned, tracker)
+        recorder = report.Recorder(config, written, *parts)
         # From here on there is something to lose: a signal now waits for the end of a step.
         with StopSignal(command) as stop, recorder, explain_out_of_memory(config, training):
-            distributed.on_main(report.keep_left_out, loaders, output)
             asks = start_asking(objective, tokenizer, config, training.state, dtype)
             _train(objective, training, train, evaluation, config, recorder, stop, asks)
             _take_best(training, recorder)

@@ -120,8 +120,6 @@ class Sender:
             if self._client is None:
                 self._connect()
             sent = self._send_lines()
-            if self._live and self._monitor is None:
-                self._watch_machine()
             if status:
                 self._send_files()
                 self._send_samples()
@@ -148,6 +146,7 @@ class Sender:
         self._describe(client, runs[0])
         if self._live:
             client.update_run(self._run_id, status="RUNNING")
+            self._watch_machine()
         points = client.get_metric_history(self._run_id, "learning_rate")
         self._steps, self._offset = {point.step for point in points}, 0
         self._client = client
@@ -198,12 +197,15 @@ class Sender:
         return len(new)
 
     def _watch_machine(self) -> None:
+        """Let MLflow log the use of CPU, memory, disk and network while the run lives."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self._monitor = SystemMetricsMonitor(
-            self._run_id, resume_logging=True, tracking_uri=self._uri
-        )
-        self._monitor.start()
+        if self._monitor is None:
+            uri = self._uri
+            self._monitor = SystemMetricsMonitor(
+                self._run_id, resume_logging=True, tracking_uri=uri
+            )
+            self._monitor.start()
 
     def _send_files(self) -> None:
         paths = [self._folder / name for name in FILES]

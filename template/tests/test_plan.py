@@ -1,7 +1,6 @@
 """The plan of the memory is what the step really holds, and a script says what follows from it."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,9 @@ from src.data.dataset import load_tokens
 from src.models.adapters import without_input_casts
 from src.models.model import load_tokenizer
 from src.training import plan as plan_module
-from src.training import report
-from src.training.checkpoint import TrainState
 from src.training.optimizer import make_optimizer
 from src.training.plan import Tracker, cheapest_that_fits, plan
-from src.training.speed import Speed, count_flops
+from src.training.speed import count_flops
 from src.training.trainer import as_objective, train_step
 from src.utils.errors import UserError
 from src.utils.memory import GIB
@@ -186,29 +183,3 @@ def test_steps_tokens_and_hours_of_the_run_are_those_that_training_counts(
 def test_a_gpu_that_nobody_knows_is_refused(refused) -> None:
     assert "--gpu big: neither a size" in refused(scripts.plan.main, SMOKE, "--gpu", "big")[0]
     assert "unknown key" in refused(scripts.plan.main, SMOKE, "lora.rr=1")[0]
-
-
-def test_a_run_on_a_gpu_tells_its_plan_and_then_what_was_measured(monkeypatch, capsys, tmp_path):
-    for name in ("clear_memory", "print_gpu_memory"):
-        monkeypatch.setattr(report, name, lambda *_: None)
-    config = load_config(SMOKE, [f"output_dir={tmp_path}", "tracking.enabled=false"])[0]
-    show = partial(report.show_memory, config, dtype=torch.bfloat16)
-    assert show(CPU, shared="") is None
-    with monkeypatch.context() as many:
-        many.setattr(report.strategy, "shards", lambda _: 8)
-        assert show(torch.device("cuda"), shared="fsdp") is None
-    assert capsys.readouterr().out == ""
-    planned = show(torch.device("cuda"), shared="")
-    wanted = plan(config)
-    assert planned == wanted.peak_gib - wanted.overhead
-    assert capsys.readouterr().out.startswith(f"planned    {planned:.2f} GiB at the peak: weights ")
-    recorder = report.Recorder(config, {}, TrainState(), 4, Speed(1, 1, 1), planned=planned)
-    line = dict.fromkeys(("epoch", "loss", "learning_rate", "grad_norm", "mfu"), 0.5)
-    line |= {"step": 2, "tokens_per_second": 9, "peak_memory_gib": planned * 1.1}
-    for _ in range(2):
-        recorder.log(line)
-    told = f"measured   {planned * 1.1:.2f} GiB at the peak of 2 steps, +10 % of what was planned\n"
-    assert capsys.readouterr().out.count(told) == 1
-    monkeypatch.setattr(plan_module, "walk", lambda *_: 1 / 0)
-    assert show(torch.device("cuda"), shared="") is None
-    assert "planned    not known: ZeroDivisionError" in capsys.readouterr().out

@@ -20,10 +20,8 @@ from src.data.batching import TokenLoader
 from src.data.describe import data_notes, show_document
 from src.models.adapters import adapted_names, frozen_experts
 from src.models.model import count_parameters
-from src.training import strategy
 from src.training.checkpoint import TrainState
 from src.training.optimizer import bytes_a_weight
-from src.training.plan import plan
 from src.training.record import Record, read_metrics, rewind_metrics
 from src.training.speed import Speed
 from src.training.tracking import Tracker, where_to_look
@@ -159,29 +157,11 @@ def warn_of_rate(state: TrainState, rate: float, total_steps: int) -> None:
         )
 
 
-def show_memory(
-    config: Config, device: torch.device, dtype: torch.dtype, shared: str
-) -> float | None:
-    """On a GPU, print what loading left there and how much memory a step is planned to take.
-
-    Returns:
-        Planned peak of a step in GiB; None where it is not known.
-    """
-    if device.type != "cuda":
-        return None
-    clear_memory()  # so that the peak is that of training, and not of loading
-    distributed.on_main(print_gpu_memory, "memory    ")
-    if strategy.shards(shared) > 1:
-        return None
-    try:
-        planned = plan(config, dtype)
-    except Exception as error:  # noqa: BLE001 - a model that cannot be planned can be trained
-        say(f"planned    not known: {type(error).__name__}")
-        return None
-    peak = planned.peak_gib - planned.overhead  # which torch does not count either
-    parts = f"weights {planned.weights:.2f}, activations {planned.activations:.2f}"
-    say(f"planned    {peak:.2f} GiB at the peak: {parts}, gradients and moments the rest")
-    return peak
+def show_memory(device: torch.device) -> None:
+    """On a GPU, free what only loading needed, and print what is held before the first step."""
+    if device.type == "cuda":
+        clear_memory()  # so that the peak is that of training
+        distributed.on_main(print_gpu_memory, "memory    ")
 
 
 def show_example(train: TokenLoader, tokenizer: Tokenizer) -> None:
@@ -212,11 +192,10 @@ class Recorder:
 
     def __init__(
         self, config: Config, written: dict[str, Any], state: TrainState, total_steps: int,
-        speed: Speed, loaders: Sequence[TokenLoader | None] = (), planned: float | None = None,
-        tracker: Tracker | None = None,
+        speed: Speed, loaders: Sequence[TokenLoader | None] = (), tracker: Tracker | None = None,
     ) -> None:  # fmt: skip
         self.written, self.state, self.total_steps = written, state, total_steps
-        self.speed, self.loaders, self.planned = speed, loaders, planned
+        self.speed, self.loaders = speed, loaders
         self.tracker = tracker if distributed.is_main() else None
         self.folder = from_root(config.output_dir)
         self.checkpoints = self.folder / "checkpoints"
@@ -326,11 +305,6 @@ class Recorder:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         say(self._line(metrics))
-        peak = metrics.get("peak_memory_gib")
-        if self.planned and peak:
-            more = f"{100 * (peak / self.planned - 1):+.0f} % of what was planned"
-            say(f"measured   {peak:.2f} GiB at the peak of {metrics['step']} steps, {more}")
-            self.planned = None
         if self.tracker:
             self.tracker.wake()
 

@@ -85,10 +85,10 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         speed = measure_speed(model, train.dataset.lengths, device, dtype)
         report.describe(config, model, dtype, train, evaluation, total_steps, speed)
         report.show_example(train, tokenizer)
-        planned = report.show_memory(config, device, dtype, shared)
+        report.show_memory(device)
         tracker = Tracker(report.say) if config.tracking.enabled else None
-        parts = (training.state, total_steps, speed, loaders, planned, tracker)
-        recorder = report.Recorder(config, written, *parts)
+        state = training.state
+        recorder = report.Recorder(config, written, state, total_steps, speed, loaders, tracker)
         # From here on there is something to lose: a signal now waits for the end of a step.
         with StopSignal(command) as stop, recorder, explain_out_of_memory(config, training):
             asks = start_asking(objective, tokenizer, config, training.state, dtype)

@@ -73,9 +73,10 @@ def test_a_run_whose_last_steps_were_all_skipped_ends_with_a_summary(train, monk
 
 def test_metrics_are_rewound_to_a_step_past_a_line_that_a_crash_has_cut(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"step": 8, "lo')
+    whole = '{"step": 2}\n{"step": 4, "answer": "one line\u2028to JSON, two to Python"}\n'
+    path.write_text(whole + '{"step": 6}\n{"step": 8, "lo')
     rewind_metrics(path, 4)
-    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+    assert path.read_text() == whole
 
 
 def test_a_finished_checkpoint_resumed_in_a_new_folder_ends_with_a_result(train, capsys) -> None:

@@ -140,7 +140,8 @@ def git(root: Path, *words: str) -> str | None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a file of JSON lines; a crash may have cut the last one."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    # Not splitlines(): an answer may have a separator that ends a line for Python, not for JSON.
+    for line in path.read_text("utf-8").split("\n") if path.exists() else []:
         with suppress(ValueError):
             lines.append(json.loads(line))
     return lines

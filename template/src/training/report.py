@@ -219,14 +219,14 @@ class Recorder:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(self.written))
         for name in ("metrics.jsonl", "samples.jsonl"):
             rewind_metrics(folder / name, step)
-        left_out: dict[str, None] = {}  # a row once, where both sets come from the same rows
+        left_out: dict[bytes, None] = {}  # a row once, where both sets come from the same rows
         for name, loader in zip(("train", "eval"), self.loaders, strict=False):
             if loader is not None:
                 fingerprints[name] = loader.dataset.facts.fingerprint
-                lines = loader.dataset.left_out.read_text("utf-8").splitlines(keepends=True)
+                lines = loader.dataset.left_out.read_bytes().splitlines(keepends=True)
                 left_out |= dict.fromkeys(lines)
         if left_out:
-            write_text(folder / "left_out.jsonl", "".join(left_out))
+            (folder / "left_out.jsonl").write_bytes(b"".join(left_out))
         self.record = Record.start(folder, self.written, fingerprints, step)
         if self.tracker:
             self.tracker.start(self.record)
@@ -271,12 +271,12 @@ class Recorder:
         ]
 
     def measure(self, steps: list[StepResult], batches: int) -> dict[str, Any]:
-        """The numbers of these steps, the last ones taken; an epoch has so many batches."""
+        """The numbers of the steps since the last line; `batches` is the length of an epoch."""
         seconds, state = time.perf_counter() - self._started, self.state
-        # Ranks without a batch got filler, which counts in `position`.
+        # `position` also counts the filler of ranks that had no batch left.
         epoch = state.epoch + min(state.position / batches, 1)
         tokens, labelled = sum(s.tokens for s in steps), sum(s.labelled for s in steps)
-        good = [step for step in steps if step.finite]
+        good = [step for step in steps if step.finite and step.labelled]
         total = sum(float(step.loss) * step.labelled for step in good)
         metrics = {
             "step": state.step,

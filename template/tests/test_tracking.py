@@ -128,18 +128,24 @@ def test_the_result_is_a_model_that_answers_by_its_uri_with_its_evaluation(seen,
         assert capfd.readouterr().out == f"{ANSWER}\n"
 
 
-def test_a_model_larger_than_the_limit_is_listed_without_its_files(
+def test_a_model_is_listed_once_though_sending_failed_and_a_large_one_without_its_files(
     store, seen, tmp_path, monkeypatch
 ) -> None:
+    from mlflow import MlflowClient
+
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")  # which has no runs yet
     copy = shutil.copytree(seen, tmp_path / "copy")
     config = (copy / "config.yaml").read_text().replace("max_model_gib: 1.0", "max_model_gib: 0")
     (copy / "config.yaml").write_text(config)
+    with monkeypatch.context() as broken:
+        broken.setattr(MlflowClient, "finalize_logged_model", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            send_later(copy)
     for _ in range(2):
         send_later(copy)
     client, (run,) = connect(), runs()
     models = client.search_logged_models([run.info.experiment_id])
-    assert [m.name for m in models] == ["final-160"]
+    assert [(m.name, m.status) for m in models] == [("final-160", "READY")]
     assert models[0].tags["folder"] == str(copy / "final")
     assert not list((tmp_path / "store").rglob("*.safetensors"))
 

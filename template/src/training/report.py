@@ -321,9 +321,9 @@ class Recorder:
         return line
 
 
-def figure(value: float | None, form: str = ".4f") -> str:
-    """Write a number of `metrics.jsonl`, where null stands for NaN and infinity."""
-    return "not finite" if value is None else format(value, form)
+def _loss(value: float | None) -> str:
+    """A loss of `metrics.jsonl`, where null stands for NaN and infinity."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def draw_curves(folders: Sequence[Path], picture: Path) -> None:
@@ -351,9 +351,9 @@ def summarise(config: Config, result: str) -> None:
     folder, here = from_root(config.output_dir), shlex.quote(config.output_dir)
     if rows := read_metrics(folder / "metrics.jsonl"):
         last = rows[-1]
-        losses = f"loss {figure(last['loss'])}"
+        losses = f"loss {_loss(last['loss'])}"
         if "eval_loss" in last:
-            losses += f", evaluation {figure(last['eval_loss'])}"
+            losses += f", evaluation {_loss(last['eval_loss'])}"
         say(f"\ndone       {last['step']} steps, {losses}")
         say(f"curve      {here}/loss.png, numbers in metrics.jsonl beside it")
     else:

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     """Read the config first, then import torch."""
     options, rest = _parse(arguments)
     load_environment()
-    from src.config import from_command_line
+    from src.config import changed, from_command_line
 
     config, _ = from_command_line(rest)
     total, peak = _size(options.gpu) if options.gpu else (None, None)
@@ -46,14 +46,21 @@ def main(arguments: list[str]) -> None:
     if total is None and torch.cuda.is_available():
         total = gpu_memory()["total"]
         peak = matmul_rate(torch.device("cuda"), torch.bfloat16) / 1e12
-    found = plan(config)
+    found, least = plan(config), config
+    if config.model.gradient_checkpointing == "auto":
+        least = changed(config, "model.gradient_checkpointing=true")
+    recomputing = least != config and total is not None and found.peak_gib > total
+    if recomputing:
+        found = plan(least)
     shown: dict[str, Any] = {name: round(gib, 3) for name, gib in asdict(found).items()}
     if total is not None:
         shown |= {"gpu_gib": total, "fits": found.peak_gib <= total}
         asked = config.training.batch_size if shown["fits"] else 0  # more than is tried, perhaps
-        shown["largest_batch_size"] = max(asked, largest_batch(config, total))
-        if not shown["fits"] and (change := cheapest_that_fits(config, total)):
+        shown["largest_batch_size"] = max(asked, largest_batch(least, total))
+        if not shown["fits"] and (change := cheapest_that_fits(least, total)):
             shown["try"], shown["peak_gib_then"] = change[0], round(change[1], 3)
+    if recomputing:
+        shown["recomputed"] = "every layer; training recomputes no more than it needs (auto)"
     shown |= _cost(config, peak, options.mfu)
     print(json.dumps(shown) if options.json else _as_text(shown))
 
@@ -87,6 +94,8 @@ def _as_text(shown: dict[str, Any]) -> str:
         size = f"training.batch_size={shown['largest_batch_size']}{most} is the largest that does"
         size = size if shown["largest_batch_size"] else "no training.batch_size does"
         lines.append(f"{verdict} in {shown['gpu_gib']:g} GiB; {size}")
+    if "recomputed" in shown:
+        lines.append(f"recomputed   {shown['recomputed']}")
     if "try" in shown:
         lines.append(f"try {shown['try']}: {shown['peak_gib_then']:.2f} GiB, as planned with it")
     if "not_counted" in shown:

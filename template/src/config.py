@@ -56,16 +56,16 @@ class ModelConfig(Section):
     # auto: `varlen` for packed batches where model and GPU allow it, else `sdpa`, else `eager`.
     # Any other name goes to transformers as it is, e.g. flash_attention_2.
     attention: NotEmpty = "auto"
-    # Recompute activations in the backward pass: 19 GiB instead of 65 for LoRA on 8B with 2 x 4096
-    # tokens on an H200, and a quarter slower.
-    gradient_checkpointing: bool = False
-    # 1 recomputes every layer; k only each k-th, for memory that would otherwise go unused.
-    gradient_checkpointing_every_n_layers: PositiveInt = 1
+    # Recompute activations in the backward pass instead of keeping them. true: in every layer, for
+    # 20 GiB instead of 40 and a third more time (LoRA on 8B, 2 x 4096 tokens). auto: on a GPU, in
+    # as few layers as its memory needs, which is tried before step 1; on a CPU in none.
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
     # Keep each layer's input in the host's memory: for very long rows, at some speed.
     gradient_checkpointing_offload: bool = False
-    # Compile each layer: 13 to 17 s at the start, then a quarter faster and 0.83 of the memory
-    # (LoRA on 8B on an H200). Needs a C compiler.
-    compile: bool = False
+    # Compile the layers, for which torch needs a C compiler: 13 to 22 s at the start, then 27 %
+    # more tokens a second and 40 GiB instead of 62 (LoRA on 8B, 2 x 4096 tokens, H200). auto: on a
+    # GPU with packed rows, if the run is long enough to earn it back and is not `deterministic`.
+    compile: bool | Literal["auto"] = "auto"
     # True executes Python code that the model's repository ships, with your rights.
     trust_remote_code: bool = False
     # A Jinja file. null: the tokenizer's own; a model without one gets configs/chat_template.j2.

@@ -211,9 +211,10 @@ def test_the_script_is_deterministic_without_help_from_the_environment(tmp_path)
     environment = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
     options = ["device=cuda", "deterministic=true", "tracking.enabled=false"]
     options += ["training.max_steps=4", f"output_dir={tmp_path / 'run'}"]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, ROOT / "scripts/train.py", SMOKE, *options], cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        env=environment | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

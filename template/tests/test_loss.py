@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import src.training.loss as loss_module
 from conftest import packed
@@ -15,8 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("labels", [0, 1, 127, 128, 300])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_chunked_loss_equals_the_full_one(monkeypatch, labels: int, bias: bool) -> None:
-    monkeypatch.setattr(loss_module, "CPU_CHUNK", 64)
+def test_the_chunked_loss_equals_the_full_one(labels: int, bias: bool) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(400, 16, dtype=torch.float64)
     weight = torch.randn(50, 16, dtype=torch.float64)
@@ -30,8 +30,9 @@ def test_the_chunked_loss_equals_the_full_one(monkeypatch, labels: int, bias: bo
         b = leaves[2] if bias else None
         if chunked:
             batch = with_targets({"input_ids": label, "labels": label})
+            head = loss_module.PlainHead(nn.Identity(), nn.Linear(1, 1), chunk=64)
             loss = loss_module._ChunkedCrossEntropy.apply(
-                h[batch["positions"]], w, b, batch["targets"], loss_module.CPU_CHUNK
+                h[batch["positions"]], w, b, batch["targets"], head
             )
         else:
             loss = F.cross_entropy(

@@ -138,11 +138,6 @@ def test_a_full_model_trains_in_fp32_and_is_saved_in_the_dtype_it_computes_in(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
 
 
-def test_gradient_checkpointing_covers_every_nth_layer(make_model) -> None:
-    model = make_model(gradient_checkpointing=True, gradient_checkpointing_every_n_layers=2)
-    assert sum(getattr(m, "gradient_checkpointing", False) for m in model.model.layers) == 2
-
-
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes that operators made and that something still holds."""
 

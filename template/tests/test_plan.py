@@ -43,7 +43,7 @@ def llama(tmp_path: Path) -> list[str]:
         (["lora.r=16"], 15.11, 62.37),
         (["lora.r=16", "model.gradient_checkpointing=true"], 15.11, 19.41),
         (["lora.r=16", "model.quantization=4bit"], 5.47, 52.73),
-        (["lora.r=16", "model.quantization=4bit", "model.gradient_checkpointing=true"], 5.47, 9.76),
+        (["lora.r=16", "model.quantization=4bit", "model.gradient_checkpointing=true"], 5.47, 9.70),
         (["lora=null", "model.gradient_checkpointing=true"], 29.92, 119.9),
     ],
 )
@@ -104,6 +104,7 @@ def planned(capsys, *arguments: str) -> dict:
 
 
 def test_the_script_says_what_fits(two_layers, capsys) -> None:
+    two_layers.append("model.gradient_checkpointing=false")
     found = planned(capsys, *two_layers)
     parts = ("weights", "gradients", "moments", "activations", "overhead")
     assert found["peak_gib"] == pytest.approx(sum(found[part] for part in parts), abs=0.01)
@@ -154,11 +155,20 @@ def test_where_nothing_fits_nothing_is_advised(tmp_path) -> None:
 
 
 def test_the_script_says_what_would_fit(two_layers, capsys) -> None:
-    scripts.plan.main([*two_layers, "--gpu", "4.7"])
+    scripts.plan.main([*two_layers, "model.gradient_checkpointing=false", "--gpu", "4.7"])
     shown = capsys.readouterr().out
     assert "does not fit in 4.7 GiB; no training.batch_size does" in shown
     assert "try model.gradient_checkpointing=true" in shown
     assert "as planned with it" in shown
+
+
+def test_auto_is_planned_with_recomputed_layers_where_it_needs_them(two_layers, capsys) -> None:
+    roomy, tight = (planned(capsys, *two_layers, "--gpu", gib) for gib in ("80", "7"))
+    assert (roomy["fits"], tight["fits"]) == (True, True)
+    assert ("recomputed" in roomy, "recomputed" in tight) == (False, True)
+    true = planned(capsys, *two_layers, "model.gradient_checkpointing=true", "--gpu", "7")
+    assert tight["peak_gib"] == true["peak_gib"] < roomy["peak_gib"]
+    assert tight["largest_batch_size"] == true["largest_batch_size"]
 
 
 def test_steps_tokens_and_hours_of_the_run_are_those_that_training_counts(

@@ -156,6 +156,23 @@ def collate_packed(
     return with_targets({**batch, "position_ids": torch.from_numpy(positions)[None]})
 
 
+def full_batch(rows: int, length: int, packing: bool, labelled: float = 1.0) -> dict[str, Any]:
+    """A microbatch as large as they come, of made-up tokens, to try a step or to plan one.
+
+    Args:
+        rows: documents, each of `length` tokens.
+        length: tokens of a document.
+        packing: whether they lie end to end in one row, or in rows of their own.
+        labelled: the share of their tokens, at the end, that carry loss.
+    """
+    ids = np.zeros(length, dtype=np.int32)
+    labels = np.where(np.arange(length) < length * (1 - labelled), IGNORE, 0)
+    documents = [Document(0, ids, labels)] * rows
+    if packing:
+        return collate_packed(documents, budget=rows * length, max_length=length, pad_id=0)
+    return collate_padded(documents, max_length=length, pad_id=0)
+
+
 def padded_loader(
     sources: str | list[str], tokenizer: Tokenizer, config: Config, limit: int | None = None
 ) -> TokenLoader:

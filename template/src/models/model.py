@@ -3,7 +3,7 @@
 import copy
 import logging
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
@@ -60,6 +61,8 @@ def load_model(
     """As `build_model`, with its attention set: see `set_attention`."""
     model = build_model(config, lora, tokenizer, device, dtype, trained_in)
     set_attention(model, config.attention, packing, device, dtype)
+    if config.compile is True:
+        compile_layers(model)
     return model
 
 
@@ -106,10 +109,8 @@ def build_model(
     set_generation_config(model, tokenizer)
     if lora is not None:
         model = add_adapters(model, lora)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing is True:  # what is left to auto: src/training/auto.py
         checkpoint_layers(model, config)
-    if config.compile:
-        _compile_layers(model)
     return model.train()  # from_pretrained leaves it in evaluation mode
 
 
@@ -308,16 +309,16 @@ def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 def checkpoint_layers(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Recompute activations in the backward pass, as the config says."""
+    """Recompute the activations of every layer in the backward pass."""
     # transformers 5.23 renamed it; the old name warns there, and goes in 6.
     name = "activation_checkpointing_enable"
     enable: Any = getattr(model, name, None) or model.gradient_checkpointing_enable
-    every, on_gpu = config.gradient_checkpointing_every_n_layers, model.device.type != "cpu"
+    on_gpu = model.device.type != "cpu"
     # bitsandbytes' 8-bit matmul keeps its input where autograd's hooks do not see it: only the
     # reentrant kind, which runs the first forward pass without a graph, frees it.
     kind = {"use_reentrant": config.quantization == "8bit"}
     try:
-        enable(kind, every_n_layers=every, offload=config.gradient_checkpointing_offload and on_gpu)
+        enable(kind, offload=config.gradient_checkpointing_offload and on_gpu)
     except ValueError as error:
         raise UserError(f"model.gradient_checkpointing: {error}") from None
 
@@ -328,13 +329,29 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [m for m in model.modules() if type(m).__name__ in names]
 
 
-def _compile_layers(model: PreTrainedModel) -> None:
-    """Compile each decoder layer in place: one graph, reused by all layers of a shape."""
+def recompute_first(model: PreTrainedModel, count: int) -> None:
+    """After `checkpoint_layers`, recompute the first `count` layers only.
+
+    The last layers' activations are freed first, so the others have room when they are recomputed.
+    """
+    for number, layer in enumerate(decoder_layers(model)):
+        setattr(layer, "gradient_checkpointing", number < count)  # noqa: B010
+
+
+def compile_layers(model: PreTrainedModel, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile each decoder layer in place: one graph, reused by all layers of a kind.
+
+    Raises:
+        UserError: transformers does not name the layers of this architecture.
+    """
     layers = decoder_layers(model)
     if not layers:
         raise UserError("model.compile: this architecture does not name its layers; set it false")
+    # Of the default's activations, keep those that are not cheap to compute again: 40 instead of
+    # 51 GiB for LoRA on 8B with 2 x 4096 tokens, at the same speed.
+    functorch.activation_memory_budget = 0.9
     for layer in layers:
-        layer.compile()
+        layer.compile(backend=backend)
 
 
 @contextmanager

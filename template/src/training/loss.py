@@ -22,12 +22,35 @@ CHUNK = 1024  # rows of logits at a time: 0.5 GiB in fp32 with a vocabulary of 1
 CPU_CHUNK = 128  # which a CPU's cache holds: a fifth more tokens a second
 
 
+def chunk_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss of a chunk, and its gradient with respect to the logits, in their dtype.
+
+    Args:
+        logits: of shape (rows, vocabulary).
+        target: of shape (rows,), -100 where positions were padded to a round number.
+    """
+    dtype, logits = logits.dtype, logits.float()  # the name is given away, to free memory
+    loss = _summed_cross_entropy(logits, target)
+    delta, token = logits.softmax(-1), target.clamp(min=0)[:, None]  # softmax - one_hot
+    if torch.compiler.is_compiling():  # then it is one kernel from logits to gradient
+        delta = delta - (torch.arange(delta.shape[1], device=delta.device) == token).float()
+    else:
+        delta.scatter_add_(1, token, -torch.ones_like(token, dtype=delta.dtype))
+    delta *= (target != IGNORE)[:, None]
+    return loss, delta.to(dtype)
+
+
+def _summed_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+
+
 class PlainHead(NamedTuple):
     """A model whose logits are one linear layer on its backbone's last hidden state."""
 
     backbone: nn.Module
     linear: nn.Linear
     chunk: int = CHUNK  # rows of logits at a time
+    gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = chunk_gradient  # or compiled
 
 
 class Objective(nn.Module):
@@ -43,6 +66,9 @@ class Objective(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """As `summed_loss`."""
+        for name in {"cu_seq_lens_q", "cu_seq_lens_k"} & batch.keys():
+            # How many documents a row holds varies: compile for any number at once.
+            torch._dynamo.maybe_mark_dynamic(batch[name], 0)
         return summed_loss(self.model, batch, self.head)
 
     def call(self, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -68,7 +94,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], head: PlainHead | None)
     weight, bias = head.linear.weight, head.linear.bias
     if not torch.is_grad_enabled():  # weights that train would be given a gradient all the same
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, head.chunk)
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, head)
 
 
 def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
@@ -132,8 +158,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+        head: PlainHead,
+    ) -> Tensor:  # fmt: skip
         # fp32: thousands of rows are added up, which bf16 would round at each step.
         dtypes = (hidden.dtype, torch.float32, torch.float32)
         grads = [
@@ -142,23 +169,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ]
         grad_hidden, grad_weight, grad_bias = grads
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
+        for start in range(0, len(hidden), head.chunk):
+            rows = slice(start, start + head.chunk)
             h, target = hidden[rows], targets[rows]
-            logits = F.linear(h, weight, bias).float()  # (chunk, vocabulary)
-            total += F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
             if all(grad is None for grad in grads):
+                total += _summed_cross_entropy(F.linear(h, weight, bias).float(), target)
                 continue
-            delta = logits.softmax(-1)  # d loss / d logits = softmax - one_hot
-            real = target != IGNORE  # not so where positions were padded to a round number
-            delta.scatter_add_(1, target.clamp(min=0)[:, None], -real.to(delta.dtype)[:, None])
-            delta *= real[:, None]
+            loss, delta = head.gradient(F.linear(h, weight, bias), target)  # (chunk, vocabulary)
+            total += loss
             if grad_hidden is not None:
-                grad_hidden[rows] = F.linear(delta.to(h.dtype), weight.T)
+                grad_hidden[rows] = F.linear(delta, weight.T)
             if grad_weight is not None:
-                grad_weight += F.linear(delta.T.to(h.dtype), h.T)
+                grad_weight += F.linear(delta.T, h.T)
             if grad_bias is not None:
-                grad_bias += delta.sum(0)
+                grad_bias += delta.sum(0, dtype=torch.float32)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return total

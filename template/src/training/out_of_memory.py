@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from src.config import Config
+from src.config import Config, changed
 from src.training.checkpoint import Training
 from src.training.strategy import local
 from src.utils.device import cudnn_advice
@@ -30,6 +30,8 @@ def explain_out_of_memory(config: Config, training: Training) -> Generator[None]
         others = sum(local(t).nbytes for t in kept) / GIB
         memory = gpu_memory()
         peak = f"; peak {memory['peak']:.1f} of {memory['total']:.1f} GiB" if memory else ""
+        if memory and config.model.gradient_checkpointing == "auto":  # it has done what it can
+            config = changed(config, "model.gradient_checkpointing=true")
         changes = [f"{keys} ({now})" for keys, now in next_settings(config)[:3]]
         changes += ["a smaller model, or a GPU with more memory"] * (len(changes) < 3)
         advice = "; ".join(f"({n}) {change}" for n, change in enumerate(changes, 1))
@@ -48,12 +50,11 @@ def next_settings(config: Config) -> list[tuple[str, str]]:
     """Changes that save memory, the one that costs the least first: keys, and what they are now."""
     model, training, full = config.model, config.training, config.lora is None
     size, window = training.batch_size, training.gradient_accumulation_steps
-    every, length = model.gradient_checkpointing_every_n_layers, config.data.max_length
+    length = config.data.max_length
     changes = []
-    if not model.gradient_checkpointing:
-        changes.append(("model.gradient_checkpointing=true", "now false; a quarter slower"))
-    elif every > 1:
-        changes.append(("model.gradient_checkpointing_every_n_layers=1", f"now {every}"))
+    if model.gradient_checkpointing is not True:
+        now = str(model.gradient_checkpointing).lower()
+        changes.append(("model.gradient_checkpointing=true", f"now {now}; a quarter slower"))
     elif size == 1 and not model.gradient_checkpointing_offload:
         changes.append(("model.gradient_checkpointing_offload=true", "now false; slower"))
     if full and training.optimizer == "adamw":

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,9 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from src.config import Config, changed
-from src.data import IGNORE
-from src.data.batching import TokenBudgetSampler, collate_packed
-from src.data.dataset import Document, TokenDataset
+from src.data.batching import TokenBudgetSampler, full_batch
+from src.data.dataset import TokenDataset
 from src.models.adapters import add_adapters, head_of, without_input_casts
 from src.models.model import check_positions, checkpoint_layers, without_weights
 from src.training.loss import CHUNK, Objective, PlainHead
@@ -96,7 +94,7 @@ def plan(config: Config, dtype: torch.dtype | None = None) -> Plan:
     """
     check_positions(config.model, config.data.max_length)
     dtype = dtype or DTYPES.get(config.model.dtype, torch.bfloat16)
-    batch = _full_batch(config.training.batch_size, config.data.max_length)
+    batch = full_batch(config.training.batch_size, config.data.max_length, True, labelled=0.5)
     # In the order of `set_attention`. The kernel takes half precision only.
     if config.data.packing and dtype != torch.float32:
         with suppress(ValueError):  # dropout in attention, or a cap on its scores
@@ -228,7 +226,7 @@ def _shapes(config: Config, dtype: torch.dtype) -> nn.Module:
         _quantize(model, wanted.quantization, dtype)
     if config.lora is not None:
         model = add_adapters(model, config.lora.model_copy(update={"adapter": None}))
-    if wanted.gradient_checkpointing:
+    if wanted.gradient_checkpointing is True:
         checkpoint_layers(model, wanted)
     return model
 
@@ -293,11 +291,3 @@ def _packed(layer: Any, parts: list[Tensor]) -> Tensor:
     weight.quant_state = layer.quant_state = state
     layer.support_avx512bf16_for_cpu = False
     return weight
-
-
-def _full_batch(rows: int, length: int) -> dict[str, Any]:
-    """A microbatch without filler, of documents whose second half is labelled."""
-    ids = np.zeros(length, dtype=np.int32)
-    labels = np.where(np.arange(length) < length // 2, IGNORE, 0)
-    documents = [Document(0, ids, labels) for _ in range(rows)]
-    return collate_packed(documents, budget=rows * length, max_length=length, pad_id=0)

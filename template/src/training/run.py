@@ -16,6 +16,7 @@ from src.data.dataset import TokenDataset, load_documents
 from src.models.attention import isolates_documents, set_attention
 from src.models.model import RECIPE, build_model, load_tokenizer, save_model, try_saving
 from src.training import report, strategy
+from src.training.auto import settle
 from src.training.checkpoint import (
     Training,
     TrainState,
@@ -86,6 +87,9 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         report.describe(config, model, dtype, train, evaluation, total_steps, speed)
         report.show_example(train, tokenizer)
         report.show_memory(device)
+        left = (total_steps - resumed_at) * settings.gradient_accumulation_steps
+        with explain_out_of_memory(config, training):
+            settle(config, objective, training, packing, left, dtype)
         tracker = Tracker(report.say) if config.tracking.enabled else None
         state = training.state
         recorder = report.Recorder(config, written, state, total_steps, speed, loaders, tracker)

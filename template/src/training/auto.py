@@ -1,0 +1,209 @@
+"""Settle what `auto` leaves open on this machine: compiled layers, and layers that are recomputed.
+
+Both are decided by trying microbatches of made-up tokens before step 1. They are full and wholly
+labelled, so no later microbatch takes more memory. Neither decision changes what is trained.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from src.config import Config
+from src.data.batching import full_batch, to_device
+from src.models.adapters import without_input_casts
+from src.models.model import checkpoint_layers, compile_layers, decoder_layers, recompute_first
+from src.training import strategy
+from src.training.checkpoint import Training
+from src.training.loss import chunk_gradient
+from src.training.optimizer import MOMENTS
+from src.training.report import say
+from src.utils.device import autocast
+from src.utils.distributed import WORLD_SIZE, gather
+from src.utils.memory import GIB, clear_memory, gpu_memory
+
+COMPILING = 25.0  # seconds that compiling takes, once; 13 to 22 were measured on an H200
+SAVED = 0.2  # of a step's time, by compiled layers; 0.21 was measured there
+MARGIN = 0.94  # of the memory is planned with: fragments take some of the rest
+
+
+@dataclass
+class Trial:
+    """What a full microbatch took; the most of all processes."""
+
+    held: float  # GiB allocated when the backward pass began
+    peak: float  # GiB allocated at most
+    seconds: float
+
+
+def settle(
+    config: Config, objective: nn.Module, training: Training, packing: bool, microbatches: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Compile the layers, and recompute some of them, as the config says or as it pays off.
+
+    Args:
+        config: whose `model.compile` and `model.gradient_checkpointing` may be `auto`.
+        objective: the model with its loss, attention and head set.
+        training: the same model, with its optimizer.
+        packing: whether rows are packed: all microbatches have one shape then.
+        microbatches: that each process has yet to train on.
+        dtype: that matmuls run in.
+
+    Raises:
+        torch.OutOfMemoryError: a microbatch does not fit, with every layer recomputed.
+    """
+    model, device = training.model, training.model.device
+    on_gpu, layers = device.type == "cuda", len(decoder_layers(model))
+    fitting = config.model.gradient_checkpointing == "auto" and on_gpu and layers > 0
+    undecided = config.model.compile == "auto" and on_gpu and packing and layers > 0
+    # A deterministic run that is resumed must compute as before, whatever is left of it.
+    undecided = undecided and not config.deterministic
+    compiling = config.model.compile is True
+    if microbatches == 0 or not (fitting or undecided or compiling):
+        return
+    batch = full_batch(config.training.batch_size, config.data.max_length, packing)
+    # Two of them where gradients are accumulated: the second finds those of the first.
+    window = [to_device(batch, device)] * min(config.training.gradient_accumulation_steps, 2)
+    attempt = partial(try_microbatches, objective, training, window, dtype)
+    choose = partial(choose_layers, attempt, partial(recompute_first, model), layers)
+    limit = MARGIN * memory_limit(device) - gib_of_moments_to_come(config, training)
+    recomputed, peak = 0, 0.0
+    if fitting:
+        checkpoint_layers(model, config.model)
+    if undecided:
+        attempt()  # it loads the kernels
+        compiling = worth_compiling(attempt().seconds * microbatches)
+    if fitting:
+        recomputed, peak = choose(limit)
+    if compiling:
+        if recomputed:  # so that both kinds of layers are compiled, and in less memory than chosen
+            recompute_first(model, max(layers - 1, recomputed))
+        compiled = compile_all(objective, attempt)
+        if recomputed and compiled:
+            recomputed, peak = choose(limit)
+        elif recomputed:
+            recompute_first(model, recomputed)
+    if fitting:
+        to_come = gib_of_moments_to_come(config, training)
+        figures = f"at most {peak + to_come:.1f} of {memory_limit(device):.1f} GiB"
+        say(f"memory     {recomputed} of {layers} layers recomputed: {figures}")
+    clear_memory()  # the peak that is logged is then that of training
+
+
+def worth_compiling(seconds: float) -> bool:
+    """Whether compiled layers earn back their compile time in a run of so many seconds."""
+    worth = SAVED * seconds > COMPILING
+    run = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+    verdict = "the layers" if worth else "nothing"
+    say(f"compile    {verdict}: training takes about {run}, and compiling {COMPILING:.0f} seconds")
+    return worth
+
+
+def compile_all(objective: nn.Module, attempt: Callable[[], Trial]) -> bool:
+    """Compile the layers and the loss, and try them; whether they work.
+
+    If they fail, all is eager from here on: there is no C compiler, no Triton, or Dynamo or
+    Inductor cannot take this architecture, perhaps in the backward pass only.
+    """
+    bare = strategy.unwrapped(objective)
+    compile_layers(bare.model)
+    if bare.head is not None:
+        bare.head = bare.head._replace(gradient=torch.compile(chunk_gradient))
+    started = time.perf_counter()
+    try:
+        attempt()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - Dynamo, Inductor and Triton raise many types
+        torch.compiler.set_stance("force_eager")
+        cause = getattr(error, "inner_exception", error)  # Dynamo wraps it in a long message
+        first = next(iter(str(cause).strip().splitlines()), "")
+        say(f"compile    failed, so nothing is compiled: {type(cause).__name__}: {first}")
+        return False
+    say(f"compile    done in {time.perf_counter() - started:.0f} seconds")
+    return True
+
+
+def choose_layers(
+    attempt: Callable[[], Trial], recompute: Callable[[int], None], layers: int, limit: float
+) -> tuple[int, float]:
+    """The fewest layers that must be recomputed to stay within a limit, and GiB at the peak then.
+
+    Measures what one layer keeps where that surely fits, and then tries the count that follows.
+
+    Args:
+        attempt: takes a full microbatch.
+        recompute: sets how many layers are recomputed.
+        layers: how many there are.
+        limit: GiB that may be allocated.
+    """
+    recompute(layers)
+    every = attempt()
+    recompute(layers - 1)
+    if (fewer := _try_to_fit(attempt, limit)) is not None:
+        each = max(fewer.held - every.held, 1e-6)
+        count = min(max(layers - int((limit - every.peak) / each), 0), layers - 1)
+        while count < layers:
+            recompute(count)
+            if (trial := _try_to_fit(attempt, limit)) is not None:
+                return count, trial.peak
+            count += max(layers // 16, 1)
+    recompute(layers)
+    return layers, every.peak
+
+
+def _try_to_fit(attempt: Callable[[], Trial], limit: float) -> Trial | None:
+    try:
+        trial = attempt()
+    except torch.OutOfMemoryError:
+        if WORLD_SIZE > 1:  # the other processes wait in a collective operation
+            raise
+        return None
+    return trial if trial.peak <= limit else None
+
+
+def try_microbatches(
+    objective: nn.Module, training: Training, window: list[dict[str, Any]], dtype: torch.dtype
+) -> Trial:
+    """Forward and backward pass of each microbatch, without a step; random states stay."""
+    device, held, peak, seconds = training.model.device, 0.0, 0.0, 0.0
+    on_gpu = device.type == "cuda"
+    clear_memory()
+    try:
+        with (
+            torch.random.fork_rng([device] if on_gpu else []),
+            without_input_casts(training.model),
+        ):
+            for batch in window:
+                started = time.perf_counter()
+                with autocast(device, dtype):
+                    loss = objective(batch)
+                held = gpu_memory(device)["allocated"] if on_gpu else 0.0
+                loss.backward()
+                loss.item()  # waits for the GPU
+                seconds = time.perf_counter() - started
+        peak = gpu_memory(device)["peak"] if on_gpu else 0.0
+    finally:
+        training.optimizer.zero_grad(set_to_none=True)
+    return Trial(*(max(values) for values in zip(*gather((held, peak, seconds)), strict=True)))
+
+
+def memory_limit(device: torch.device) -> float:
+    """GiB that this process may allocate; the least of all processes."""
+    if device.type != "cuda":
+        return float("inf")
+    memory = gpu_memory(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return min(gather(min(memory["free"] + memory["reserved"], share * memory["total"])))
+
+
+def gib_of_moments_to_come(config: Config, training: Training) -> float:
+    """GiB that the optimizer allocates in its first step."""
+    trained = sum(strategy.local(p).numel() for p in training.trained().values())
+    there = sum(strategy.local(t).nbytes for t in training.moments())
+    return max(trained * MOMENTS[config.training.optimizer] - there, 0) / GIB

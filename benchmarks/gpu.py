@@ -6,8 +6,8 @@
 
 Measure the versions of the lock: the first line printed names those that differ. All stages take
 about forty minutes; a machine lent for ten minutes at a time gets them in calls such as
-`--only smoke,tests,deterministic,resume`, `--only scripts,lora,qlora`, `--only compile,
-compile-checkpointing,compile-4bit`, `--only peers` and `--only plan,generate,longest,trl`.
+`--only smoke,tests,deterministic,resume`, `--only scripts,lora,qlora`, `--only defaults`, `--only
+compile,compile-checkpointing,compile-4bit`, `--only peers` and `--only plan,generate,longest,trl`.
 
 Each stage is a process of its own with a time limit: none takes another with it. A figure is
 printed and written to FOLDER/results.jsonl and results.md as soon as it is known, and stderr of a
@@ -196,6 +196,7 @@ STAGES = {  # in order of worth
     "resume": Stage(stages.run_resume, 45, 150, correctness=True),
     "generate": Stage(stages.run_generate, 25, 70, correctness=True),
     "longest": Stage(stages.run_longest, 40, 150, ("bitsandbytes",)),
+    "defaults": Stage(stages.run_defaults, 120, 300, ("bitsandbytes",)),
     "compile": Stage(stages.run_compile, 40, 150),
     "compile-checkpointing": Stage(stages.run_compile_checkpointing, 40, 150),
     "compile-4bit": Stage(stages.run_compile_4bit, 40, 150, ("bitsandbytes",)),

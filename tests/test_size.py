@@ -12,9 +12,9 @@ from helpers import ROOT, TEMPLATE
 
 FILES = sorted([*(TEMPLATE / "src").rglob("*.py"), *(TEMPLATE / "scripts").rglob("*.py")])
 # What the code may grow to. Raise a number in the commit that needs it, and say there what for.
-CODE_LINES, LINES = 5535, 8085
+CODE_LINES, LINES = 5485, 8120
 STORY = ("src/training/run.py", "src/training/trainer.py", "src/training/loss.py")
-STORY_CODE_LINES = 450
+STORY_CODE_LINES = 457
 FUNCTION_LINES = 50  # with its docstring
 NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
@@ -25,6 +25,7 @@ SWITCHES = {
     "torch.backends.cudnn.deterministic",
     "torch.backends.cudnn.benchmark",
     "torch.utils.deterministic.fill_uninitialized_memory",
+    "functorch.activation_memory_budget",  # torch._functorch.config, as PyTorch's notes on it say
 }
 HAS_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

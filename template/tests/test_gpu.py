@@ -7,15 +7,20 @@ import sys
 
 import pytest
 import torch
+from torch.amp import GradScaler
+from transformers import AutoConfig
 
 from conftest import ROOT, SMOKE, chat, tokens
-from src.config import LoraConfig, ModelConfig, TrainingConfig
-from src.data.batching import collate_packed
+from src.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from src.data.batching import collate_packed, full_batch, to_device
 from src.models.attention import varlen_attention
 from src.models.model import load_model
+from src.training.auto import settle, try_microbatches
+from src.training.checkpoint import Training
+from src.training.loss import Objective, find_plain_head
 from src.training.optimizer import make_optimizer
 from src.training.trainer import StepResult, evaluate, train_epoch
-from src.utils.memory import gpu_memory, print_gpu_memory
+from src.utils.memory import GIB, gpu_memory, print_gpu_memory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -227,6 +232,34 @@ def test_compiled_layers_take_the_same_steps(saved_model, tokenizer, batches):
         optimizer = make_optimizer(model, TrainingConfig())
         results.append(take_steps(model, batches, optimizer))
     assert results[0] == pytest.approx(results[1], rel=1e-2)
+
+
+def test_auto_recomputes_as_few_layers_as_a_small_card_needs(tokenizer, tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+    AutoConfig.from_pretrained(ROOT / "configs/tiny", **sizes).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    peaks, total = {}, torch.cuda.mem_get_info()[1] / GIB
+    for checkpointing in (True, False, "auto"):
+        model = load(tmp_path, tokenizer, init="random", gradient_checkpointing=checkpointing)
+        objective = Objective(model, find_plain_head(model, GPU, torch.bfloat16))
+        training = Training(model, make_optimizer(model, TrainingConfig()), GradScaler("cuda"), {})
+        if checkpointing == "auto":
+            room = (peaks[True] + peaks[False]) / 2
+            torch.cuda.set_per_process_memory_fraction(room / 0.94 / total)
+            settings = {"data": DataConfig(train="-", max_length=2048), "output_dir": "-"}
+            config = Config(
+                model=ModelConfig(name="-", compile=False),
+                training=TrainingConfig(batch_size=4), **settings,
+            )  # fmt: skip
+            settle(config, objective, training, True, 10, torch.bfloat16)
+        batch = to_device(full_batch(4, 2048, packing=True), GPU)
+        try:
+            trial = try_microbatches(objective, training, [batch], torch.bfloat16)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        peaks[checkpointing] = trial.peak
+    assert peaks[True] < peaks["auto"] <= room < peaks[False]
+    assert peaks["auto"] > 0.8 * room, "more layers than needed"
 
 
 def test_memory_is_reported_per_device(capsys):

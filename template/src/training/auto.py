@@ -23,8 +23,8 @@ from src.training.loss import chunk_gradient
 from src.training.optimizer import MOMENTS
 from src.training.report import say
 from src.utils.device import autocast
-from src.utils.distributed import WORLD_SIZE, gather
-from src.utils.memory import GIB, clear_memory, gpu_memory
+from src.utils.distributed import WORLD_SIZE, gather, on_main
+from src.utils.memory import GIB, clear_memory, gpu_memory, print_gpu_memory
 
 COMPILING = 25.0  # seconds that compiling takes, once; 13 to 22 were measured on an H200
 SAVED = 0.2  # of a step's time, by compiled layers; 0.21 was measured there
@@ -41,7 +41,7 @@ class Trial:
 
 
 def settle(
-    config: Config, objective: nn.Module, training: Training, packing: bool, microbatches: int,
+    config: Config, objective: nn.Module, training: Training, packing: bool, steps: int,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Compile the layers, and recompute some of them, as the config says or as it pays off.
@@ -51,48 +51,51 @@ def settle(
         objective: the model with its loss, attention and head set.
         training: the same model, with its optimizer.
         packing: whether rows are packed: all microbatches have one shape then.
-        microbatches: that each process has yet to train on.
+        steps: that are left to take.
         dtype: that matmuls run in.
 
     Raises:
         torch.OutOfMemoryError: a microbatch does not fit, with every layer recomputed.
     """
     model, device = training.model, training.model.device
-    on_gpu, layers = device.type == "cuda", len(decoder_layers(model))
-    fitting = config.model.gradient_checkpointing == "auto" and on_gpu and layers > 0
-    undecided = config.model.compile == "auto" and on_gpu and packing and layers > 0
+    layers, recomputed, peak = len(decoder_layers(model)), 0, 0.0
+    on_gpu = device.type == "cuda" and layers > 0
+    fitting = on_gpu and config.model.gradient_checkpointing == "auto"
     # A deterministic run that is resumed must compute as before, whatever is left of it.
-    undecided = undecided and not config.deterministic
+    undecided = on_gpu and config.model.compile == "auto" and packing and not config.deterministic
     compiling = config.model.compile is True
-    if microbatches == 0 or not (fitting or undecided or compiling):
+    if device.type == "cuda":
+        clear_memory()
+        on_main(print_gpu_memory, "memory    ")  # what loading left
+    if steps == 0 or not (fitting or undecided or compiling):
         return
-    batch = full_batch(config.training.batch_size, config.data.max_length, packing)
-    # Two of them where gradients are accumulated: the second finds those of the first.
-    window = [to_device(batch, device)] * min(config.training.gradient_accumulation_steps, 2)
-    attempt = partial(try_microbatches, objective, training, window, dtype)
-    choose = partial(choose_layers, attempt, partial(recompute_first, model), layers)
-    limit = MARGIN * memory_limit(device) - gib_of_moments_to_come(config, training)
-    recomputed, peak = 0, 0.0
+    attempt = partial(try_microbatches, objective, training, _full(config, packing, device), dtype)
+    recompute, to_come = partial(recompute_first, model), gib_of_moments_to_come(config, training)
+    limit = MARGIN * memory_limit(device) - to_come
     if fitting:
         checkpoint_layers(model, config.model)
     if undecided:
         attempt()  # it loads the kernels
-        compiling = worth_compiling(attempt().seconds * microbatches)
+        seconds = attempt().seconds * config.training.gradient_accumulation_steps * steps
+        compiling = worth_compiling(seconds)
     if fitting:
-        recomputed, peak = choose(limit)
+        recomputed, peak = choose_layers(attempt, recompute, layers, limit)
     if compiling:
-        if recomputed:  # so that both kinds of layers are compiled, and in less memory than chosen
-            recompute_first(model, max(layers - 1, recomputed))
-        compiled = compile_all(objective, attempt)
-        if recomputed and compiled:
-            recomputed, peak = choose(limit)
-        elif recomputed:
-            recompute_first(model, recomputed)
+        if recomputed:  # so that both kinds of layers are compiled, and surely fit
+            recompute(max(layers - 1, recomputed))
+        compile_all(objective, attempt)
+        if recomputed:  # compiled layers take less
+            recomputed, peak = choose_layers(attempt, recompute, layers, limit)
     if fitting:
-        to_come = gib_of_moments_to_come(config, training)
         figures = f"at most {peak + to_come:.1f} of {memory_limit(device):.1f} GiB"
         say(f"memory     {recomputed} of {layers} layers recomputed: {figures}")
     clear_memory()  # the peak that is logged is then that of training
+
+
+def _full(config: Config, packing: bool, device: torch.device) -> list[dict[str, Any]]:
+    """A step's microbatches; two where gradients are accumulated, so that one finds some."""
+    batch = full_batch(config.training.batch_size, config.data.max_length, packing)
+    return [to_device(batch, device)] * min(config.training.gradient_accumulation_steps, 2)
 
 
 def worth_compiling(seconds: float) -> bool:
@@ -104,11 +107,11 @@ def worth_compiling(seconds: float) -> bool:
     return worth
 
 
-def compile_all(objective: nn.Module, attempt: Callable[[], Trial]) -> bool:
-    """Compile the layers and the loss, and try them; whether they work.
+def compile_all(objective: nn.Module, attempt: Callable[[], Trial]) -> None:
+    """Compile the layers and the loss, and try them; if they fail, run eagerly from here on.
 
-    If they fail, all is eager from here on: there is no C compiler, no Triton, or Dynamo or
-    Inductor cannot take this architecture, perhaps in the backward pass only.
+    There may be no C compiler or no Triton, or Dynamo or Inductor cannot take this architecture,
+    perhaps in the backward pass only.
     """
     bare = strategy.unwrapped(objective)
     compile_layers(bare.model)
@@ -124,9 +127,8 @@ def compile_all(objective: nn.Module, attempt: Callable[[], Trial]) -> bool:
         cause = getattr(error, "inner_exception", error)  # Dynamo wraps it in a long message
         first = next(iter(str(cause).strip().splitlines()), "")
         say(f"compile    failed, so nothing is compiled: {type(cause).__name__}: {first}")
-        return False
-    say(f"compile    done in {time.perf_counter() - started:.0f} seconds")
-    return True
+    else:
+        say(f"compile    done in {time.perf_counter() - started:.0f} seconds")
 
 
 def choose_layers(

@@ -30,7 +30,7 @@ from src.utils import distributed
 from src.utils.environment import from_root
 from src.utils.errors import Interrupted, RunError
 from src.utils.files import write_text
-from src.utils.memory import GIB, clear_memory, print_gpu_memory
+from src.utils.memory import GIB
 
 FEW = 10  # documents: a loss on fewer says little
 NOT_FINITE = (
@@ -155,13 +155,6 @@ def warn_of_rate(state: TrainState, rate: float, total_steps: int) -> None:
             f"{rate:.2g}: the schedule has changed, and now covers {total_steps} steps. A lower "
             "training.learning_rate, or training.scheduler=constant, makes the jump smaller"
         )
-
-
-def show_memory(device: torch.device) -> None:
-    """On a GPU, free what only loading needed, and print what is held before the first step."""
-    if device.type == "cuda":
-        clear_memory()  # so that the peak is that of training
-        distributed.on_main(print_gpu_memory, "memory    ")
 
 
 def show_example(train: TokenLoader, tokenizer: Tokenizer) -> None:

@@ -86,15 +86,12 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         speed = measure_speed(model, train.dataset.lengths, device, dtype)
         report.describe(config, model, dtype, train, evaluation, total_steps, speed)
         report.show_example(train, tokenizer)
-        report.show_memory(device)
-        left = (total_steps - resumed_at) * settings.gradient_accumulation_steps
-        with explain_out_of_memory(config, training):
-            settle(config, objective, training, packing, left, dtype)
         tracker = Tracker(report.say) if config.tracking.enabled else None
         state = training.state
         recorder = report.Recorder(config, written, state, total_steps, speed, loaders, tracker)
         # From here on there is something to lose: a signal now waits for the end of a step.
         with StopSignal(command) as stop, recorder, explain_out_of_memory(config, training):
+            settle(config, objective, training, packing, total_steps - resumed_at, dtype)
             asks = start_asking(objective, tokenizer, config, training.state, dtype)
             _train(objective, training, train, evaluation, config, recorder, stop, asks)
             _take_best(training, recorder)

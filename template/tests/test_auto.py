@@ -84,7 +84,18 @@ def test_no_more_layers_are_recomputed_than_memory_needs(size: float) -> None:
     fewest = next((n for n in range(33) if 1 + (32 - n) * 1.1 + 1.5 <= 0.95 * size), 32)
     assert count == card.count == fewest
     assert peak == pytest.approx(1 + (32 - count) * 1.1 + 1.5)
-    assert len(card.tried) <= 4
+    assert len(card.tried) <= 5
+
+
+def test_the_first_estimate_is_refined_where_it_was_careful() -> None:
+    card = Card(20.0, layers=32, each=1.0, other=1.5)
+    true = card.attempt
+
+    def attempt() -> Trial:  # while every layer is recomputed, the peak is that of recomputing one
+        trial = true()
+        return Trial(trial.held, trial.peak + 4 * (card.count == 32), 0.5)
+
+    assert choose_layers(attempt, card.recompute, 32, 19.0)[0] == 32 - 16
 
 
 def test_a_wrong_estimate_ends_in_more_recomputed_layers_and_no_error() -> None:

@@ -28,6 +28,7 @@ from src.utils.memory import GIB, clear_memory, gpu_memory, print_gpu_memory
 
 COMPILING = 25.0  # seconds that compiling takes, once; 13 to 22 were measured on an H200
 SAVED = 0.2  # of a step's time, by compiled layers; 0.21 was measured there
+TRIES = 5  # counts of recomputed layers: two or three where layers are alike
 MARGIN = 0.94  # of the memory is planned with: fragments take some of the rest
 
 
@@ -147,16 +148,23 @@ def choose_layers(
     recompute(layers)
     every = attempt()
     recompute(layers - 1)
-    if (fewer := _try_to_fit(attempt, limit)) is not None:
-        each = max(fewer.held - every.held, 1e-6)
-        count = min(max(layers - int((limit - every.peak) / each), 0), layers - 1)
-        while count < layers:
+    one_less = _try_to_fit(attempt, limit)
+    fits, peak, fails = layers, every.peak, -1  # counts of recomputed layers
+    if one_less is not None:
+        each = max(one_less.held - every.held, 1e-6)
+        for _ in range(TRIES):
+            count = max(fits - int((limit - peak) / each), 0)
+            if count <= fails:  # the estimate was wrong
+                count = (fits + fails + 1) // 2
+            if count >= fits:
+                break
             recompute(count)
             if (trial := _try_to_fit(attempt, limit)) is not None:
-                return count, trial.peak
-            count += max(layers // 16, 1)
-    recompute(layers)
-    return layers, every.peak
+                fits, peak = count, trial.peak
+            else:
+                fails = count
+    recompute(fits)
+    return fits, peak
 
 
 def _try_to_fit(attempt: Callable[[], Trial], limit: float) -> Trial | None:

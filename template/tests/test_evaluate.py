@@ -48,6 +48,13 @@ def test_exact_and_contained_answers_are_counted_apart(smoke: Path, write_rows) 
     assert figures["contains"] == pytest.approx(2 / 3)
 
 
+def test_rows_of_plain_text_are_scored_by_their_loss_alone(smoke: Path, write_rows) -> None:
+    scripts.evaluate.main([str(smoke), write_rows({"text": "a text"}, {"text": "another"})])
+    result = json.loads((smoke / "final/evaluation.json").read_text())
+    assert result["scores"]["model"].keys() == {"loss", "perplexity"}
+    assert result["samples"] == []
+
+
 def test_bad_rows_are_named_before_anything_is_loaded(smoke: Path, refused, write_rows) -> None:
     rows = write_rows(chat("a", "b"), {"prompt": "x"})
     assert ":2: `completion` is missing" in refused(scripts.evaluate.main, str(smoke), rows)[0]

@@ -91,12 +91,20 @@ def test_a_finished_checkpoint_resumed_in_a_new_folder_ends_with_a_result(train,
     assert (folder / "final").is_dir()
 
 
+def test_the_next_command_asks_as_the_run_was_trained(train, write_rows, capsys) -> None:
+    short = ("data.eval=null", "training.max_steps=1")
+    train(*short)
+    assert 'final "your question"\n' in capsys.readouterr().out
+    train(*short, f"data.train={write_rows({'text': 'some text'})}", output="text")
+    assert 'final --raw "a beginning"\n' in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_is_read_back_as_such(smoke: Path, tmp_path, capsys) -> None:
     folder = Path(shutil.copytree(smoke, tmp_path / "run"))
     *lines, last = metrics(folder)
     text = [json.dumps(line) + "\n" for line in [*lines, last | {"loss": None, "eval_loss": None}]]
     (folder / "metrics.jsonl").write_text("".join(text))
-    summarise(load_config(SMOKE, [f"output_dir={folder}", "tracking.enabled=false"])[0], "")
+    summarise(load_config(SMOKE, [f"output_dir={folder}", "tracking.enabled=false"])[0], "", False)
     assert (
         "done       160 steps, loss not finite, evaluation not finite\n" in capsys.readouterr().out
     )

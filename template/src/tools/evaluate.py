@@ -62,19 +62,16 @@ def _score(
     Returns:
         loss: cross entropy per labelled token, in nats. perplexity: its exponential. exact: the
         share of answers that equal the expected one, blanks at both ends aside. contains: the
-        share that contain it. And the answers.
+        share that contain it; neither where no row asks anything. And the answers.
     """
     loader = padded_loader(config.data.train, tokenizer, config)
     result = evaluate(model, loader, model.device, pick_dtype(config.model.dtype, model.device))
     answers = list(generate(model, tokenizer, [prompt for prompt, _ in pairs], max_length))
     graded = [(answer, right) for answer, (_, right) in zip(answers, pairs, strict=True)]
-    count = max(len(pairs), 1)
-    figures = {
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "exact": sum(answer.strip() == right for answer, right in graded) / count,
-        "contains": sum(right in answer for answer, right in graded) / count,
-    }
+    figures = {"loss": result.loss, "perplexity": result.perplexity}
+    if graded:
+        figures["exact"] = sum(answer.strip() == right for answer, right in graded) / len(graded)
+        figures["contains"] = sum(right in answer for answer, right in graded) / len(graded)
     return figures, answers
 
 
@@ -95,7 +92,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     figures += [[name, *(f"{x:.4g}" for x in row.values())] for name, row in scores.items()]
     columns = ["prompt", "expected", *scores]
     samples = [columns, *([_cell(row[key]) for key in columns] for row in result["samples"])]
-    return f"# Evaluation on {result['data']}\n\n{_table(figures)}\n{_table(samples)}"
+    answers = f"\n{_table(samples)}" * bool(result["samples"])
+    return f"# Evaluation on {result['data']}\n\n{_table(figures)}{answers}"
 
 
 def _table(rows: list[list[str]]) -> str:

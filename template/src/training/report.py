@@ -339,8 +339,11 @@ def draw_curves(folders: Sequence[Path], picture: Path) -> None:
     canvas.savefig(picture, dpi=120, format="png")
 
 
-def summarise(config: Config, result: str) -> None:
-    """Print what came out, where it is, and what to do next."""
+def summarise(config: Config, result: str, only_text: bool) -> None:
+    """Print what came out, where it is, and what to do next.
+
+    A model that was trained on plain text alone is asked without a chat template.
+    """
     folder, here = from_root(config.output_dir), shlex.quote(config.output_dir)
     if rows := read_metrics(folder / "metrics.jsonl"):
         last = rows[-1]
@@ -354,4 +357,5 @@ def summarise(config: Config, result: str) -> None:
     say(f"model      {here}/final: {result}")
     if config.tracking.enabled and distributed.is_main():
         say(f"runs       {where_to_look(Record(folder))}")
-    say(f'next       uv run scripts/inference.py {here}/final "your question"')
+    question = '--raw "a beginning"' if only_text else '"your question"'
+    say(f"next       uv run scripts/inference.py {here}/final {question}")

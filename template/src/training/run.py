@@ -99,7 +99,7 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
             distributed.on_main(_save_final, training, weights, tokenizer, dtype, final, resumed_at)
         if settings.overfit:
             strategy.within(objective, prove_overfitted, config, tokenizer, dtype)
-        report.summarise(config, recorder.result)
+        report.summarise(config, recorder.result, set(train.dataset.facts.read_as) == {"text"})
     return final
 
 

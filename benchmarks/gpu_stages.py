@@ -254,7 +254,7 @@ def train(c: Campaign, model: Any, rows: Iterator[dict], first: int = 3, count: 
 
     from src.config import TrainingConfig
     from src.training.optimizer import make_optimizer
-    from src.training.trainer import train_epoch
+    from src.training.trainer import training_steps
 
     def mark() -> Any:
         if c.cpu:
@@ -275,14 +275,11 @@ def train(c: Campaign, model: Any, rows: Iterator[dict], first: int = 3, count: 
     results, marks = [], [mark()]
     count = min(count, 3) if c.cpu else count
 
-    def after(step: Any) -> bool:
+    batches = (pinned(next(rows)) for _ in range(first + count))
+    optimizer = make_optimizer(model, TrainingConfig())
+    for step in training_steps(model, batches, optimizer, None, c.device):
         results.append((step.tokens, step.finite))
         marks.append(mark())
-        return False
-
-    steps = (pinned(next(rows)) for _ in range(first + count))
-    optimizer = make_optimizer(model, TrainingConfig())
-    train_epoch(model, steps, optimizer, None, c.device, dtype=torch.bfloat16, after_step=after)
     if not all(bool(finite) for _, finite in results):
         raise RuntimeError("a loss or a gradient is not finite")
     taken = [seconds(a, b) for a, b in pairwise(marks)]

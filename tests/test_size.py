@@ -12,9 +12,9 @@ from helpers import ROOT, TEMPLATE
 
 FILES = sorted([*(TEMPLATE / "src").rglob("*.py"), *(TEMPLATE / "scripts").rglob("*.py")])
 # What the code may grow to. Raise a number in the commit that needs it, and say there what for.
-CODE_LINES, LINES = 5485, 8120
+CODE_LINES, LINES = 5495, 8150
 STORY = ("src/training/run.py", "src/training/trainer.py", "src/training/loss.py")
-STORY_CODE_LINES = 457
+STORY_CODE_LINES = 451
 FUNCTION_LINES = 50  # with its docstring
 NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),

@@ -20,7 +20,7 @@ from src.training.auto import Trial, choose_layers, settle, try_microbatches, wo
 from src.training.checkpoint import Training
 from src.training.loss import Objective, chunk_gradient, find_plain_head
 from src.training.optimizer import make_optimizer
-from src.training.trainer import evaluate, train_epoch
+from src.training.trainer import evaluate, train_epoch, training_steps
 
 CPU = torch.device("cpu")
 
@@ -54,9 +54,9 @@ def losses(objective, data, epochs: int = 2) -> list[float]:
     training, found = training_of(objective.model), []
     rows = [packed(data, [0, 1, 2, 3]), packed(data, [4]), packed(data, [5, 6])]
     for _ in range(epochs):
-        options = {"dtype": torch.float32, "after_step": lambda step: found.append(step.loss)}
-        train_epoch(objective, rows, training.optimizer, None, CPU, **options)
-    return [float(loss) for loss in found]
+        steps = training_steps(objective, rows, training.optimizer, None, CPU, dtype=torch.float32)
+        found += [float(step.loss) for step in steps]
+    return found
 
 
 class Card:

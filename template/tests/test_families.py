@@ -22,7 +22,7 @@ from src.models.adapters import adapted_names, frozen_experts
 from src.models.attention import isolates_documents
 from src.models.model import load_model, load_tokenizer
 from src.training.loss import find_plain_head
-from src.training.trainer import StepResult, train_epoch
+from src.training.trainer import training_steps
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -156,13 +156,12 @@ def examine(family: Family) -> Found:
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
     before = {n: p.detach().clone() for n, p in trained.items()}
-    steps: list[StepResult] = []
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.0, fused=True)
     batch = batch_of(documents(), packs)
-    train_epoch(model, [batch], optimizer, None, CPU, after_step=steps.append)
+    (step,) = training_steps(model, [batch], optimizer, None, CPU)
     moved = all(not torch.equal(before[n], p) for n, p in trained.items())
     names, frozen = adapted_names(model), frozen_experts(model)
-    loss = steps[0].loss.item()
+    loss = step.loss.item()
     return Found(attention, packs, plain, tuple(names), tuple(frozen), difference, loss, moved)
 
 

@@ -19,7 +19,7 @@ from src.training.auto import settle, try_microbatches
 from src.training.checkpoint import Training
 from src.training.loss import Objective, find_plain_head
 from src.training.optimizer import make_optimizer
-from src.training.trainer import StepResult, evaluate, train_epoch
+from src.training.trainer import StepResult, evaluate, training_steps
 from src.utils.memory import GIB, gpu_memory, print_gpu_memory
 
 pytestmark = [
@@ -55,9 +55,7 @@ def take_steps(
     """The loss of each step, on the model's device."""
     steps: list[StepResult] = []
     for _ in range(epochs):
-        train_epoch(
-            model, batches, optimizer, scaler, model.device, dtype=dtype, after_step=steps.append
-        )
+        steps += training_steps(model, batches, optimizer, scaler, model.device, dtype=dtype)
     assert all(bool(step.finite) for step in steps)
     return [step.loss.item() for step in steps]
 

@@ -22,6 +22,7 @@ from src.training.optimizer import make_optimizer
 from src.training.report import Recorder
 from src.training.signals import StopSignal
 from src.training.speed import Speed
+from src.training.trainer import train_epoch
 
 SAVE_EVERY, STEPS = 5, 25
 # About half a second each; the template's own CI asks for a hundred.
@@ -88,17 +89,16 @@ def crash_harness(folder: Path) -> None:
         last = int(os.pread(done, 9, 0) or 0)
         repeated = os.open(output.with_suffix(".repeated"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(repeated, f"{last - training.state.step}\n".encode())
-        train_epoch = run.train_epoch
+        training_steps = run.training_steps
 
-        def watched(*args, after_step, **options) -> float:
-            def and_note(step) -> bool:
-                ends = after_step(step)  # saving included
-                os.pwrite(done, f"{training.state.step:09d}".encode(), 0)
-                return ends
+        def watched(*args, **options):
+            for step in training_steps(*args, **options):
+                try:
+                    yield step
+                finally:  # the run has done all that is due after this step, saving included
+                    os.pwrite(done, f"{training.state.step:09d}".encode(), 0)
 
-            return train_epoch(*args, after_step=and_note, **options)
-
-        run.train_epoch = watched
+        run.training_steps = watched
         recorder = Recorder(settings, written, training.state, STEPS, Speed(1.0, 1.0, 1.0))
         with StopSignal([]) as stop, recorder:
             run._train(model, training, loader, None, settings, recorder, stop, lambda: None)
@@ -115,7 +115,7 @@ def crash_harness(folder: Path) -> None:
 
     # The first step imports half of torch: pay for it once, before the forks.
     warm = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    run.train_epoch(model, [{"input_ids": ids[0], "labels": ids[0]}], warm, None, "cpu")
+    train_epoch(model, [{"input_ids": ids[0], "labels": ids[0]}], warm, None, "cpu")
     began = time.perf_counter()
     assert os.waitpid(start(folder / "straight"), 0)[1] == 0
     seconds = time.perf_counter() - began

@@ -17,6 +17,7 @@ from src.training.trainer import (
     evaluate,
     train_epoch,
     train_step,
+    training_steps,
 )
 
 CPU = torch.device("cpu")
@@ -110,12 +111,9 @@ def test_twenty_losses_equal_those_of_the_transformers_trainer(make_model, data,
     # The same shapes for both: what Trainer's collator stacks.
     rows = [{k: b[k] for k in ("input_ids", "labels")} for b in batches]
     model = make_model(packing=False)
-    steps: list[StepResult] = []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
-    train_epoch(
-        model, batches, optimizer, None, CPU, accumulation=2, dtype=torch.float32,
-        after_step=steps.append,
-    )  # fmt: skip
+    options = {"accumulation": 2, "dtype": torch.float32}
+    steps = training_steps(model, batches, optimizer, None, CPU, **options)
     ours = [step.loss.item() for step in steps]
 
     arguments = TrainingArguments(
@@ -156,17 +154,14 @@ def test_fp16_uses_the_scaler_and_bf16_does_not(make_model, data) -> None:
         assert not torch.equal(before, model.lm_head.weight)
 
 
-def test_an_epoch_ends_where_after_step_says_so(make_model, data) -> None:
-    model, steps = make_model(), []
+def test_a_step_is_taken_when_its_result_is_asked_for(make_model, data) -> None:
+    model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     batches = [packed(data, [n]) for n in range(5)]
-    train_epoch(
-        model, batches, optimizer, None, CPU, dtype=torch.float32, accumulation=2,
-        after_step=lambda step: steps.append(step.rows) or len(steps) == 2,
-    )  # fmt: skip
-    assert steps == [[0, 1], [2, 3]]
-    train_epoch(
-        model, batches, optimizer, None, CPU, dtype=torch.float32, accumulation=2,
-        after_step=lambda step: steps.append(step.rows),
-    )  # fmt: skip
-    assert steps[2:] == [[0, 1], [2, 3], [4]], "the last step takes what is left"
+    options = {"accumulation": 2, "dtype": torch.float32}
+    steps = training_steps(model, batches, optimizer, None, CPU, **options)
+    weights = []
+    for step, rows in zip(steps, [[0, 1], [2, 3], [4]], strict=True):  # the last takes what is left
+        assert step.rows == rows
+        assert not any(torch.equal(model.lm_head.weight, before) for before in weights)
+        weights.append(model.lm_head.weight.detach().clone())

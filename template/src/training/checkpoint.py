@@ -69,6 +69,10 @@ class TrainState:
             self.best_loss, self.best_step, self.evaluations_without_gain = loss, self.step, 0
         return self.best_step == self.step
 
+    def is_out_of_patience(self, patience: int | None) -> bool:
+        """Whether so many evaluations in a row were no better than the best one."""
+        return patience is not None and self.evaluations_without_gain >= patience
+
 
 @dataclass
 class Training:

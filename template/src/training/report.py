@@ -21,7 +21,7 @@ from src.data.describe import data_notes, show_document
 from src.models.adapters import adapted_names, frozen_experts
 from src.models.model import count_parameters
 from src.training.checkpoint import TrainState
-from src.training.optimizer import bytes_a_weight
+from src.training.optimizer import bytes_a_weight, rate_factor
 from src.training.record import Record, read_metrics, rewind_metrics
 from src.training.speed import Speed
 from src.training.tracking import Tracker, where_to_look
@@ -143,12 +143,18 @@ def _warnings(
         )
 
 
-def warn_of_rate(state: TrainState, rate: float, total_steps: int) -> None:
-    """Say it where a resumed run goes on at another learning rate than it was saved with.
+def describe_resume(path: Path, state: TrainState, config: Config, total_steps: int) -> None:
+    """Say where a run goes on, and whether its learning rate jumps there.
 
     The rate follows from the configuration: more epochs stretch a schedule that had ended.
     """
-    saved = state.learning_rate
+    settings, saved = config.training, state.learning_rate
+    say(f"resume     {path.name} of {path.parent}")
+    if state.step >= total_steps:
+        key = "max_steps" if settings.max_steps == total_steps else "epochs"
+        say(f"finished   all {total_steps} steps are done; a larger training.{key} adds more")
+        return
+    rate = settings.learning_rate * rate_factor(settings, total_steps, state.step)
     if saved is not None and not math.isclose(saved, rate, rel_tol=0.01):
         say(
             f"warning: after step {state.step} the learning rate jumps from {saved:.2g} to "

@@ -1,7 +1,7 @@
 """A run from its config to a saved model, stage by stage: when it logs, evaluates, saves, stops."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from src.config import Config
+from src.config import Config, TrainingConfig
 from src.data.batching import TokenLoader
 from src.data.dataset import TokenDataset, load_documents
 from src.models.attention import isolates_documents, set_attention
@@ -35,18 +35,17 @@ from src.training.optimizer import (
     make_optimizer,
     make_scaler,
     make_scheduler,
-    rate_factor,
 )
 from src.training.out_of_memory import explain_out_of_memory
 from src.training.samples import prove_overfitted, start_asking
 from src.training.signals import StopSignal
 from src.training.speed import measure_speed
 from src.training.tracking import Tracker
-from src.training.trainer import StepResult, evaluate, train_epoch
+from src.training.trainer import StepResult, evaluate, training_steps
 from src.utils import distributed
 from src.utils.device import pick_device, pick_dtype
 from src.utils.environment import from_root
-from src.utils.files import new_folder, only_run_in
+from src.utils.files import free_name, new_folder, only_run_in
 from src.utils.ranks import RANK, WORLD_SIZE
 from src.utils.seed import set_seed
 
@@ -92,8 +91,8 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         # From here on there is something to lose: a signal now waits for the end of a step.
         with StopSignal(command) as stop, recorder, explain_out_of_memory(config, training):
             settle(config, objective, training, packing, total_steps - resumed_at, dtype)
-            asks = start_asking(objective, tokenizer, config, training.state, dtype)
-            _train(objective, training, train, evaluation, config, recorder, stop, asks)
+            sample = start_asking(objective, tokenizer, config, training.state, dtype)
+            _train(objective, training, train, evaluation, config, recorder, stop, sample)
             _take_best(training, recorder)
             weights = strategy.gathered(model)
             distributed.on_main(_save_final, training, weights, tokenizer, dtype, final, resumed_at)
@@ -121,50 +120,56 @@ def _load_objective(
 
 def _train(
     objective: nn.Module, training: Training, train: TokenLoader, evaluation: TokenLoader | None,
-    config: Config, recorder: report.Recorder, stop: StopSignal, asks: Callable[[], None],
+    config: Config, recorder: report.Recorder, stop: StopSignal, sample: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Train to the last step, early stopping or a signal: every *when* of a run is decided here."""
+    """Train to the last step, to early stopping or to a signal: every *when* of a run is here."""
     state, settings, device = training.state, config.training, training.model.device
     dtype, total_steps = pick_dtype(config.model.dtype, device), recorder.total_steps
-    scheduler = make_scheduler(training.optimizer, settings, total_steps, state.step)
-
-    def finished() -> bool:
-        in_vain, patience = state.evaluations_without_gain, settings.patience
-        return state.step >= total_steps or (patience is not None and in_vain >= patience)
-
-    def after_step(step: StepResult) -> bool:
+    if state.step >= total_steps or state.is_out_of_patience(settings.patience):
+        return
+    for step in _steps_of_all_epochs(objective, training, train, settings, total_steps, dtype):
         state.count(step.microbatches * WORLD_SIZE, step.tokens)
         recorder.add(step)
-        done, best = finished(), False
+        done, best = state.step >= total_steps, False
         stopping = stop.requested() and not done
         evaluating = evaluation and not stopping and (done or _due(settings.eval_every, state))
         saving = stopping or done or _due(settings.save_every, state)
         if not (evaluating or saving or _due(settings.log_every, state)):
-            return False
+            continue
         steps = recorder.take_steps()  # waits for the GPU
         report.check_finite(steps, state, settings.on_non_finite)
         metrics = recorder.measure(steps, train.sampler.batches)
         if evaluating:
             result = evaluate(objective, evaluation, device, dtype)
             metrics |= {"eval_loss": result.loss, "perplexity": result.perplexity}
-            best, done = state.is_best(result.loss), finished()  # patience may be at its end now
-            saving = saving or best or done
-        recorder.log(metrics)  # first: who resumes a checkpoint finds every line up to it
+            best = state.is_best(result.loss)
+            done = done or state.is_out_of_patience(settings.patience)
+        recorder.log(metrics)  # before saving: a checkpoint's metrics.jsonl has every line up to it
         if evaluating:
-            asks()
-        if saving and (settings.save_every is not None or (best and not done)):
+            sample()
+        if ((saving or done) and settings.save_every is not None) or (best and not done):
             save_checkpoint(training, recorder.checkpoints, settings.keep_checkpoints)
         if stopping:
-            raise stop.farewell(state.step, total_steps, saved=settings.save_every is not None)
+            saved = settings.save_every is not None
+            raise stop.interruption(state.step, total_steps, saved)
+        if done:
+            return
         recorder.clear()
-        return done
 
-    while not finished():
+
+def _steps_of_all_epochs(
+    objective: nn.Module, training: Training, train: TokenLoader, settings: TrainingConfig,
+    total_steps: int, dtype: torch.dtype,
+) -> Iterator[StepResult]:  # fmt: skip
+    """Steps without end, epoch after epoch, from where the run stands."""
+    state, optimizer = training.state, training.optimizer
+    scheduler = make_scheduler(optimizer, settings, total_steps, state.step)
+    while True:
         train.sampler.epoch, train.sampler.position = state.epoch, state.position
-        train_epoch(
-            objective, train, training.optimizer, training.scaler, device, dtype=dtype,
+        yield from training_steps(
+            objective, train, optimizer, training.scaler, training.model.device, dtype=dtype,
             accumulation=settings.gradient_accumulation_steps, scheduler=scheduler,
-            max_grad_norm=settings.max_grad_norm, after_step=after_step,
+            max_grad_norm=settings.max_grad_norm,
             skip_non_finite=settings.on_non_finite == "skip",
         )  # fmt: skip
         state.epoch, state.position = state.epoch + 1, 0
@@ -175,11 +180,9 @@ def _due(every: int | None, state: TrainState) -> bool:
 
 
 def _make_loaders(
-    documents: tuple[TokenDataset, TokenDataset | None],
-    config: Config,
-    tokenizer: Tokenizer,
+    documents: tuple[TokenDataset, TokenDataset | None], config: Config, tokenizer: Tokenizer,
     packing: bool,
-) -> tuple[TokenLoader, TokenLoader | None]:
+) -> tuple[TokenLoader, TokenLoader | None]:  # fmt: skip
     """Batches of both, in memory that a GPU copies from without being waited for."""
     pinned = torch.cuda.is_available() and config.device != "cpu"
     pad_id = tokenizer.pad_token_id
@@ -201,14 +204,7 @@ def _resume(training: Training, config: Config, output: Path, total_steps: int) 
     if not config.training.resume_despite_changes:
         check_identity(path, training.identity)
     load_checkpoint(training, path)
-    report.say(f"resume     {path.name} of {path.parent}")
-    if training.state.step >= total_steps:
-        limited = config.training.max_steps == total_steps
-        more = f"a larger training.{'max_steps' if limited else 'epochs'} adds more"
-        report.say(f"finished   all {total_steps} steps are done; {more}")
-    else:
-        factor = rate_factor(config.training, total_steps, training.state.step)
-        report.warn_of_rate(training.state, config.training.learning_rate * factor, total_steps)
+    report.describe_resume(path, training.state, config, total_steps)
     return training.state.step
 
 
@@ -233,11 +229,7 @@ def _save_final(
     if final.exists() and resumed_at == training.state.step:
         return  # nothing was left to train, so nothing has changed
     if final.exists():  # a finished run that goes on: its first result stays too
-        earlier, number = final.with_name(f"final-step-{resumed_at:08d}"), 0
-        while earlier.exists():
-            number += 1
-            earlier = earlier.with_suffix(f".{number}")
-        final.rename(earlier)
+        final.rename(free_name(final.with_name(f"final-step-{resumed_at:08d}")))
     with new_folder(final) as folder:
         save_model(training.model, tokenizer, folder, dtype, state)
         shutil.copy(final.with_name("config.yaml"), folder / RECIPE)

@@ -41,8 +41,8 @@ class StopSignal:
         """Whether any process got a signal: all must stop after the same step."""
         return distributed.all_sum(float(self._received > 0)) > 0
 
-    def farewell(self, step: int, total_steps: int, saved: bool) -> Interrupted:
-        """What to raise once the state is saved, or could not be."""
+    def interruption(self, step: int, total_steps: int, saved: bool) -> Interrupted:
+        """The error that ends the run, once its state is saved."""
         number = self._received or signal.SIGTERM  # another process received it
         where = "its state is saved" if saved else "nothing is saved: training.save_every is null"
         words = [word for word in self._command if not word.startswith("training.resume=")]

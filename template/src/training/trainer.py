@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import batched
 from typing import Any
@@ -41,15 +41,34 @@ class StepResult:
 
 def train_epoch(
     model: nn.Module, loader: Iterable[dict[str, Any]], optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None, device: torch.device | str, *, accumulation: int = 1,
-    max_grad_norm: float | None = 1.0, scheduler: LRScheduler | None = None,
-    dtype: torch.dtype = torch.bfloat16, skip_non_finite: bool = False,
-    after_step: Callable[[StepResult], bool] | None = None,
+    scaler: torch.amp.GradScaler | None, device: torch.device | str, **options: Any,
 ) -> float:  # fmt: skip
     """Train on every batch of a loader once; return the mean loss of a labelled token.
 
+    Arguments and options are those of `training_steps`, which the project's own run goes through.
+
+    Raises:
+        NonFinite: a step was not taken, and `skip_non_finite` is not set.
+    """
+    total, labelled, step = torch.zeros((), device=device), 0, None
+    for step in training_steps(model, loader, optimizer, scaler, device, **options):
+        total += torch.where(step.finite, step.loss * step.labelled, 0)
+        labelled += step.finite * step.labelled
+    if step is not None and not options.get("skip_non_finite") and not bool(step.finite):
+        raise NonFinite("a loss or gradient was not finite; no step was taken from there on")
+    return float(total / max(labelled, 1))
+
+
+def training_steps(
+    model: nn.Module, loader: Iterable[dict[str, Any]], optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None, device: torch.device | str, *, accumulation: int = 1,
+    max_grad_norm: float | None = 1.0, scheduler: LRScheduler | None = None,
+    dtype: torch.dtype = torch.bfloat16, skip_non_finite: bool = False,
+) -> Iterator[StepResult]:  # fmt: skip
+    """Take the optimizer steps of an epoch: one each time that the next result is asked for.
+
     Args:
-        model: a causal language model, or its `Objective`; it is left in training mode.
+        model: a causal language model, or its `Objective`; it is put into training mode.
         loader: dicts with `input_ids` and `labels`, shape (rows, length), -100 where there is no
             loss; `position_ids`, `cu_seq_lens_*` or an `attention_mask` too.
         optimizer: steps on the model's trainable parameters.
@@ -59,36 +78,24 @@ def train_epoch(
         max_grad_norm: gradients above this norm are scaled down to it; None: never.
         scheduler: steps after each optimizer step.
         dtype: that matmuls run in, by autocast.
-        skip_non_finite: go on after a step whose loss or gradient is not finite; it is never
-            taken. Else no later one of the epoch is: who reads `StepResult.finite` once in a
-            while, rather than wait for the GPU at each step, finds the weights as they were.
-        after_step: sees each result, and ends the epoch by returning True.
-
-    Raises:
-        NonFinite: a step was not taken, and there is neither `after_step` nor `skip_non_finite`.
+        skip_non_finite: go on after a step whose loss or gradient is not finite, without taking
+            it. False: after the first such step no weights change until the epoch ends. So it is
+            safe to read `StepResult.finite` once in a while, which waits for the GPU.
     """
-    device = torch.device(device)
-    total, labelled, healthy = torch.zeros((), device=device), 0, None
+    device, finite = torch.device(device), None
     objective = as_objective(model, device, dtype).train()
-    with without_input_casts(strategy.unwrapped(objective).model):
+    ready = time.perf_counter()
+    for window in batched(loader, accumulation):
+        waited = time.perf_counter() - ready
+        step = train_step(
+            objective, window, optimizer, scaler, device, max_grad_norm=max_grad_norm,
+            dtype=dtype, healthy=None if skip_non_finite else finite, waited=waited,
+        )  # fmt: skip
+        if scheduler is not None:
+            scheduler.step()
+        finite = step.finite
+        yield step
         ready = time.perf_counter()
-        for window in batched(loader, accumulation):
-            waited = time.perf_counter() - ready
-            step = train_step(
-                objective, window, optimizer, scaler, device, max_grad_norm=max_grad_norm,
-                dtype=dtype, healthy=healthy, waited=waited,
-            )  # fmt: skip
-            if scheduler is not None:
-                scheduler.step()
-            healthy = None if skip_non_finite else step.finite
-            total += torch.where(step.finite, step.loss * step.labelled, 0)
-            labelled += step.finite * step.labelled
-            if after_step is not None and after_step(step):
-                break
-            ready = time.perf_counter()
-    if after_step is None and healthy is not None and not bool(healthy):
-        raise NonFinite("a loss or gradient was not finite; no step was taken from there on")
-    return float(total / max(labelled, 1))
 
 
 def as_objective(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -106,15 +113,15 @@ def train_step(
     """One step: count labels → forward and backward of each microbatch → check → update.
 
     The divisor is the number of labels in the whole window on all ranks, known before the
-    first backward pass. Averaging the microbatches' means instead weighs tokens by how lonely
-    they are (transformers#34191).
+    first backward pass. Averaging the microbatches' means instead gives tokens in sparsely
+    labelled microbatches too much weight (transformers#34191).
     """
     window, world = [with_targets(batch) for batch in window], distributed.WORLD_SIZE
     labelled = int(distributed.all_sum(sum(b["labelled"] for b in window)))
     loss = torch.zeros((), device=device)
     for number, batch in enumerate(window, 1):
         with strategy.syncing(objective, now=number == len(window)):
-            with autocast(device, dtype):
+            with autocast(device, dtype), without_input_casts(strategy.unwrapped(objective).model):
                 share = objective(to_device(batch, device)) / max(labelled, 1)
             (scaler.scale(share) if scaler else share).backward()
         loss += share.detach()

@@ -81,3 +81,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def free_name(path: Path) -> Path:
+    """The path, or with .1, .2, … behind it if it exists."""
+    name, number = path, 0
+    while name.exists():
+        number += 1
+        name = path.with_suffix(f".{number}")
+    return name

@@ -195,6 +195,7 @@ STAGES = {  # in order of worth
     "peers": Stage(stages.run_peers, 200, 540, TRL),
     "resume": Stage(stages.run_resume, 45, 150, correctness=True),
     "generate": Stage(stages.run_generate, 25, 70, correctness=True),
+    "long-job": Stage(stages.run_long_job, 60, 150),
     "longest": Stage(stages.run_longest, 40, 150, ("bitsandbytes",)),
     "defaults": Stage(stages.run_defaults, 120, 300, ("bitsandbytes",)),
     "compile": Stage(stages.run_compile, 40, 150),

@@ -12,7 +12,8 @@ from transformers import (
     GPT2Config,
 )
 
-from src.models.generation import generate
+from src.models import generation
+from src.models.generation import generate, is_compiled_for
 from src.models.model import save_model, set_generation_config
 from src.trained import load_trained
 from src.utils.errors import UserError
@@ -88,6 +89,47 @@ def test_many_prompts_of_any_length_are_answered_in_their_order(make_model, toke
     alone = [generate(model, tokenizer, prompt, max_length=6) for prompt in prompts]
     assert generate(model, tokenizer, prompts, max_length=6, batch_size=4) == alone
     assert len(set(alone)) > 1
+
+
+def test_a_long_job_is_answered_in_few_shapes_with_the_same_answers(
+    make_model, tokenizer, monkeypatch
+) -> None:
+    model, shapes = make_model(packing=False).eval(), set()
+    prompts = [f"{'why ' * (9 * n)}{n}?" for n in range(11)]
+    expected = generate(model, tokenizer, prompts, max_length=8, batch_size=4)
+    monkeypatch.setattr(generation, "is_compiled_for", lambda *_: True)
+    model.register_forward_pre_hook(
+        lambda _, __, given: shapes.add(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    assert generate(model, tokenizer, prompts, max_length=8, batch_size=4) == expected
+    assert shapes == {(4, 128), (4, 256), (4, 1)}
+
+
+def test_answers_are_compiled_on_a_gpu_for_long_jobs_only(make_model, monkeypatch) -> None:
+    model = make_model(packing=False).eval()
+    assert not is_compiled_for(model, 10_000), "a CPU"
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert [is_compiled_for(model, steps) for steps in (256, 10_000)] == [False, True]
+    assert not is_compiled_for(model.train(), 10_000)
+
+
+def test_where_answers_cannot_be_compiled_they_are_given_all_the_same(
+    make_model, tokenizer, monkeypatch, capsys
+) -> None:
+    model = make_model(packing=False).eval()
+    expected = generate(model, tokenizer, ["a", "b"], max_length=4)
+    real = type(model).generate
+
+    def without_compiler(self, *args, cache_implementation=None, **options):
+        if cache_implementation:
+            raise RuntimeError("no C compiler\nat all")
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(type(model), "generate", without_compiler)
+    monkeypatch.setattr(generation, "is_compiled_for", lambda *_: True)
+    assert generate(model, tokenizer, ["a", "b"], max_length=4) == expected
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "warning: answers are not compiled: RuntimeError: no C compiler"
 
 
 def test_tools_reach_the_template(make_model, tokenizer, monkeypatch) -> None:

@@ -24,6 +24,7 @@ from src.training.optimizer import MOMENTS
 from src.training.report import say
 from src.utils.device import autocast
 from src.utils.distributed import WORLD_SIZE, gather, on_main
+from src.utils.errors import first_line
 from src.utils.memory import GIB, clear_memory, gpu_memory, print_gpu_memory
 
 COMPILING = 25.0  # seconds that compiling takes, once; 13 to 22 were measured on an H200
@@ -125,9 +126,7 @@ def compile_all(objective: nn.Module, attempt: Callable[[], Trial]) -> None:
         raise
     except Exception as error:  # noqa: BLE001 - Dynamo, Inductor and Triton raise many types
         torch.compiler.set_stance("force_eager")
-        cause = getattr(error, "inner_exception", error)  # Dynamo wraps it in a long message
-        first = next(iter(str(cause).strip().splitlines()), "")
-        say(f"compile    failed, so nothing is compiled: {type(cause).__name__}: {first}")
+        say(f"compile    failed, so nothing is compiled: {first_line(error)}")
     else:
         say(f"compile    done in {time.perf_counter() - started:.0f} seconds")
 

@@ -45,6 +45,12 @@ class Interrupted(Exception):
         super().__init__(message)
 
 
+def first_line(error: BaseException) -> str:
+    """An error's type and first line; of what Dynamo wraps, not of its long message about it."""
+    cause = getattr(error, "inner_exception", error)
+    return f"{type(cause).__name__}: {next(iter(str(cause).strip().splitlines()), '')}"
+
+
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's `main` on the command line's arguments; its errors become exit codes."""
     try:

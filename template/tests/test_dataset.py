@@ -76,7 +76,10 @@ def test_a_share_of_few_rows_is_met_within_one_row(
 def test_rows_added_to_many_move_no_other_row_to_the_other_part(write_rows, monkeypatch) -> None:
     monkeypatch.setattr(dataset, "MANY", 50)
     rows = [chat(f"q{n}", f"a{n}") for n in range(80)]
-    few, more = write_rows(*rows), write_rows(*rows, chat("new", "row"), name="more.jsonl")
+    few, more = (
+        write_rows(*rows),
+        write_rows(*[chat("new", f"{n}") for n in range(9)], *rows, name="m.jsonl"),
+    )
     data = DataConfig(train=few, eval=0.2)
     assert evaluation_limit([few], data) == evaluation_limit([more], data)
 

@@ -50,9 +50,10 @@ def config_of(**model: object) -> Config:
 
 
 def losses(objective, data, epochs: int = 2) -> list[float]:
-    """Train on packed rows of one, two and four documents."""
+    """Train on packed rows of few documents and of many."""
     training, found = training_of(objective.model), []
-    rows = [packed(data, [0, 1, 2, 3]), packed(data, [4]), packed(data, [5, 6])]
+    rows = [packed(data, some, budget=512) for some in ([0, 1, 2, 3], [4], [0] * 18)]
+    assert len({len(row["cu_seq_lens_q"]) for row in rows}) > 1
     for _ in range(epochs):
         steps = training_steps(objective, rows, training.optimizer, None, CPU, dtype=torch.float32)
         found += [float(step.loss) for step in steps]
@@ -192,13 +193,14 @@ def test_any_number_of_recomputed_layers_gives_the_same_losses(make_model, data,
 def test_trying_changes_neither_weights_nor_random_numbers(make_model) -> None:
     for packing in (True, False):
         model = make_model(lora=True, packing=packing)
-        training, before = training_of(model), torch.get_rng_state()
+        training, objective = training_of(model), objective_of(model)
         weights = {name: p.detach().clone() for name, p in training.trained().items()}
         layer = decoder_layers(model)[0]
         layer.register_forward_hook(lambda *_: torch.rand(1) and None)  # as dropout would draw
         batch = full_batch(2, 64, packing)
         assert batch["labelled"] == 2 * 63, "all that a row can have"
-        trial = try_microbatches(objective_of(model), training, [batch] * 2, torch.float32)
+        before = torch.get_rng_state()
+        trial = try_microbatches(objective, training, [batch] * 2, torch.float32)
         assert trial.seconds > 0
         assert torch.equal(torch.get_rng_state(), before)
         assert all(torch.equal(weights[name], p) for name, p in training.trained().items())
@@ -222,10 +224,12 @@ def test_compiled_layers_take_the_same_steps_and_no_shape_is_compiled_twice(
     assert losses(objective, data) == pytest.approx(expected, rel=1e-5)
     trained = counter.frame_count
     assert trained == 1 + lora, "for any number of documents; the first layer's input is frozen"
-    evaluate(objective, [packed(data, [0, 1]), packed(data, [2])], CPU, torch.float32)
+    evaluate(
+        objective, [packed(data, [0, 1], 512), packed(data, [0] * 18, 512)], CPU, torch.float32
+    )
     evaluated = counter.frame_count
     losses(objective, data)
-    evaluate(objective, [packed(data, [3, 4, 5])], CPU, torch.float32)
+    evaluate(objective, [packed(data, [3, 4, 5], 512)], CPU, torch.float32)
     assert counter.frame_count == evaluated <= trained + 2
 
 

@@ -86,7 +86,7 @@ def test_answers_before_and_during_training_are_kept_beside_the_numbers(
     assert [row["step"] for row in samples(folder)] == [0, 2, 4]
     for row in samples(folder):
         assert row["samples"][1] == {"prompt": "Say hello.", "answer": KNOWN}
-    assert "asked      'What does LoRA train?' → 'Two small matrices" in capsys.readouterr().out
+    assert "sample     'What does LoRA train?' → 'Two small matrices" in capsys.readouterr().out
 
 
 def test_the_first_rows_are_asked_and_a_resumed_run_keeps_each_step_once(train, worse) -> None:

@@ -1,6 +1,7 @@
 """A few answers before the first step and at each evaluation: what a loss cannot say."""
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -103,7 +104,7 @@ def _ask(
     try:
         answers = within(objective, generate, tokenizer, prompts, length, dtype=dtype)
     except UserError as error:  # a row is cut for training, but its question is asked whole
-        say(f"asked      nothing: {error}")
+        say(f"sample     none: {error}")
         return
     asked = [p["messages"] if isinstance(p, dict) else p for p in prompts]
     pairs = [{"prompt": p, "answer": a} for p, a in zip(asked, answers, strict=True)]
@@ -111,7 +112,8 @@ def _ask(
         with (from_root(config.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
             line = {"step": state.step, "samples": pairs}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    say(f"asked      {_short(asked[0])} → {_short(answers[0])}")
+    when = " (before training)" * (state.step == 0)
+    say(f"sample     {_short(asked[0])} → {_short(answers[0])}{when}")
 
 
 def prove_overfitted(
@@ -135,5 +137,5 @@ def prove_overfitted(
 
 def _short(said: Any) -> str:
     text = said if isinstance(said, str) else said[-1]["content"]
-    text = " ".join(text.split())
+    text = re.sub("\ufffd+", "\ufffd", " ".join(text.split()))  # bytes that are no text
     return repr(text if len(text) <= 60 else f"{text[:60]} …")

@@ -4,7 +4,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from conftest import ROOT
-from src.data.chat import NotFound, chat_text, render
+from src.data import Rejected
+from src.data.chat import chat_text, render
 from src.data.encoding import stop_token_ids
 
 # As Qwen 3 does: reasoning of the last turn only, and an empty one where there is none.
@@ -122,7 +123,7 @@ def test_arguments_that_are_no_json_are_shown_as_they_are_or_refused_in_words(sp
 
 def test_calls_that_a_template_leaves_out_are_refused(speak) -> None:
     call = {"type": "function", "function": {"name": "look", "arguments": {}}}
-    with pytest.raises(NotFound, match="leaves out the tool calls of message 2"):
+    with pytest.raises(Rejected, match="leaves out the tool calls of message 2"):
         said(
             speak(OPEN),
             user("?"),
@@ -133,7 +134,7 @@ def test_calls_that_a_template_leaves_out_are_refused(speak) -> None:
 
 def test_what_a_template_changes_is_refused(speak) -> None:
     shouts = OPEN.replace("m.content | trim", "m.content | upper")
-    with pytest.raises(NotFound, match="leaves out or changes what the assistant says"):
+    with pytest.raises(Rejected, match="leaves out or changes what the assistant says"):
         said(speak(shouts), user("1"), assistant("loud"))
     # A user's turn may be changed: it carries no loss.
     quotes = OPEN.replace(
@@ -142,3 +143,38 @@ def test_what_a_template_changes_is_refused(speak) -> None:
     assert said(speak(quotes), user('say "hi"'), assistant("hi")) == ["hi<|user|>"]
     with pytest.raises(ValueError, match="refuses it: no system"):
         said(speak("{{ raise_exception('no system') }}"), user("?"))
+
+
+def test_a_conversation_is_rendered_a_few_times_however_many_turns_it_has(
+    speak, monkeypatch
+) -> None:
+    tokenizer, renderings = speak(THINKS), []
+    real = tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda *a, **k: renderings.append(1) or real(*a, **k)
+    )
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "noon"}}}
+    rounds = [
+        message
+        for number in range(100)
+        for message in (
+            assistant("", tool_calls=[call]),
+            {"role": "tool", "content": f"It is {number}." if number % 2 else ""},
+        )
+    ]
+    said(tokenizer, user("?"), assistant("!"))
+    renderings.clear()
+    called = said(tokenizer, user("When?"), *rounds, assistant("Late."))
+    assert called[:-1] == ['<tool_call>look {"at": "noon"}</tool_call><|im_end|>'] * 100
+    assert len(renderings) <= 4, "what was 5 s for 400 calls"
+
+
+def test_a_header_is_not_labelled_after_a_call_that_has_no_result_or_does_not_train(speak) -> None:
+    # As the last turn of a shorter conversation the call would have an empty <think> before it.
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    for template in (THINKS, PREFILLS):
+        for weight in (0, 1):
+            called = assistant("", tool_calls=[call], weight=weight)
+            spans = said(speak(template), user("?"), called, assistant("It."), user("!"))
+            assert spans[-1] == "It.<|im_end|>"
+            assert len(spans) == 1 + weight

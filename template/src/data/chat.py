@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from src.data import Rejected
 from src.data.rows import trains
 
 Message = dict[str, Any]
@@ -30,10 +31,6 @@ TOOL = {
 }
 
 
-class NotFound(ValueError):
-    """What the assistant said cannot be found in the rendered text."""
-
-
 class Rendered(NamedTuple):
     """A conversation as the model sees it."""
 
@@ -43,66 +40,91 @@ class Rendered(NamedTuple):
 
 
 def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokenizer) -> Rendered:
-    """The conversation as one text, and the spans of it that carry loss.
+    """Return the conversation as one text, and the spans of it that carry loss.
 
     A span begins where the generation prompt would end, and ends with the token that ends the
-    turn: reasoning that stands in the text, the answer and tool calls lie in it, headers do not.
+    turn. Reasoning that stands in the text, the answer and tool calls lie in it; headers do not.
 
     Raises:
-        NotFound: the template leaves out or changes what the assistant said, or does not end it.
-        ValueError: the template refuses the conversation.
+        Rejected: the template refuses the conversation, leaves out or changes what the assistant
+            says, or does not end its turn.
     """
     if MARK.search(str(messages)):
-        raise NotFound("the row holds text such as Qzx1xzQ, by which messages are found")
+        raise Rejected("the row holds text such as Qzx1xzQ, which marks messages while rendering")
     ends = turn_ends(tokenizer, str(tokenizer.chat_template))
     text, places, marked = _locate(messages, tools, tokenizer)
-    spans, prompted = [], True
+    prompts: dict[tuple[str, str], str] = {}
+    spans, prompted, before = [], True, 0  # before: where the last message ends
     for number, message in enumerate(messages):
-        calls, own = message.get("tool_calls") or [], places.get(number)
-        said = _parts(message)[1]
-        if said and not own:
-            raise NotFound(f"the chat template leaves out message {number + 1}")
-        if message["role"] != "assistant" or not (said or calls) or not trains(message):
+        own, calls = places[number], message.get("tool_calls") or []
+        if not own and MARK.search(marked[number]["content"]):
+            raise Rejected(f"the chat template leaves out message {number + 1}")
+        if message["role"] != "assistant" or not (own or calls):
+            before = own[1] if own else before
             continue
-        before = max((end for n, (_, end) in places.items() if n < number), default=0)
-        after = min((start for n, (start, _) in places.items() if n > number), default=len(text))
-        if number:
-            prompt = _skeleton(marked[:number], tools, tokenizer, prompt=True)[-1]
-        else:  # nothing was asked: what the template writes before any answer
-            prompt = _generation_prompt(tokenizer, str(tokenizer.chat_template))
-            before = max(text.find(prompt, 0, own[0] if own else after), 0)
-        until = own[0] if own else after
-        start, whole = _beginning(text, (before, until), prompt, spans, tokenizer)
+        after = next((place[0] for place in places[number + 1 :] if place), len(text))
+        last = messages[number - 1] if number else message
+        place = places[number - 1] if number and not last.get("tool_calls") else None
+        prompt = ends.header
+        if place or last["role"] != "assistant":
+            # Once a role: rendering all that comes before each answer is quadratic in turns.
+            key = last["role"], MARK.split(marked[number - 1]["content"])[-1]  # blanks at its end
+            if key not in prompts:
+                prompts[key] = _prompt_after(marked[:number], tools, tokenizer)
+            prompt = prompts[key]
+        within = (place[1] if place else before, own[0] if own else after)
+        start, whole = _beginning(text, within, prompt, place is not None, ends.special)
         for token in ends.special.finditer(text, before, after):
             if token.start() < start < token.end():  # never within one
                 start = token.start()
-        if not all(_name(call) in text[start:after] for call in calls):
-            raise NotFound(f"the chat template leaves out the tool calls of message {number + 1}")
-        prompted = prompted and whole
-        end = own[1] if own else start
-        if closing := (ends.of_calls if calls else ends.of_answers).search(text, end, after):
-            end = closing.end()
+        if trains(message) and not all(_name(call) in text[start:after] for call in calls):
+            raise Rejected(f"the chat template leaves out the tool calls of message {number + 1}")
+        before = own[1] if own else start
+        if closing := (ends.of_calls if calls else ends.of_answers).search(text, before, after):
+            before = closing.end()
         elif after == len(text):  # the last turn, whose end would be the next turn's beginning
             text += ends.appended
-            end = len(text)
-        else:
-            raise NotFound(f"the chat template does not end message {number + 1}")
-        spans.append((start, end))
+            before = len(text)
+        elif trains(message):
+            raise Rejected(f"the chat template does not end message {number + 1}")
+        if trains(message):
+            spans.append((start, before))
+            prompted = prompted and whole
     return Rendered(text, spans, prompted)
 
 
 def _beginning(
-    text: str, within: Span, prompt: str, spans: list[Span], tokenizer: Tokenizer
+    text: str, within: Span, prompt: str, anchored: bool, special: re.Pattern[str]
 ) -> tuple[int, bool]:
-    """Where an answer begins, and whether it follows all that the generation prompt writes."""
-    before, until = within
-    start = before + len(_shared(text[before:until], prompt))
-    if not spans or start >= spans[-1][1]:
-        return start, start == before + len(prompt)
-    # Qwen 3 writes the turn before otherwise where it is the last: look for its header alone.
-    header, last = _generation_prompt(tokenizer, str(tokenizer.chat_template)), spans[-1][1]
-    found = text.find(header, last, until)
-    return (last, False) if found < 0 else (found + len(header), True)
+    """Return where an answer begins, and whether the whole generation prompt stands before it.
+
+    Args:
+        text: of the conversation.
+        within: where the answer's header and reasoning stand.
+        prompt: what the template writes before an answer. Of earlier answers the text may lack
+            its end: templates drop the <think> of a reasoning that they drop.
+        anchored: whether the prompt begins where `within` does; else it is searched for.
+        special: a pattern of the tokenizer's special tokens.
+    """
+    start, until = within
+    if not anchored:
+        token = special.search(prompt)  # less of the prompt than this is no header
+        sizes = range(len(prompt), token.end() - 1 if token else len(prompt) - 1, -1)
+        places = (text.find(prompt[:size], start, until) for size in sizes)
+        found = next((place for place in places if place >= 0), None)
+        if found is None:
+            return start, False
+        start = found
+    shared = len(_shared(text[start:until], prompt))
+    return start + shared, shared == len(prompt)
+
+
+def _prompt_after(marked: list[Message], tools: list[dict] | None, tokenizer: Tokenizer) -> str:
+    """Return what follows the content of the last message if an answer is to come."""
+    *earlier, last = marked
+    if not MARK.search(last["content"]):
+        last = last | {"content": _mark(len(earlier))}
+    return _skeleton([*earlier, last], tools, tokenizer, prompt=True)[-1]
 
 
 def chat_text(
@@ -126,13 +148,6 @@ def chat_text(
 
 
 @lru_cache(maxsize=16)
-def _generation_prompt(tokenizer: Tokenizer, _template: str) -> str:
-    asked = [_user(_mark(1))]
-    without, whole = (chat_text(tokenizer, asked, prompt) for prompt in (False, True))
-    return whole[len(_shared(without, whole)) :]
-
-
-@lru_cache(maxsize=16)
 def knows_tools(tokenizer: Tokenizer) -> bool:
     """Whether the chat template writes the tools that it is given."""
     return "Look something up." in chat_text(tokenizer, [_user("?")], True, [TOOL])
@@ -143,18 +158,8 @@ def types_token(messages: list[Message], tokenizer: Tokenizer) -> bool:
 
     The tokenizer makes the real token of it, so that the text ends or opens a turn.
     """
-    tokens = _tokens_of(tokenizer, str(tokenizer.chat_template))
-    return any(token in message["content"] for message in messages for token in tokens)
-
-
-@lru_cache(maxsize=16)
-def _tokens_of(tokenizer: Tokenizer, template: str) -> frozenset[str]:
-    said = [_user("?"), {"role": "assistant", "content": "!"}]
-    try:
-        special = turn_ends(tokenizer, template).special
-        return frozenset(special.findall(chat_text(tokenizer, said, True))) - {""}
-    except ValueError:
-        return frozenset()
+    written = turn_ends(tokenizer, str(tokenizer.chat_template)).written
+    return any(token in message["content"] for message in messages for token in written)
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,8 @@ class TurnEnds:
         appended: what the last turn of a conversation lacks: the beginning of the next turn,
             where that is what ends one (GLM), or EOS, where there is nothing.
         tokens: all of them.
+        header: what the generation prompt adds to a question.
+        written: the special tokens that the template writes in a conversation without tools.
     """
 
     special: re.Pattern[str]
@@ -174,6 +181,8 @@ class TurnEnds:
     of_calls: re.Pattern[str]
     appended: str
     tokens: tuple[str, ...]
+    header: str
+    written: frozenset[str]
 
 
 @lru_cache(maxsize=16)
@@ -203,7 +212,12 @@ def turn_ends(tokenizer: Tokenizer, template: str) -> TurnEnds:
     calls = _ends_of_calls(tokenizer, special, own=not appended) or answers
     patterns = ("|".join(map(re.escape, sorted(each))) for each in (answers, calls))
     of_answers, of_calls = map(re.compile, patterns)
-    return TurnEnds(special, of_answers, of_calls, appended, tuple(sorted(answers | calls)))
+    asked = [_user(_mark(1))]
+    without, whole = (chat_text(tokenizer, asked, prompt) for prompt in (False, True))
+    header = whole[len(_shared(without, whole)) :]
+    written = frozenset(special.findall(chat_text(tokenizer, asked + answer, True))) - {""}
+    tokens = tuple(sorted(answers | calls))
+    return TurnEnds(special, of_answers, of_calls, appended, tokens, header, written)
 
 
 def _ends_of_calls(tokenizer: Tokenizer, special: re.Pattern[str], own: bool) -> set[str]:
@@ -234,36 +248,35 @@ def _tails(
         for more in ([], then)
     )
     if len(last) < 3:
-        raise NotFound("the chat template leaves out or changes what the assistant says")
+        raise Rejected("the chat template leaves out or changes what the assistant says")
     return last[2], inner[2] if len(inner) > 4 else last[2]  # which some leave out later
 
 
 def _locate(
     messages: list[Message], tools: list[dict] | None, tokenizer: Tokenizer
-) -> tuple[str, dict[int, Span], list[Message]]:
-    """The text, where each message's content stands in it, and the messages with markers."""
-    marked, contents = [], {}
+) -> tuple[str, list[Span | None], list[Message]]:
+    """Return the text, where each message's content stands in it, and the marked messages."""
+    marked, contents = [], []
     for number, message in enumerate(messages):
         head, content, tail = _parts(message)
-        if content:
-            contents[number] = content
-            message = message | {"content": f"{head}{_mark(number)}{tail}"}
-        marked.append(message)
+        contents.append(content)
+        text = f"{head}{_mark(number)}{tail}" if content else head + tail
+        marked.append(message | {"content": text})
     text = chat_text(tokenizer, messages, False, tools)
     first, *rest = _skeleton(marked, tools, tokenizer, prompt=False)
-    places, at = {}, len(first)
+    places: list[Span | None] = [None] * len(messages)
+    at = len(first)
     for number, literal in zip(map(int, rest[::2]), rest[1::2], strict=True):
-        content = contents[number]
-        end = at + len(content)
-        if not (text.startswith(content, at) and text.startswith(literal, end)):
+        end = at + len(contents[number])
+        if not (text.startswith(contents[number], at) and text.startswith(literal, end)):
             if messages[number]["role"] == "assistant":
-                raise NotFound(f"the chat template changes what message {number + 1} says")
+                raise Rejected(f"the chat template changes what message {number + 1} says")
             end = text.find(literal, at) if literal else -1  # a tool's result as JSON, for example
         places[number], at = (at, end), end + len(literal)
         if end < 0:
             break
     if not text.startswith(first) or at != len(text):
-        raise NotFound("the chat template writes other text around what was said")
+        raise Rejected("the chat template writes other text around what was said")
     return text, places, marked
 
 

@@ -213,7 +213,7 @@ def _documents(
         ids, labels, prompted = encoded
         facts.read_as[row["read_as"]] = facts.read_as.get(row["read_as"], 0) + 1
         facts.unprompted += not prompted
-        facts.typed += types_token(row.get("messages", []), tokenizer)
+        facts.typed += "messages" in row and types_token(row["messages"], tokenizer)
         for name in row.get("unread", ()):
             facts.unread[name] = facts.unread.get(name, 0) + 1
         facts.toolless += bool(row.get("tools")) and not knows_tools(tokenizer)

@@ -87,7 +87,7 @@ def test_an_output_of_other_rows_is_left_as_it_is(write_rows, tmp_path, lines, t
         ("{", ":2: not valid JSON"),
         ({"answer": "x"}, ":2: `question` is missing; it has `answer`"),
         ({"messages": [{"role": "robot", "content": "x"}]}, ":2: message 1: `role` is 'robot'"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, ":2: asks nothing"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, ":2: has no question"),
         (["x"], ":2: a row is an object"),
     ],
 )

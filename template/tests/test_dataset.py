@@ -105,6 +105,12 @@ def test_rows_that_the_template_refuses_are_named_or_left_out(tokenizer, write_r
     )
     data = tokens(file, other, max_length=64, bad_rows="skip")
     assert (len(data), data.facts.unusable) == (1, 1)
+    with pytest.raises(UserError) as error:
+        tokens(write_rows(*[system] * 30, name="all.jsonl"), other, max_length=64)
+    assert len(error.value.problems) == 2, "equal problems are told once"
+    assert error.value.problems[0].endswith(
+        "all.jsonl:1: the chat template refuses it: no system (30 rows)"
+    )
     assert f"{file}:2" in data.left_out.read_text()
 
 

@@ -49,7 +49,8 @@ def test_a_template_without_generation_marks_is_masked_by_its_turns(chatml) -> N
 
 def test_a_template_that_leaves_turns_out_is_refused(chatml) -> None:
     chatml.chat_template = "{% for m in messages %}{% if loop.last or m.role != 'assistant' %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    assert encode([TWO_TURNS], chatml) == ["the chat template leaves out message 3"]
+    (rejected,) = encode([TWO_TURNS], chatml)
+    assert str(rejected) == "the chat template leaves out message 3"
 
 
 def test_text_rows_carry_loss_everywhere_and_end_with_the_stop_token(tokenizer) -> None:

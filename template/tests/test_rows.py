@@ -24,14 +24,17 @@ GOOD, DATA = chat("question", "answer"), DataConfig(train="rows")
         ("{not json", "not valid JSON"),
         ("[1]", "a row is an object with `messages`"),
         ("null", "a row is an object"),
+        ("[" * 100_000 + "]" * 100_000, "lists or objects nested too deeply"),
+        ('{"prompt": "q", "completion": ' + "9" * 5000 + "}", "a number of more than 4,300 digits"),
+        ('{"prompt": "cut \\ud83d", "completion": "a"}', "holds half of a character, '\\ud83d'"),
         ({"mesages": []}, "has `mesages`; a row needs `messages`"),
         ({"messages": []}, "`messages` must be a list with at least one message"),
-        ({"messages": ["hi"]}, "message 1 must be an object"),
+        ({"messages": ["hi"]}, "message 1: must be an object with `role` and `content`, not text"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "message 1: `role` is 'bot', not system"),
         ({"messages": [{"role": "user"}]}, "message 1: `content` is missing"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1: `content` is missing"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1: `content` has parts that are no text"),
-        ({**GOOD, "tools": "{"}, "`tools` is not valid JSON"),
+        ({**GOOD, "tools": "{"}, "`tools`: not valid JSON"),
         ({**GOOD, "tools": "{}"}, "`tools` must be a list"),
         ({"prompt": "x"}, "`completion` is missing; it has `prompt`"),
         ({"output": "x"}, "`instruction` is missing; it has `output`"),
@@ -42,12 +45,16 @@ GOOD, DATA = chat("question", "answer"), DataConfig(train="rows")
         ({"instruction": "q", "output": "a", "history": ["x"]}, "`history` must be a list of [question, answer]"),
         ({"instruction": "q", "output": "a", "history": 5}, "`history` must be a list of [question, answer]"),
         ({"messages": [{"role": [], "content": "x"}]}, "message 1: `role` is [], not system"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1: `role` is ['user'], not system | user"),
+        ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": [None]}]}, "message 3: a call of a tool needs `name` and `arguments`, and is null"),
+        ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": "look"}]}, "message 3: `tool_calls`: not valid JSON"),
+        ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 9999}}]}]}, "message 3: the arguments of `f`: lists or objects nested too deeply"),
         ({**GOOD, "tools": [1]}, "`tools` must be a list of objects"),
         ({"instruction": "q", "input": [1], "output": "a"}, "`input` must be text, not a list"),
-        ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "message 3: a call of a tool has not valid JSON"),
+        ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "message 3: the arguments of `f`: not valid JSON"),
         ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]}, "message 3: the arguments of `f` must be an object, not a list"),
-        ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": ["x"]}]}, "message 3: a call of a tool has not valid JSON"),
-        ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": [{}]}]}, "message 3: a call of a tool has no name"),
+        ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": ["x"]}]}, "message 3: a call of a tool: not valid JSON"),
+        ({"messages": [*GOOD["messages"], {"role": "assistant", "tool_calls": [{}]}]}, "message 3: a call of a tool needs `name` and `arguments`, and is {}"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named_by_file_line_and_reason(write_rows, bad, reason: str) -> None:
@@ -56,6 +63,10 @@ def test_a_bad_row_is_named_by_file_line_and_reason(write_rows, bad, reason: str
         check_source("data.train", file, DATA)
     assert len(error.value.problems) == 1
     assert error.value.problems[0].startswith(f"{file}:3: {reason}"), error.value.problems
+    tally = Tally()
+    skip = DataConfig(train=file, bad_rows="skip")
+    assert len(list(read_rows(file, skip, tally))) == 2
+    assert [row["place"] for row in tally.unusable] == [f"{file}:3"]
 
 
 ASKED = [{"role": "user", "content": "q"}]
@@ -173,10 +184,21 @@ def test_reasoning_is_dropped_if_wanted(write_rows) -> None:
     assert row["messages"][1] == turn
 
 
-def test_all_bad_rows_are_reported_up_to_a_limit(write_rows) -> None:
+def test_different_problems_are_reported_up_to_a_limit_and_equal_ones_once(write_rows) -> None:
     with pytest.raises(UserError) as error:
-        list(read_rows(write_rows(*[{"x": 1}] * 50), DATA))
+        list(read_rows(write_rows(*[{f"x{n}": 1} for n in range(50)]), DATA))
     assert len(error.value.problems) == 21
+    file = write_rows(GOOD, *[{"frage": 1, "antwort": 2}] * 50)
+    with pytest.raises(UserError) as error:
+        list(read_rows(file, DATA))
+    (problem,) = error.value.problems
+    assert problem.startswith(f"{file}:2: has `frage`, `antwort`; a row needs `messages`")
+    assert problem.endswith(
+        "for other names set data.columns.prompt=… and data.columns.completion=… (50 rows)"
+    )
+    with pytest.raises(UserError) as error:
+        list(read_rows(write_rows(*[{"x": 1}] * 5000), DATA))
+    assert error.value.problems[1].endswith("stopped reading after 1,000 bad rows")
 
 
 def test_a_byte_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
@@ -222,6 +244,8 @@ def test_the_same_rows_come_from_every_format(tmp_path: Path, write_rows) -> Non
     raw = [{"prompt": f"q, {n}", "completion": f'a "{n}"\nb'} for n in range(3)]
     expected = messages(write_rows(*raw))
     (tmp_path / "r.json").write_text(json.dumps(raw))
+    for name in ("lines.json", "r.ndjson", "r.JSONL"):
+        (tmp_path / name).write_bytes((tmp_path / "rows.jsonl").read_bytes())
     pq.write_table(pa.Table.from_pylist(raw), tmp_path / "r.parquet")
     import csv
 
@@ -235,7 +259,8 @@ def test_the_same_rows_come_from_every_format(tmp_path: Path, write_rows) -> Non
         with pa.CompressedOutputStream(str(tmp_path / f"{name}.zst"), "zstd") as stream:
             stream.write(plain)
     packed = [path.name for path in tmp_path.iterdir() if path.suffix in {".gz", ".zst"}]
-    for name in ("r.json", "r.parquet", "r.csv", *packed):
+    plain = ["r.json", "r.parquet", "r.csv", "lines.json", "r.ndjson", "r.JSONL"]
+    for name in (*plain, *packed):
         assert messages(str(tmp_path / name)) == expected, name
     assert len(packed) == 6
 
@@ -247,10 +272,39 @@ def test_a_csv_row_with_too_many_cells_is_named(tmp_path: Path) -> None:
         check_source("data.train", str(file), DATA)
 
 
-def test_a_broken_parquet_file_says_so(tmp_path: Path) -> None:
-    (tmp_path / "r.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(UserError, match="not a Parquet file"):
-        check_source("data.train", str(tmp_path / "r.parquet"), DATA)
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("r.parquet", b"PAR1 not really", ": cannot be read: Parquet magic bytes not found"),
+        ("r.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], ": cannot be read: Compressed file ended"),
+        ("r.jsonl.gz", b"{}", ": cannot be read: Not a gzipped file"),
+        ("r.json", b'[{"text": "a"},\n{]', ":2: cannot be read: not valid JSON"),
+        ("r.json", b"[" * 100_000, ": cannot be read: lists or objects nested too deeply"),
+        ("r.csv", "prompt,completion\ncaf\xe9,a\n".encode("latin1"), ": cannot be read: not UTF-8"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        check_source("data.train", str(file), DATA)
+    assert str(error.value).startswith(f"{file}{problem}")
+
+
+def test_a_parquet_column_that_python_cannot_hold_is_not_read(tmp_path: Path) -> None:
+    far = pa.array([2**62, 0], pa.timestamp("us"))  # after the year 9999
+    nowhere = pa.array([0, 0], pa.timestamp("us", tz="Not/AZone"))
+    text = pa.array(["one", "two"])
+    pq.write_table(pa.table({"text": text, "far": far, "nowhere": nowhere}), tmp_path / "r.parquet")
+    assert [row["text"] for row in read_rows(str(tmp_path / "r.parquet"), DATA)] == ["one", "two"]
+
+
+def test_a_file_that_exists_is_no_pattern(tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("rows [1].jsonl", "what?.jsonl", "all*.jsonl")]
+    for name in names:
+        Path(name).write_text(json.dumps(GOOD))
+    assert expand(names) == names
+    assert all(messages(name) == [GOOD["messages"]] for name in names)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +313,9 @@ def test_a_broken_parquet_file_says_so(tmp_path: Path) -> None:
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
         {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": {"a": 1}}},
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]},
+        {"role": "assistant", "tool_calls": {"name": "f", "arguments": {"a": 1}}},
+        {"role": "assistant", "tool_calls": '[{"name": "f", "arguments": {"a": 1}}]'},
+        {"role": "assistant", "tool_calls": [{"function": '{"name": "f", "arguments": {"a": 1}}'}]},
         {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
     ],
 )  # fmt: skip
@@ -271,10 +328,11 @@ def test_a_call_of_a_tool_is_read_from_each_form(write_rows, turn: dict) -> None
 
 def test_an_empty_argument_leaves_the_other_calls_as_they_are(write_rows) -> None:
     calls = [{"function": {"name": "f", "arguments": text}} for text in ("", '{"a": 1}')]
+    calls.append({"function": {"name": "f"}})
     turn = {"role": "assistant", "tool_calls": calls}
     (row,) = read_rows(write_rows({"messages": [*ASKED, turn]}), DATA)
     found = [call["function"]["arguments"] for call in row["messages"][1]["tool_calls"]]
-    assert found == [{}, {"a": 1}]
+    assert found == [{}, {"a": 1}, {}]
 
 
 def test_a_rejected_answer_is_left_out(write_rows) -> None:

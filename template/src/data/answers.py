@@ -10,8 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from src.config import DataConfig
+from src.data import Rejected
 from src.data.rows import Row, read_question
-from src.data.sources import Unreadable, check_exists, raw_rows
+from src.data.sources import check_exists, raw_rows
 from src.utils.errors import UserError
 
 ANSWER = "generated"  # the column that answers are written to, beside a row's own
@@ -70,7 +71,7 @@ def answer_rows(
 def _rows(source: str, data: DataConfig) -> Iterator[tuple[dict[str, Any], Row]]:
     """Each row, and what it asks."""
     for place, raw in raw_rows(source):
-        asked = read_question(raw, data)
-        if isinstance(asked, Unreadable):
-            raise UserError(f"{source}{place}: {asked}")
-        yield raw, asked
+        try:
+            yield raw, read_question(raw, data)
+        except Rejected as error:
+            raise UserError(f"{source}{place}: {error}") from None

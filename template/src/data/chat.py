@@ -134,7 +134,7 @@ def chat_text(
     """The conversation as the chat template writes it.
 
     Raises:
-        ValueError: the template refuses it, in its own words.
+        Rejected: the template refuses it, in its own words.
     """
     options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tools": tools}
     reason = ""
@@ -144,7 +144,7 @@ def chat_text(
             return str(tokenizer.apply_chat_template(shown, tokenize=False, **options))
         except (TypeError, ValueError, TemplateError) as error:
             reason = reason or str(error)
-    raise ValueError(f"the chat template refuses it: {reason}")
+    raise Rejected(f"the chat template refuses it: {reason}")
 
 
 @lru_cache(maxsize=16)

@@ -15,11 +15,11 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config, DataConfig
-from src.data import IGNORE
+from src.data import IGNORE, Rejected
 from src.data.chat import knows_tools, types_token
 from src.data.encoding import encode
-from src.data.rows import MAX_PROBLEMS, Row, Tally, read_rows
-from src.data.sources import Unreadable, expand, fingerprint
+from src.data.rows import MAX_PROBLEMS, Problems, Row, Tally, read_rows
+from src.data.sources import expand, fingerprint
 from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder, write_text
 
@@ -204,11 +204,11 @@ def _documents(
     rows: list[Row], tokenizer: Tokenizer, data: DataConfig, facts: Facts, tally: Tally
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Ids and labels of documents, none longer than `data.max_length`."""
-    problems, length = [], data.max_length
+    problems, length = Problems(), data.max_length
     for row, encoded in zip(rows, encode(rows, tokenizer), strict=True):
-        if isinstance(encoded, Unreadable):
-            problems.append(f"{row['place']}: {encoded}")
-            tally.unusable.append({"place": row["place"], "reason": encoded, "row": row})
+        if isinstance(encoded, Rejected):
+            problems.add(row["place"], encoded)
+            tally.unusable.append({"place": row["place"], "reason": str(encoded), "row": row})
             continue
         ids, labels, prompted = encoded
         facts.read_as[row["read_as"]] = facts.read_as.get(row["read_as"], 0) + 1
@@ -236,8 +236,10 @@ def _documents(
             if learnt:
                 yield piece
     if problems and data.bad_rows == "stop":
-        share = f"{len(problems)} of {len(rows)} rows cannot be written by the chat template"
-        raise UserError(*problems[:MAX_PROBLEMS], f"{share}; data.bad_rows=skip leaves them out")
+        bad = sum(map(len, problems.values()))
+        share = f"{bad} of {len(rows)} rows cannot be written by the chat template"
+        lines = problems.lines()[:MAX_PROBLEMS]
+        raise UserError(*lines, f"{share}; data.bad_rows=skip leaves them out")
 
 
 def evaluation_limit(names: list[str], data: DataConfig) -> int:

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from src.data import IGNORE
+from src.data import IGNORE, Rejected
 from src.data.chat import Rendered, render, turn_ends
 from src.data.rows import Row
-from src.data.sources import Unreadable
+from src.data.sources import reason_of
 
 
 class Encoded(NamedTuple):
@@ -18,7 +18,7 @@ class Encoded(NamedTuple):
     prompted: bool  # whether each answer follows all that the generation prompt writes
 
 
-def encode(rows: list[Row], tokenizer: Tokenizer) -> list[Encoded | Unreadable]:
+def encode(rows: list[Row], tokenizer: Tokenizer) -> list[Encoded | Rejected]:
     """Token ids and labels of each row; only what the assistant says carries a label.
 
     The whole conversation is tokenised once, as one text, because tokens of pieces need not be
@@ -26,7 +26,7 @@ def encode(rows: list[Row], tokenizer: Tokenizer) -> list[Encoded | Unreadable]:
     stop token that ends the turn included. Position 0 never is: nothing predicts it.
 
     Returns:
-        One for each row; `Unreadable` where the chat template cannot write it.
+        One for each row; `Rejected` where the chat template cannot write it.
     """
     rendered = [_render(row, tokenizer) for row in rows]
     texts = [each.text for each in rendered if isinstance(each, Rendered)]
@@ -35,9 +35,9 @@ def encode(rows: list[Row], tokenizer: Tokenizer) -> list[Encoded | Unreadable]:
         texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
     ) if texts else {"input_ids": [], "offset_mapping": []}  # fmt: skip
     tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    result: list[Encoded | Unreadable] = []
+    result: list[Encoded | Rejected] = []
     for row in rendered:
-        if isinstance(row, Unreadable):
+        if isinstance(row, Rejected):
             result.append(row)
             continue
         ids, offsets = next(tokens)
@@ -52,7 +52,7 @@ def encode(rows: list[Row], tokenizer: Tokenizer) -> list[Encoded | Unreadable]:
     return result
 
 
-def _render(row: Row, tokenizer: Tokenizer) -> Rendered | Unreadable:
+def _render(row: Row, tokenizer: Tokenizer) -> Rendered | Rejected:
     """The row as one text, and the (start, end) character spans that carry loss."""
     if "text" in row:
         begin, end = str(tokenizer.bos_token or ""), str(tokenizer.eos_token)
@@ -62,8 +62,8 @@ def _render(row: Row, tokenizer: Tokenizer) -> Rendered | Unreadable:
         return Rendered(text, [(0, len(text))], prompted=True)
     try:
         return render(row["messages"], row.get("tools"), tokenizer)
-    except ValueError as error:
-        return Unreadable(str(error))
+    except (ValueError, RecursionError) as error:
+        return Rejected(reason_of(error))
 
 
 def stop_token_ids(tokenizer: Tokenizer) -> list[int]:

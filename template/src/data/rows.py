@@ -8,10 +8,12 @@ from itertools import islice
 from typing import Any
 
 from src.config import DataConfig
-from src.data.sources import Unreadable, check_exists, is_file, raw_rows
+from src.data import Rejected
+from src.data.sources import check_exists, is_file, raw_rows, reason_of
 from src.utils.errors import UserError
 
-MAX_PROBLEMS = 20  # of one source: enough to see a pattern, few enough to read
+MAX_PROBLEMS = 20  # different ones of a source: enough to see a pattern, few enough to read
+MAX_BAD_ROWS = 1000  # of a source: reading stops there
 FIRST_ROWS = 100  # what is looked at before a start
 ROLES = {
     **{name: name for name in ("system", "user", "assistant", "tool")},
@@ -36,12 +38,6 @@ THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 Row = dict[str, Any]
 
 
-class Empty(str):
-    """Why there is nothing to learn from a row."""
-
-    __slots__ = ()
-
-
 @dataclass
 class Tally:
     """Which rows were left out, and why."""
@@ -55,6 +51,21 @@ class Tally:
         for first in self.unusable + self.empty:
             return f"no row can be used; {first['place']}: {first['reason']}"
         return None
+
+
+class Problems(dict[str, list[str]]):
+    """Reasons why rows cannot be used, each with the places of the rows that it is true of."""
+
+    def add(self, place: str, reason: Exception) -> None:
+        """Count a row."""
+        self.setdefault(str(reason), []).append(place)
+
+    def lines(self) -> list[str]:
+        """Say each problem once: the first place, the reason, and how many rows have it."""
+        return [
+            f"{places[0]}: {reason}" + (f" ({len(places):,} rows)" if len(places) > 1 else "")
+            for reason, places in self.items()
+        ]
 
 
 def adapt(raw: dict[str, Any]) -> dict[str, Any]:
@@ -92,156 +103,164 @@ def read_rows(source: str, data: DataConfig, tally: Tally | None = None) -> Iter
     Args:
         source: one file or hub id.
         data: how rows are read: `columns`, `thinking`, `bad_rows`.
-        tally: counts what was read.
+        tally: counts what was left out.
 
     Raises:
-        UserError: after the last row, or the twentieth bad one: a line per bad row. Not with
+        UserError: after the last row, or after too many bad ones: a line per problem. Not with
             `bad_rows: skip`, which puts them into the tally.
     """
-    tally, problems = tally or Tally(), []
+    tally, problems, bad_rows = tally or Tally(), Problems(), 0
     for place, raw in raw_rows(source):
-        row = raw if isinstance(raw, Unreadable) else _read(raw, data)
-        if isinstance(row, Empty):
-            tally.empty.append(
-                {"place": f"{source}{place}", "reason": f"nothing to learn from: {row}"}
-            )
-        elif not isinstance(row, Unreadable):
-            yield row | {"place": f"{source}{place}"}
-        elif data.bad_rows == "skip":
-            kept = {} if isinstance(raw, Unreadable) else {"row": raw}
-            tally.unusable.append({"place": f"{source}{place}", "reason": str(row), **kept})
-        else:
-            problems.append(f"{source}{place}: {row}")
-        if len(problems) >= MAX_PROBLEMS:
-            problems.append(f"{source}: stopped reading after {MAX_PROBLEMS} bad rows")
-            break
+        place = f"{source}{place}"
+        try:
+            yield _read(raw, data) | {"place": place}
+        except Rejected as error:
+            if error.empty:
+                tally.empty.append({"place": place, "reason": f"nothing to learn from: {error}"})
+            elif data.bad_rows == "skip":
+                kept = {} if isinstance(raw, Rejected) else {"row": raw}
+                tally.unusable.append({"place": place, "reason": str(error), **kept})
+            else:
+                problems.add(place, error)
+                bad_rows += 1
+        if len(problems) >= MAX_PROBLEMS or bad_rows >= MAX_BAD_ROWS:
+            stopped = f"{source}: stopped reading after {bad_rows:,} bad rows"
+            raise UserError(*problems.lines(), stopped)
     if problems:
-        raise UserError(*problems)
+        raise UserError(*problems.lines())
 
 
-def read_question(raw: Any, data: DataConfig) -> Row | Unreadable:
-    """What a row asks, as training reads it: `messages` up to an answer at the end, and `tools`."""
-    row = raw if isinstance(raw, Unreadable) else _read(raw, data, answered=False)
-    if isinstance(row, Unreadable | Empty):
-        return Unreadable(row)
+def read_question(raw: Any, data: DataConfig) -> Row:
+    """Return what a row asks: its `messages` up to an answer at the end, and its `tools`.
+
+    Raises:
+        Rejected: the row cannot be used, or has no question.
+    """
+    row = _read(raw, data, answered=False)
     messages = row.get("messages", [])
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
-        return Unreadable(f"asks nothing; a row needs {SHAPES.rpartition(',')[0]}")
+        raise Rejected(f"has no question; a row needs {SHAPES.rpartition(',')[0]}")
     return {"messages": messages, "tools": row["tools"]}
 
 
-def _read(raw: Any, data: DataConfig, answered: bool = True) -> Row | Unreadable | Empty:
-    """The row in one of its two forms, or what is wrong with it.
+def _read(raw: Any, data: DataConfig, answered: bool = True) -> Row:
+    """Return the row in one of its two forms.
 
     Args:
         raw: as it stands in its file.
         data: how rows are read.
         answered: whether it must have an answer.
+
+    Raises:
+        Rejected: the row cannot be used.
     """
+    if isinstance(raw, Rejected):
+        raise raw
     if not isinstance(raw, dict):
-        return Unreadable(f"a row is an object with {SHAPES}, not {_kind(raw)}")
-    for ours, theirs in (data.columns or {}).items():
+        raise Rejected(f"a row is an object with {SHAPES}, not {_kind(raw)}")
+    columns = data.columns or {}
+    for ours, theirs in columns.items():
         if theirs not in raw:
-            return Unreadable(f"data.columns.{ours}: no column `{theirs}`; it has {_names(raw)}")
+            raise Rejected(f"data.columns.{ours}: no column `{theirs}`; it has {_names(raw)}")
         raw = raw | {ours: raw[theirs]}
     try:
         row = {key: value for key, value in adapt(raw).items() if not _is_absent(value)}
     except Exception as error:  # noqa: BLE001 - the user's code, on this row
-        return Unreadable(f"adapt() in src/data/rows.py: {type(error).__name__}: {error}")
+        raise Rejected(f"adapt() in src/data/rows.py: {type(error).__name__}: {error}") from None
     if row.get("label") is False:  # KTO's
-        return Empty("`label` is false: an answer that was rejected")
-    read = _in_form(row, data, answered)
-    if isinstance(read, dict):
-        used = {*read.pop("used"), *(data.columns or {}).values(), *SYSTEM, "tools", "label"}
-        read["unread"] = [name for name in row if name not in used]
-    return read
+        raise Rejected("`label` is false: an answer that was rejected", empty=True)
+    shape = _shape(row, answered)
+    used = {*shape, *columns.values(), *SYSTEM, "tools", "label"}
+    if shape == ("text",):
+        read: Row = {"text": _text(row, "text")}
+    else:
+        turns = row[shape[0]]
+        if len(shape) == 2:
+            turns = _turns(*shape, row, answered)
+            used |= {"history", *CONTINUED.get(shape[0], ())}
+        read = _conversation(" and ".join(shape), turns, row, data, answered)
+    _check_writable(read)
+    unread = [name for name in row if name not in used]
+    return read | {"read_as": " and ".join(shape), "unread": unread}
 
 
-def _in_form(row: Row, data: DataConfig, answered: bool) -> Row | Unreadable | Empty:
-    """The row, with the columns that were `used` for it."""
+def _shape(row: Row, answered: bool) -> tuple[str, ...]:
+    """Return the columns that a row is read from: a conversation, a pair, or a text."""
     for key in CONVERSATIONS:
         if key in row:
-            return _conversation(key, row[key], row, data, answered, {key})
+            return (key,)
     for asked, answer in PAIRS:
         if asked in row and (answer in row or not answered):
-            return _pair(asked, answer, row, data, answered)
+            return asked, answer
     if "text" in row:
-        if not isinstance(row["text"], str):
-            return Unreadable(f"`text` must be text, not {_kind(row['text'])}")
-        read = {"text": row["text"], "read_as": "text", "used": {"text"}}
-        return read if row["text"].strip() else Empty("`text` is empty")
-    lonely = next((pair for pair in PAIRS for name in pair if name in row), ())
-    for name in lonely:
-        if name not in row:
-            return Unreadable(f"`{name}` is missing; it has {_names(row)}")
-    return Unreadable(f"has {_names(row)}; a row needs {SHAPES}; data.columns maps other names")
+        return ("text",)
+    for asked, answer in PAIRS:
+        if asked in row or answer in row:
+            missing = answer if asked in row else asked
+            raise Rejected(f"`{missing}` is missing; it has {_names(row)}")
+    names = "for other names set data.columns.prompt=… and data.columns.completion=…"
+    raise Rejected(f"has {_names(row)}; a row needs {SHAPES}; {names}")
 
 
-def _pair(
-    asked: str, answer: str, row: Row, data: DataConfig, answered: bool
-) -> Row | Unreadable | Empty:
-    """A question and its answer, each a text or a list of messages, as a conversation."""
+def _text(row: Row, key: str) -> str:
+    if not isinstance(row[key], str):
+        raise Rejected(f"`{key}` must be text, not {_kind(row[key])}")
+    if not row[key].strip():
+        raise Rejected(f"`{key}` is empty", empty=True)
+    return row[key]
+
+
+def _turns(asked: str, answer: str, row: Row, answered: bool) -> list[Any]:
+    """Return a question and its answer, each a text or a list of messages, as messages."""
     turns: list[Any] = []
     history = row.get("history") or []  # Alpaca's: pairs of a question and its answer
     for earlier in history if isinstance(history, list) else [history]:
         if not (isinstance(earlier, list) and [type(text) for text in earlier] == [str, str]):
-            return Unreadable("`history` must be a list of [question, answer]")
-        turns += [
-            {"role": role, "content": text}
-            for role, text in zip(("user", "assistant"), earlier, strict=True)
-        ]
-    for key, role in ((asked, "user"), (answer, "assistant")):
-        value = row.get(key)
-        if key == answer and not answered:
+            raise Rejected("`history` must be a list of [question, answer]")
+        question, said = earlier
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+    roles = {asked: "user", answer: "assistant"} if answered else {asked: "user"}
+    for key, role in roles.items():
+        if isinstance(row[key], list):
+            turns += row[key]
             continue
-        if isinstance(value, list):
-            turns += value
-            continue
-        if not isinstance(value, str):
-            return Unreadable(f"`{key}` must be text, not {_kind(value)}")
-        if not value.strip():
-            return Empty(f"`{key}` is empty")
+        text = _text(row, key)
         for name in CONTINUED.get(key, ()):
             more = row.get(name) or ""
             if not isinstance(more, str):
-                return Unreadable(f"`{name}` must be text, not {_kind(more)}")
-            value = f"{value}\n\n{more}" if more.strip() else value
-        turns.append({"role": role, "content": value})
-    used = {asked, answer, "history", *CONTINUED.get(asked, ())}
-    return _conversation(f"{asked} and {answer}", turns, row, data, answered, used)
+                raise Rejected(f"`{name}` must be text, not {_kind(more)}")
+            if more.strip():
+                text = f"{text}\n\n{more}"
+        turns.append({"role": role, "content": text})
+    return turns
 
 
-def _conversation(
-    key: str, turns: Any, row: Row, data: DataConfig, answered: bool, used: set[str]
-) -> Row | Unreadable | Empty:
+def _conversation(key: str, turns: Any, row: Row, data: DataConfig, answered: bool) -> Row:
+    """Return a row's messages, with its system prompt as the first of them, and its tools."""
     if not isinstance(turns, list) or not turns:
-        return Unreadable(f"`{key}` must be a list with at least one message")
+        raise Rejected(f"`{key}` must be a list with at least one message")
     messages = []
     for number, turn in enumerate(turns, 1):
-        message = read_message(turn, data)
-        if isinstance(message, str):
-            return Unreadable(f"message {number}{message}")
-        messages.append(message)
+        try:
+            messages.append(read_message(turn, data))
+        except Rejected as error:
+            raise Rejected(f"message {number}: {error}") from None
     for name in SYSTEM:
         if isinstance(system := row.get(name), str) and system.strip():
             first = messages[0]
             if first["role"] != "system":
                 messages.insert(0, {"role": "system", "content": system})
             elif first["content"] != system:
-                return Unreadable(f"has both `{name}` and a system message; keep one of them")
+                raise Rejected(f"has both `{name}` and a system message; keep one of them")
     spoken = (m for m in messages if m["role"] == "assistant" and trains(m))
     if answered and not any(m["content"].strip() or m.get("tool_calls") for m in spoken):
-        return Empty("no assistant message with text")
-    tools = row.get("tools")
-    try:
-        tools = json.loads(tools or "null") if isinstance(tools, str) else tools
-    except ValueError as error:
-        return Unreadable(f"`tools` is not valid JSON: {getattr(error, 'msg', error)}")
+        raise Rejected("no assistant message with text", empty=True)
+    tools = _parsed("`tools`", row.get("tools"))
     if not isinstance(tools, list | None) or not all(isinstance(t, dict) for t in tools or ()):
-        return Unreadable(f"`tools` must be a list of objects, not {_kind(tools)}")
-    return {"messages": messages, "tools": tools or None, "read_as": key, "used": used}
+        raise Rejected(f"`tools` must be a list of objects, not {_kind(tools)}")
+    return {"messages": messages, "tools": tools or None}
 
 
 def trains(message: dict[str, Any]) -> bool:
@@ -250,61 +269,78 @@ def trains(message: dict[str, Any]) -> bool:
     return message.get("weight") != 0 and False not in off
 
 
-def read_message(turn: Any, data: DataConfig) -> dict[str, Any] | str:
-    """A message with `role` and text as `content`, or what is wrong with it."""
+def read_message(turn: Any, data: DataConfig) -> dict[str, Any]:
+    """Return a message with `role` and text as `content`.
+
+    Raises:
+        Rejected: it has no known role, or its content is no text.
+    """
     if not isinstance(turn, dict):
-        return " must be an object with `role` and `content`"
+        raise Rejected(f"must be an object with `role` and `content`, not {_kind(turn)}")
     turn = {k: v for k, v in turn.items() if not _is_absent(v)}  # Parquet fills what a row lacks
-    said = turn.pop("from", None)  # ShareGPT's names
-    role = ROLES.get(named) if isinstance(named := turn.get("role", said), str) else None
+    sharegpt = turn.pop("from", None)  # ShareGPT's names
+    name = turn.get("role", sharegpt)
+    role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        return f": `role` is {named!r}, not {' | '.join(list(ROLES)[:4])}"
+        raise Rejected(f"`role` is {repr(name)[:80]}, not {' | '.join(list(ROLES)[:4])}")
     content = turn.get("content", turn.pop("value", None))
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
-            return ": `content` has parts that are no text, such as images"
+            raise Rejected("`content` has parts that are no text, such as images")
         content = "".join(parts)
-    if call := turn.pop("function_call", None):  # OpenAI's old form
-        turn["tool_calls"] = [{"type": "function", "function": call}]
-    elif named == "function_call":  # ShareGPT's: the call is the message
-        turn["tool_calls"], content = [content], ""
-    if turn.get("tool_calls"):
-        calls, content = _calls(turn["tool_calls"]), content or ""
-        if isinstance(calls, str):
-            return f": {calls}"
-        turn["tool_calls"] = calls
+    calls = turn.pop("tool_calls", None)
+    if function := turn.pop("function_call", None):  # OpenAI's old form
+        calls = [{"function": function}]
+    elif name == "function_call":  # ShareGPT's: the call is the message
+        calls, content = [content], ""
+    if calls:
+        turn["tool_calls"], content = _calls(calls), content or ""
     if not isinstance(content, str):
         wrong = "is missing" if content is None else f"must be text, not {_kind(content)}"
-        return f": `content` {wrong}"
+        raise Rejected(f"`content` {wrong}")
     if data.thinking == "drop" and role == "assistant":
         content = THINKING.sub("", content)
         turn = {k: v for k, v in turn.items() if k not in {"reasoning_content", "thinking"}}
-    if "tool_calls" in turn and not turn["tool_calls"]:  # some templates test for the key
-        del turn["tool_calls"]
     return turn | {"role": role, "content": content}
 
 
-def _calls(calls: Any) -> list[dict[str, Any]] | str:
-    """Calls of tools, their arguments as objects; or what is wrong with one."""
-    found = []
+def _calls(calls: Any) -> list[dict[str, Any]]:
+    """Return calls of tools with their arguments as objects; any part may be JSON text."""
+    calls, read = _parsed("`tool_calls`", calls), []
     for call in calls if isinstance(calls, list) else [calls]:
-        try:
-            call = json.loads(call) if isinstance(call, str) else call
-            function = call.get("function", call)
-            arguments = function.get("arguments")
-            if isinstance(arguments, str):
-                arguments = json.loads(arguments) if arguments.strip() else {}
-            name, arguments = function["name"], {} if arguments is None else arguments
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            what = f"not valid JSON ({error})" if isinstance(error, ValueError) else "no name"
-            return f"a call of a tool has {what}: {str(call)[:80]}"
-        if not isinstance(arguments, dict):
-            return f"the arguments of `{name}` must be an object, not {_kind(arguments)}"
-        around = call if "function" in call else {}
-        function = {**function, "arguments": arguments}
-        found.append({"type": "function", **around, "function": function})
-    return found
+        around = _parsed("a call of a tool", call)
+        function = around.get("function", around) if isinstance(around, dict) else None
+        function = _parsed("a call of a tool", function)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            shown = json.dumps(call, default=str)[:80]
+            raise Rejected(f"a call of a tool needs `name` and `arguments`, and is {shown}")
+        name = function["name"]
+        arguments = _parsed(f"the arguments of `{name}`", function.get("arguments"))
+        if not isinstance(arguments, dict | None):
+            raise Rejected(f"the arguments of `{name}` must be an object, not {_kind(arguments)}")
+        kept = around if "function" in around else {}
+        function = {**function, "arguments": arguments or {}}
+        read.append({"type": "function", **kept, "function": function})
+    return read
+
+
+def _parsed(what: str, value: Any) -> Any:
+    """Return the value of a JSON text, and other values as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise Rejected(f"{what}: {reason_of(error)}; it is {value[:80]}") from None
+
+
+def _check_writable(row: Row) -> None:
+    """Raise `Rejected` for what no tokenizer or template can take, although JSON can hold it."""
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except (ValueError, RecursionError) as error:
+        raise Rejected(f"holds {reason_of(error)}") from None
 
 
 def _is_absent(value: Any) -> bool:

@@ -9,12 +9,14 @@ import hashlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.utils.environment import PROJECT_ROOT, from_root
+from src.data import Rejected
+from src.utils.environment import PROJECT_ROOT, from_root, to_root
 from src.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,13 +24,9 @@ if TYPE_CHECKING:
 
 Places = Iterator[tuple[str, Any]]  # pairs of a place in the file (":3" is its line) and a raw row
 COMPRESSED = (".gz", ".zst")
+# What libraries raise for a damaged file: json's and Arrow's errors are ValueErrors.
+UNREADABLE = (OSError, EOFError, ValueError, OverflowError, RecursionError, zlib.error)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")  # org/name[:configuration][:split]
-
-
-class Unreadable(str):
-    """Stands where a row should be, and says why there is none."""
-
-    __slots__ = ()
 
 
 def expand(sources: str | list[str]) -> list[str]:
@@ -37,20 +35,16 @@ def expand(sources: str | list[str]) -> list[str]:
     Raises:
         UserError: no file fits a pattern.
     """
-    found: list[str] = []
+    names: list[str] = []
     for source in [sources] if isinstance(sources, str) else sources:
-        if not any(sign in source for sign in "*?["):
-            found.append(source)
+        if from_root(source).exists() or not any(sign in source for sign in "*?["):
+            names.append(source)
             continue
         paths = sorted(glob(str(from_root(source)), recursive=True))
         if not paths:
             raise UserError(f"{source}: no file fits this pattern")
-        relative = (Path(path) for path in paths)
-        found += [
-            str(p.relative_to(PROJECT_ROOT) if p.is_relative_to(PROJECT_ROOT) else p)
-            for p in relative
-        ]
-    return found
+        names += [to_root(Path(path)) for path in paths]
+    return names
 
 
 def is_file(source: str) -> bool:
@@ -75,25 +69,44 @@ def check_exists(key: str, source: str) -> None:
 
 
 def raw_rows(source: str) -> Places:
-    """Every row of one source as it stands there, or `Unreadable`.
+    """Yield every row of one source with its place, as it stands there, or why it is `Rejected`.
 
     Raises:
         UserError: the whole file cannot be read, or there is no such dataset.
     """
-    if not is_file(source):
-        yield from _numbered(map(_without_nulls, load_hub(source)))
-        return
+    try:
+        yield from _rows_of_file(source) if is_file(source) else _rows_of_hub(source)
+    except UNREADABLE as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{source}{line}: cannot be read: {reason_of(error)}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """Say in one line what a library could not read, and what it expected."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 ({error.reason}); save it as UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        half = error.object[error.start]
+        return f"half of a character, {half!r}; text must be whole Unicode characters"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg}"
+    if isinstance(error, RecursionError):
+        return "lists or objects nested too deeply; fewer than 900 levels can be read"
+    if "integer string conversion" in str(error):
+        return "a number of more than 4,300 digits; write it as text"
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0]
+
+
+def _rows_of_file(source: str) -> Places:
     path = from_root(source)
     reader = _reader(path)
     if reader is None:
         raise UserError(f"{source}: {path.suffix or 'this'} is not one of {', '.join(READERS)}")
-    try:
-        yield from reader(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 text ({error.reason}); re-save it as UTF-8") from None
-    except (OSError, EOFError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"{source}: cannot be read ({why})") from None
+    return reader(path)
+
+
+def _rows_of_hub(source: str) -> Places:
+    return _numbered(map(_without_nulls, load_hub(source)))
 
 
 def fingerprint(source: str) -> bytes:
@@ -128,14 +141,14 @@ def load_hub(source: str) -> "Dataset":
 
 
 def _reader(path: Path) -> Callable[[Path], Places] | None:
-    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return READERS.get(plain.suffix)
+    plain = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return READERS.get(plain.suffix.lower())
 
 
 def _open(path: Path) -> Any:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path)
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         import pyarrow as pa
 
         return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
@@ -167,10 +180,8 @@ def _jsonl(path: Path) -> Places:
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                row = Unreadable(f"not UTF-8 ({error.reason}); re-save the file as UTF-8")
-            except ValueError as error:
-                row = Unreadable(f"not valid JSON: {getattr(error, 'msg', error)}")
+            except (ValueError, RecursionError) as error:
+                row = Rejected(reason_of(error))
             yield f":{number}", row
 
 
@@ -180,11 +191,11 @@ def _json(path: Path) -> Places:
     try:
         rows = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
-        yield f":{error.lineno}", Unreadable(f"not valid JSON: {error.msg}")
+        if error.msg != "Extra data":
+            raise
+        yield from _jsonl(path)  # a row a line, whatever the file's name says
         return
-    if not isinstance(rows, list):
-        rows = [Unreadable("a .json file holds a list of rows; one row a line is .jsonl")]
-    yield from _numbered(rows)
+    yield from _numbered(rows if isinstance(rows, list) else [rows])
 
 
 def _csv(path: Path) -> Places:
@@ -194,26 +205,37 @@ def _csv(path: Path) -> Places:
         reader, began = csv.DictReader(file, strict=True), 1
         try:
             if len(set(names := reader.fieldnames or ())) < len(names):
-                yield ":1", Unreadable("two columns have one name")
+                yield ":1", Rejected("two columns have one name")
                 return
             for row in reader:
                 if None in row:
-                    row = Unreadable("more cells than the header has; quote commas in text")
+                    row = Rejected("more cells than the header has; quote commas in text")
                 yield f":{reader.line_num}", row
                 began = reader.line_num + 1
         except csv.Error as error:
-            yield f":{began}", Unreadable(f"not valid CSV from this line on: {error}")
+            yield f":{began}", Rejected(f"not valid CSV from this line on: {error}")
 
 
 def _parquet(path: Path) -> Places:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def rows() -> Iterator[dict[str, Any]]:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+            columns = map(_cells, batch.columns)
+            for cells in zip(*columns, strict=True):
+                yield _without_nulls(dict(zip(batch.schema.names, cells, strict=True)))
+
+    return _numbered(rows())
+
+
+def _cells(column: Any) -> list[Any]:
+    """Return a column's values; nothing where Python has none for them: a date after 9999."""
     try:
-        batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
-        yield from _numbered(_without_nulls(row) for batch in batches for row in batch.to_pylist())
-    except pa.ArrowInvalid as error:
-        yield "", Unreadable(f"not a Parquet file ({str(error).splitlines()[0]})")
+        return column.to_pylist()
+    except (ValueError, OverflowError, LookupError):
+        return [None] * len(column)
 
 
-READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+READERS = {
+    ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet,
+}  # fmt: skip

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import batched, chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, cast
@@ -44,10 +45,10 @@ class Document(NamedTuple):
 class Facts:
     """What became of the rows that were read."""
 
-    read_as: dict[str, int] = field(default_factory=dict)  # rows of each shape
+    read_as: Counter[str] = field(default_factory=Counter)  # rows of each shape
     empty: int = 0  # rows left out: nothing to learn from
     unusable: int = 0  # rows left out with data.bad_rows=skip: see left_out.jsonl
-    unread: dict[str, int] = field(default_factory=dict)  # columns that no token comes from
+    unread: Counter[str] = field(default_factory=Counter)  # columns that no token comes from
     typed: int = 0  # rows whose text holds a token that the chat template writes
     toolless: int = 0  # rows whose tools the chat template does not write
     unprompted: int = 0  # rows that lack what the generation prompt writes
@@ -197,7 +198,7 @@ def _tokenise(
             for each in [*tally.unusable, *tally.empty, *tally.too_long]
         )
         write_text(folder / LEFT_OUT, left_out)
-        write_text(folder / FACTS, json.dumps(asdict(facts), indent=1))
+        write_text(folder / FACTS, json.dumps(vars(facts), indent=1))
 
 
 def _documents(
@@ -211,30 +212,31 @@ def _documents(
             tally.unusable.append({"place": row["place"], "reason": str(encoded), "row": row})
             continue
         ids, labels, prompted = encoded
-        facts.read_as[row["read_as"]] = facts.read_as.get(row["read_as"], 0) + 1
+        facts.read_as[row["read_as"]] += 1
+        facts.unread.update(row["unread"])
         facts.unprompted += not prompted
-        facts.typed += "messages" in row and types_token(row["messages"], tokenizer)
-        for name in row.get("unread", ()):
-            facts.unread[name] = facts.unread.get(name, 0) + 1
-        facts.toolless += bool(row.get("tools")) and not knows_tools(tokenizer)
-        pieces = [(ids, labels)]
-        if len(ids) > length and "text" in row:  # all of it is worth reading
-            facts.split += 1
-            pieces = [
-                (ids[n : n + length], labels[n : n + length]) for n in range(0, len(ids), length)
-            ]
-        elif len(ids) > length:
-            facts.truncated += 1
-            pieces = [(ids[:length], labels[:length])] if data.too_long == "cut" else []
-        if not any(set(piece[1]) - {IGNORE} for piece in pieces):
+        too_long, starts = len(ids) > length, range(1)
+        if "text" in row:  # all of it is worth reading
+            facts.split += too_long
+            starts = range(0, len(ids), length)
+        else:
+            facts.truncated += too_long
+            facts.typed += types_token(row["messages"], tokenizer)
+            facts.toolless += bool(row["tools"]) and not knows_tools(tokenizer)
+            if too_long and data.too_long == "drop":
+                starts = range(0)
+        answered = False
+        for start in starts:
+            piece = labels[start : start + length]
+            labelled = len(piece) - piece.count(IGNORE)
+            facts.labelled_tokens += labelled
+            facts.dropped += not labelled
+            if labelled:
+                answered = True
+                yield ids[start : start + length], piece
+        if not answered:
             reason = f"no answer in the first {length} of its {len(ids)} tokens (data.max_length)"
             tally.too_long.append({"place": row["place"], "reason": reason})
-        for piece in pieces:
-            learnt = len(piece[1]) - piece[1].count(IGNORE)
-            facts.labelled_tokens += learnt
-            facts.dropped += not learnt
-            if learnt:
-                yield piece
     if problems and data.bad_rows == "stop":
         bad = sum(map(len, problems.values()))
         share = f"{bad} of {len(rows)} rows cannot be written by the chat template"

@@ -4,12 +4,10 @@
 """
 
 import csv
-import gzip
 import hashlib
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from glob import glob
 from pathlib import Path
@@ -23,9 +21,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Places = Iterator[tuple[str, Any]]  # pairs of a place in the file (":3" is its line) and a raw row
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 # What libraries raise for a damaged file: json's and Arrow's errors are ValueErrors.
-UNREADABLE = (OSError, EOFError, ValueError, OverflowError, RecursionError, zlib.error)
+UNREADABLE = (OSError, EOFError, ValueError, OverflowError, RecursionError)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")  # org/name[:configuration][:split]
 
 
@@ -74,8 +72,12 @@ def raw_rows(source: str) -> Places:
     Raises:
         UserError: the whole file cannot be read, or there is no such dataset.
     """
+    path = from_root(source)
+    reader = _reader(path)
+    if reader is None and path.exists():
+        raise UserError(f"{source}: {path.suffix or 'this'} is not one of {', '.join(READERS)}")
     try:
-        yield from _rows_of_file(source) if is_file(source) else _rows_of_hub(source)
+        yield from reader(path) if reader else _numbered(map(_without_nulls, load_hub(source)))
     except UNREADABLE as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{source}{line}: cannot be read: {reason_of(error)}") from None
@@ -95,18 +97,6 @@ def reason_of(error: Exception) -> str:
     if "integer string conversion" in str(error):
         return "a number of more than 4,300 digits; write it as text"
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]
-
-
-def _rows_of_file(source: str) -> Places:
-    path = from_root(source)
-    reader = _reader(path)
-    if reader is None:
-        raise UserError(f"{source}: {path.suffix or 'this'} is not one of {', '.join(READERS)}")
-    return reader(path)
-
-
-def _rows_of_hub(source: str) -> Places:
-    return _numbered(map(_without_nulls, load_hub(source)))
 
 
 def fingerprint(source: str) -> bytes:
@@ -146,13 +136,12 @@ def _reader(path: Path) -> Callable[[Path], Places] | None:
 
 
 def _open(path: Path) -> Any:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path)
-    if path.suffix.lower() == ".zst":
-        import pyarrow as pa
+    compression = COMPRESSED.get(path.suffix.lower())
+    if compression is None:
+        return path.open("rb")
+    import pyarrow as pa
 
-        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
-    return path.open("rb")
+    return io.BufferedReader(pa.input_stream(str(path), compression=compression))
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:

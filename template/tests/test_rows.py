@@ -194,11 +194,12 @@ def test_different_problems_are_reported_up_to_a_limit_and_equal_ones_once(write
     (problem,) = error.value.problems
     assert problem.startswith(f"{file}:2: has `frage`, `antwort`; a row needs `messages`")
     assert problem.endswith(
-        "for other names set data.columns.prompt=… and data.columns.completion=… (50 rows)"
+        "for other names set data.columns.prompt=… and data.columns.completion=… "
+        "(50 rows; data.bad_rows=skip leaves them out)"
     )
     with pytest.raises(UserError) as error:
         list(read_rows(write_rows(*[{"x": 1}] * 5000), DATA))
-    assert error.value.problems[1].endswith("stopped reading after 1,000 bad rows")
+    assert error.value.problems[1].startswith("stopped reading after 1,000 bad rows")
 
 
 def test_a_byte_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:

@@ -111,10 +111,9 @@ def _beginning(
         token = special.search(prompt)  # less of the prompt than this is no header
         sizes = range(len(prompt), token.end() - 1 if token else len(prompt) - 1, -1)
         places = (text.find(prompt[:size], start, until) for size in sizes)
-        found = next((place for place in places if place >= 0), None)
-        if found is None:
-            return start, False
-        start = found
+        start = next((place for place in places if place >= 0), -1)
+        if start < 0:
+            return within[0], False
     shared = len(_shared(text[start:until], prompt))
     return start + shared, shared == len(prompt)
 
@@ -140,8 +139,8 @@ def chat_text(
     reason = ""
     for arguments in (json.loads, json.dumps):  # most templates want an object, some want text
         try:
-            shown = [_with_arguments(message, arguments) for message in messages]
-            return str(tokenizer.apply_chat_template(shown, tokenize=False, **options))
+            given = [_with_arguments(message, arguments) for message in messages]
+            return str(tokenizer.apply_chat_template(given, tokenize=False, **options))
         except (TypeError, ValueError, TemplateError) as error:
             reason = reason or str(error)
     raise Rejected(f"the chat template refuses it: {reason}")

@@ -19,7 +19,7 @@ from src.config import Config, DataConfig
 from src.data import IGNORE, Rejected
 from src.data.chat import knows_tools, types_token
 from src.data.encoding import encode
-from src.data.rows import MAX_PROBLEMS, Problems, Row, Tally, read_rows
+from src.data.rows import Row, Tally, read_rows
 from src.data.sources import expand, fingerprint
 from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder, write_text
@@ -50,7 +50,7 @@ class Facts:
     unusable: int = 0  # rows left out with data.bad_rows=skip: see left_out.jsonl
     unread: Counter[str] = field(default_factory=Counter)  # columns that no token comes from
     typed: int = 0  # rows whose text holds a token that the chat template writes
-    toolless: int = 0  # rows whose tools the chat template does not write
+    missing_tools: int = 0  # rows whose tools the chat template does not write
     unprompted: int = 0  # rows that lack what the generation prompt writes
     truncated: int = 0  # conversations cut at data.max_length, or left out: data.too_long
     split: int = 0  # texts that became several documents
@@ -65,7 +65,7 @@ class TokenDataset:
     Attributes:
         lengths: tokens of each document after truncation, shape (documents,), int32.
         facts: what became of the rows.
-        left_out: a file of the rows that were left out as unusable or empty, and why.
+        left_out: a file of the rows that were left out, each with its reason.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,8 +144,8 @@ def load_tokens(
                 if not folder.exists():
                     _tokenise(folder, names, tokenizer, data, limit, part)
         except OSError as error:
-            why = f"{error.strerror or error}; HF_HOME in .env can name another disk"
-            raise RunError(f"{folder}: tokens cannot be written: {why}") from None
+            reason = f"{error.strerror or error}; HF_HOME in .env can name another disk"
+            raise RunError(f"{folder}: tokens cannot be written: {reason}") from None
     return TokenDataset(folder)
 
 
@@ -181,14 +181,15 @@ def _tokenise(
                     tokens = array("i", chain.from_iterable(pair[column] for pair in documents))
                     tokens.tofile(file)
                     digest.update(tokens)
+        tally.check()
         if not lengths:
-            why = tally.why_nothing_is_left() or (
+            reason = tally.reason_for_none() or (
                 f"nothing to learn from: in all rows the first {data.max_length} tokens hold no "
                 "assistant text; raise data.max_length"
             )
             if part != "all":
-                why = f"data.eval={data.eval} leaves too few rows for one of the two parts"
-            raise UserError(f"{', '.join(names)}: {why}")
+                reason = f"data.eval={data.eval} leaves too few rows for one of the two parts"
+            raise UserError(f"{', '.join(names)}: {reason}")
         (folder / LENGTHS).write_bytes(lengths)
         digest.update(lengths)
         facts.empty, facts.unusable = len(tally.empty), len(tally.unusable)
@@ -205,11 +206,10 @@ def _documents(
     rows: list[Row], tokenizer: Tokenizer, data: DataConfig, facts: Facts, tally: Tally
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Ids and labels of documents, none longer than `data.max_length`."""
-    problems, length = Problems(), data.max_length
+    length = data.max_length
     for row, encoded in zip(rows, encode(rows, tokenizer), strict=True):
         if isinstance(encoded, Rejected):
-            problems.add(row["place"], encoded)
-            tally.unusable.append({"place": row["place"], "reason": str(encoded), "row": row})
+            tally.reject(encoded, row["place"], row, data)
             continue
         ids, labels, prompted = encoded
         facts.read_as[row["read_as"]] += 1
@@ -222,7 +222,7 @@ def _documents(
         else:
             facts.truncated += too_long
             facts.typed += types_token(row["messages"], tokenizer)
-            facts.toolless += bool(row["tools"]) and not knows_tools(tokenizer)
+            facts.missing_tools += bool(row["tools"]) and not knows_tools(tokenizer)
             if too_long and data.too_long == "drop":
                 starts = range(0)
         answered = False
@@ -237,11 +237,6 @@ def _documents(
         if not answered:
             reason = f"no answer in the first {length} of its {len(ids)} tokens (data.max_length)"
             tally.too_long.append({"place": row["place"], "reason": reason})
-    if problems and data.bad_rows == "stop":
-        bad = sum(map(len, problems.values()))
-        share = f"{bad} of {len(rows)} rows cannot be written by the chat template"
-        lines = problems.lines()[:MAX_PROBLEMS]
-        raise UserError(*lines, f"{share}; data.bad_rows=skip leaves them out")
 
 
 def evaluation_limit(names: list[str], data: DataConfig) -> int:
@@ -255,9 +250,9 @@ def evaluation_limit(names: list[str], data: DataConfig) -> int:
     hashes = sorted(map(row_hash, islice(rows, MANY + 1)))
     if len(hashes) > MANY:
         return int(share * 2**64)
-    wanted = max(1, round(share * len(hashes)))
+    held_out = max(1, round(share * len(hashes)))
     # The hash after the last row that is held out; equal rows stay together.
-    return next((h for h in hashes[wanted:] if h > hashes[0]), 0)
+    return next((h for h in hashes[held_out:] if h > hashes[0]), 0)
 
 
 def row_hash(row: Row) -> int:

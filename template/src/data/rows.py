@@ -1,4 +1,4 @@
-"""Raw rows of any common shape become conversations or texts; what cannot is named, or left out."""
+"""Turn raw rows of any common shape into conversations or texts; name or leave out the others."""
 
 import json
 import re
@@ -40,32 +40,43 @@ Row = dict[str, Any]
 
 @dataclass
 class Tally:
-    """Which rows were left out, and why."""
+    """The rows that are left out, each with its reason."""
 
     empty: list[dict[str, str]] = field(default_factory=list)  # nothing to learn from
-    unusable: list[dict[str, Any]] = field(default_factory=list)  # with data.bad_rows=skip
+    unusable: list[dict[str, Any]] = field(default_factory=list)  # named, or left out: bad_rows
     too_long: list[dict[str, str]] = field(default_factory=list)  # no answer within max_length
+    problems: dict[str, list[str]] = field(default_factory=dict)  # places of each, bad_rows=stop
 
-    def why_nothing_is_left(self) -> str | None:
-        """That all rows were left out, and why the first one; None if none was."""
+    def reject(self, error: Rejected, place: str, row: Any, data: DataConfig) -> None:
+        """Leave a row out.
+
+        Raises:
+            UserError: with data.bad_rows=stop, once there are too many of them.
+        """
+        if error.empty:
+            self.empty.append({"place": place, "reason": f"nothing to learn from: {error}"})
+            return
+        kept = {} if isinstance(row, Rejected) else {"row": row}
+        self.unusable.append({"place": place, "reason": str(error), **kept})
+        if data.bad_rows == "stop":
+            self.problems.setdefault(str(error), []).append(place)
+            if len(self.problems) >= MAX_PROBLEMS or len(self.unusable) >= MAX_BAD_ROWS:
+                self.check(f"stopped reading after {len(self.unusable):,} bad rows")
+
+    def check(self, *more: str) -> None:
+        """Raise a `UserError` if there are problems: each once, with its first place."""
+        lines = []
+        for reason, places in self.problems.items():
+            rows = f" ({len(places):,} rows; data.bad_rows=skip leaves them out)"
+            lines.append(f"{places[0]}: {reason}{rows if len(places) > 1 else ''}")
+        if lines:
+            raise UserError(*lines, *more)
+
+    def reason_for_none(self) -> str | None:
+        """Say that all rows are left out, with the first one's reason; None if none is."""
         for first in self.unusable + self.empty:
             return f"no row can be used; {first['place']}: {first['reason']}"
         return None
-
-
-class Problems(dict[str, list[str]]):
-    """Reasons why rows cannot be used, each with the places of the rows that it is true of."""
-
-    def add(self, place: str, reason: Exception) -> None:
-        """Count a row."""
-        self.setdefault(str(reason), []).append(place)
-
-    def lines(self) -> list[str]:
-        """Say each problem once: the first place, the reason, and how many rows have it."""
-        return [
-            f"{places[0]}: {reason}" + (f" ({len(places):,} rows)" if len(places) > 1 else "")
-            for reason, places in self.items()
-        ]
 
 
 def adapt(raw: dict[str, Any]) -> dict[str, Any]:
@@ -91,8 +102,8 @@ def check_source(key: str, source: str, data: DataConfig) -> None:
     check_exists(key, source)
     tally = Tally()
     if is_file(source) and not list(islice(read_rows(source, data, tally), FIRST_ROWS)):
-        why = tally.why_nothing_is_left() or f"no rows; {key} needs at least one of {SHAPES}"
-        raise UserError(f"{source}: {why}")
+        reason = tally.reason_for_none() or f"no rows; {key} needs at least one of {SHAPES}"
+        raise UserError(f"{source}: {reason}")
 
 
 def read_rows(source: str, data: DataConfig, tally: Tally | None = None) -> Iterator[Row]:
@@ -109,25 +120,13 @@ def read_rows(source: str, data: DataConfig, tally: Tally | None = None) -> Iter
         UserError: after the last row, or after too many bad ones: a line per problem. Not with
             `bad_rows: skip`, which puts them into the tally.
     """
-    tally, problems, bad_rows = tally or Tally(), Problems(), 0
+    tally = tally or Tally()
     for place, raw in raw_rows(source):
-        place = f"{source}{place}"
         try:
-            yield _read(raw, data) | {"place": place}
+            yield _read(raw, data) | {"place": f"{source}{place}"}
         except Rejected as error:
-            if error.empty:
-                tally.empty.append({"place": place, "reason": f"nothing to learn from: {error}"})
-            elif data.bad_rows == "skip":
-                kept = {} if isinstance(raw, Rejected) else {"row": raw}
-                tally.unusable.append({"place": place, "reason": str(error), **kept})
-            else:
-                problems.add(place, error)
-                bad_rows += 1
-        if len(problems) >= MAX_PROBLEMS or bad_rows >= MAX_BAD_ROWS:
-            stopped = f"{source}: stopped reading after {bad_rows:,} bad rows"
-            raise UserError(*problems.lines(), stopped)
-    if problems:
-        raise UserError(*problems.lines())
+            tally.reject(error, f"{source}{place}", raw, data)
+    tally.check()
 
 
 def read_question(raw: Any, data: DataConfig) -> Row:
@@ -313,8 +312,8 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
         function = around.get("function", around) if isinstance(around, dict) else None
         function = _parsed("a call of a tool", function)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            shown = json.dumps(call, default=str)[:80]
-            raise Rejected(f"a call of a tool needs `name` and `arguments`, and is {shown}")
+            seen = json.dumps(call, default=str)[:80]
+            raise Rejected(f"a call of a tool needs `name` and `arguments`, and is {seen}")
         name = function["name"]
         arguments = _parsed(f"the arguments of `{name}`", function.get("arguments"))
         if not isinstance(arguments, dict | None):

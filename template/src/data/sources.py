@@ -123,8 +123,8 @@ def load_hub(source: str) -> "Dataset":
     try:
         return load_dataset(name, *configuration, split=split)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        why = f"not found on the hub and not in its cache ({str(error).splitlines()[0]})"
-        raise UserError(f"{source}: {why}; a private one needs HF_TOKEN in .env") from None
+        reason = f"not found on the hub and not in its cache ({str(error).splitlines()[0]})"
+        raise UserError(f"{source}: {reason}; a private one needs HF_TOKEN in .env") from None
     except ValueError as error:  # an unknown split, or a dataset of several configurations
         hint = "; write name:configuration:split" if "onfig" in str(error) else ""
         raise UserError(f"{source}: {str(error).splitlines()[0]}{hint}") from None

@@ -11,7 +11,7 @@ import pytest
 from conftest import chat
 from src.config import DataConfig
 from src.data import rows
-from src.data.rows import Tally, check_source, read_rows
+from src.data.rows import FIRST_ROWS, Tally, check_source, read_rows
 from src.data.sources import expand
 from src.utils.errors import UserError
 
@@ -127,6 +127,12 @@ def test_columns_of_other_names_are_mapped_and_a_wrong_name_is_told(write_rows) 
     expected = r"rows.jsonl:1: data.columns.prompt: no column `question`; it has `q`, `a`"
     with pytest.raises(UserError, match=expected):
         list(read_rows(file, data))
+
+
+def test_a_bad_row_among_the_first_is_named_before_the_others_are_read(write_rows) -> None:
+    file = write_rows(GOOD, {"text": 5}, *[GOOD] * FIRST_ROWS, {"text": 6})
+    with pytest.raises(UserError, match=r"rows.jsonl:2: `text` must be text, not a number$"):
+        check_source("data.train", file, DATA)
 
 
 def test_an_adapt_that_fails_names_the_row(write_rows, monkeypatch) -> None:

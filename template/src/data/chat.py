@@ -1,8 +1,9 @@
-"""A conversation as one text, and where in it the assistant speaks, whatever the template does.
+"""Render a conversation as one text, and find what the assistant says in it, for any template.
 
 Chat templates trim and rewrite turns, drop earlier reasoning, and differ in how a turn ends. So
 nothing is assumed of them: a conversation is rendered twice, once with a marker in place of each
-message's text. What stands around the markers is the template's, what replaces them the row's.
+message's text. The text around the markers is the template's, the text in their place the row's.
+What the generation prompt adds is rendered once for each role that an answer follows.
 """
 
 import json
@@ -77,7 +78,8 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
         for token in ends.special.finditer(text, before, after):
             if token.start() < start < token.end():  # never within one
                 start = token.start()
-        if trains(message) and not all(_name(call) in text[start:after] for call in calls):
+        called = (call["function"]["name"] in text[start:after] for call in calls)
+        if trains(message) and not all(called):
             raise Rejected(f"the chat template leaves out the tool calls of message {number + 1}")
         before = own[1] if own else start
         if closing := (ends.of_calls if calls else ends.of_answers).search(text, before, after):
@@ -130,7 +132,7 @@ def chat_text(
     tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool,
     tools: list[dict] | None = None,
 ) -> str:  # fmt: skip
-    """The conversation as the chat template writes it.
+    """Return the conversation as the chat template writes it.
 
     Raises:
         Rejected: the template refuses it, in its own words.
@@ -148,12 +150,12 @@ def chat_text(
 
 @lru_cache(maxsize=16)
 def knows_tools(tokenizer: Tokenizer) -> bool:
-    """Whether the chat template writes the tools that it is given."""
+    """Return whether the chat template writes the tools that it is given."""
     return "Look something up." in chat_text(tokenizer, [_user("?")], True, [TOOL])
 
 
 def types_token(messages: list[Message], tokenizer: Tokenizer) -> bool:
-    """Whether a message's text holds a token that the template writes, such as <|im_end|>.
+    """Return whether a message's text holds a token that the template writes, such as <|im_end|>.
 
     The tokenizer makes the real token of it, so that the text ends or opens a turn.
     """
@@ -241,14 +243,14 @@ def _ends_of_calls(tokenizer: Tokenizer, special: re.Pattern[str], own: bool) ->
 def _tails(
     tokenizer: Tokenizer, said: list[Message], then: list[Message], tools: list[dict] | None
 ) -> tuple[str, str]:
-    """What follows the marker in `said`: at the end of a conversation, and before another turn."""
+    """Return what follows the marker in `said`: at the end, and before another turn."""
     last, inner = (
         MARK.split(chat_text(tokenizer, [_user("?"), *said, *more], False, tools))
         for more in ([], then)
     )
     if len(last) < 3:
         raise Rejected("the chat template leaves out or changes what the assistant says")
-    return last[2], inner[2] if len(inner) > 4 else last[2]  # which some leave out later
+    return last[2], inner[2] if len(inner) > 4 else last[2]  # some drop it there
 
 
 def _locate(
@@ -282,10 +284,10 @@ def _locate(
 def _skeleton(
     marked: list[Message], tools: list[dict] | None, tokenizer: Tokenizer, prompt: bool
 ) -> tuple[str, ...]:
-    """The template's own text between the markers, and their numbers in between.
+    """Return the template's own text around the markers, and their numbers in between.
 
-    Conversations of as many turns share theirs, unless there is reasoning or a call of a tool:
-    rendering takes longer than tokenising, and so is not repeated.
+    It is cached, as rendering takes longer than tokenising: conversations with the same roles
+    have the same one, unless there is reasoning or a call of a tool.
     """
     key = json.dumps([marked, tools], default=str)
     return _skeleton_of(key, tokenizer, str(tokenizer.chat_template), prompt)
@@ -298,7 +300,10 @@ def _skeleton_of(key: str, tokenizer: Tokenizer, _template: str, prompt: bool) -
 
 
 def _parts(message: Message) -> tuple[str, str, str]:
-    """A message's content without the white space around it, and without inline reasoning."""
+    """Return a message's content between what stands before it and the blanks after it.
+
+    White space and inline reasoning stand before it: templates trim the one and drop the other.
+    """
     content, head = message.get("content") or "", ""
     if message["role"] == "assistant" and "</think>" in content:
         head, mark, content = content.rpartition("</think>")
@@ -309,7 +314,7 @@ def _parts(message: Message) -> tuple[str, str, str]:
 
 
 def _with_arguments(message: Message, convert: Any) -> Message:
-    """A message whose tool calls have their arguments as an object, or as JSON text."""
+    """Return a message whose tool calls have their arguments as an object, or as JSON text."""
     if not message.get("tool_calls"):
         return message
     calls = []
@@ -325,12 +330,8 @@ def _mark(number: int) -> str:
     return f"Qzx{number}xzQ"  # see MARK
 
 
-def _name(call: dict) -> str:
-    return str(call.get("function", call).get("name", ""))
-
-
 def _shared[Sequence: (str, list[str])](one: Sequence, other: Sequence) -> Sequence:
-    """The longest common beginning."""
+    """Return the longest common beginning."""
     pairs = enumerate(zip(one, other, strict=False))
     return one[: next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))]
 

@@ -20,15 +20,9 @@ def data_notes(facts: Facts, data: DataConfig) -> Iterator[str]:
         (facts.dropped, "left out: nothing labelled remains of them"),
         (facts.empty, "left out: nothing to learn from"),
         (facts.unusable, "left out as unusable: left_out.jsonl says why"),
-        (
-            facts.typed,
-            "hold a token of the chat template as text: it ends or opens a turn there",
-        ),
+        (facts.typed, "hold a token of the chat template as text: it ends or opens a turn there"),
         (facts.missing_tools, "list tools, which the chat template does not print"),
-        (
-            facts.unprompted,
-            "answer without what the generation prompt ends with, e.g. <think>",
-        ),
+        (facts.unprompted, "answer without what the generation prompt ends with, e.g. <think>"),
     ):
         if count:
             yield f"{count:,} rows {text}"

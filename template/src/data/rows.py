@@ -101,7 +101,11 @@ def check_source(key: str, source: str, data: DataConfig) -> None:
     """
     check_exists(key, source)
     tally = Tally()
-    if is_file(source) and not list(islice(read_rows(source, data, tally), FIRST_ROWS)):
+    if not is_file(source):
+        return
+    rows = list(islice(read_rows(source, data, tally), FIRST_ROWS))
+    tally.check()
+    if not rows:
         reason = tally.reason_for_none() or f"no rows; {key} needs at least one of {SHAPES}"
         raise UserError(f"{source}: {reason}")
 

@@ -54,43 +54,35 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
         raise Rejected("the row holds text such as Qzx1xzQ, which marks messages while rendering")
     ends = turn_ends(tokenizer, str(tokenizer.chat_template))
     text, places, marked = _locate(messages, tools, tokenizer)
-    prompts: dict[tuple[str, str], str] = {}
-    spans, prompted, before = [], True, 0  # before: where the last message ends
+    spans, prompted, end = [], True, 0  # end: of the message before
     for number, message in enumerate(messages):
         own, calls = places[number], message.get("tool_calls") or []
         if not own and MARK.search(marked[number]["content"]):
             raise Rejected(f"the chat template leaves out message {number + 1}")
         if message["role"] != "assistant" or not (own or calls):
-            before = own[1] if own else before
+            end = own[1] if own else end
             continue
         after = next((place[0] for place in places[number + 1 :] if place), len(text))
+        prompt, begin = ends.header, end
         last = messages[number - 1] if number else message
         place = places[number - 1] if number and not last.get("tool_calls") else None
-        prompt = ends.header
         if place or last["role"] != "assistant":
-            # Once a role: rendering all that comes before each answer is quadratic in turns.
-            key = last["role"], MARK.split(marked[number - 1]["content"])[-1]  # blanks at its end
-            if key not in prompts:
-                prompts[key] = _prompt_after(marked[:number], tools, tokenizer)
-            prompt = prompts[key]
-        within = (place[1] if place else before, own[0] if own else after)
+            prompt = _prompt_after(number, marked, tools, tokenizer)
+            begin = place[1] if place else end
+        within = begin, own[0] if own else after
         start, whole = _beginning(text, within, prompt, place is not None, ends.special)
-        for token in ends.special.finditer(text, before, after):
-            if token.start() < start < token.end():  # never within one
-                start = token.start()
-        called = (call["function"]["name"] in text[start:after] for call in calls)
-        if trains(message) and not all(called):
-            raise Rejected(f"the chat template leaves out the tool calls of message {number + 1}")
-        before = own[1] if own else start
-        if closing := (ends.of_calls if calls else ends.of_answers).search(text, before, after):
-            before = closing.end()
-        elif after == len(text):  # the last turn, whose end would be the next turn's beginning
+        end, is_last = own[1] if own else start, after == len(text)
+        closing = (ends.of_calls if calls else ends.of_answers).search(text, end, after)
+        if not closing and is_last:
             text += ends.appended
-            before = len(text)
-        elif trains(message):
-            raise Rejected(f"the chat template does not end message {number + 1}")
+        end = closing.end() if closing else len(text) if is_last else end
         if trains(message):
-            spans.append((start, before))
+            if not all(call["function"]["name"] in text[start:after] for call in calls):
+                where = f"the tool calls of message {number + 1}"
+                raise Rejected(f"the chat template leaves out {where}")
+            if not (closing or is_last):
+                raise Rejected(f"the chat template does not end message {number + 1}")
+            spans.append((start, end))
             prompted = prompted and whole
     return Rendered(text, spans, prompted)
 
@@ -103,29 +95,48 @@ def _beginning(
     Args:
         text: of the conversation.
         within: where the answer's header and reasoning stand.
-        prompt: what the template writes before an answer. Of earlier answers the text may lack
-            its end: templates drop the <think> of a reasoning that they drop.
+        prompt: what the template writes before an answer. Before earlier answers its end may be
+            missing, as templates drop the <think> of reasoning that they drop.
         anchored: whether the prompt begins where `within` does; else it is searched for.
         special: a pattern of the tokenizer's special tokens.
     """
     start, until = within
     if not anchored:
-        token = special.search(prompt)  # less of the prompt than this is no header
-        sizes = range(len(prompt), token.end() - 1 if token else len(prompt) - 1, -1)
+        token = special.search(prompt)
+        least = token.end() if token else len(prompt)  # less of it may be other text
+        sizes = range(len(prompt), least - 1, -1)
         places = (text.find(prompt[:size], start, until) for size in sizes)
         start = next((place for place in places if place >= 0), -1)
         if start < 0:
             return within[0], False
     shared = len(_shared(text[start:until], prompt))
-    return start + shared, shared == len(prompt)
+    start += shared
+    for token in special.finditer(text, within[0], until):
+        if token.start() < start < token.end():  # never within one
+            start = token.start()
+    return start, shared == len(prompt)
 
 
-def _prompt_after(marked: list[Message], tools: list[dict] | None, tokenizer: Tokenizer) -> str:
-    """Return what follows the content of the last message if an answer is to come."""
-    *earlier, last = marked
+def _prompt_after(
+    number: int, marked: list[Message], tools: list[dict] | None, tokenizer: Tokenizer
+) -> str:
+    """Return what the template writes between an answer and the message before it.
+
+    Rendering all that comes before each answer would be quadratic in turns. So it is rendered
+    after the first message of the same kind, which is soon in the cache.
+    """
+    kind = _kind(marked[number - 1])
+    first = next(n for n, message in enumerate(marked) if _kind(message) == kind)
+    last = marked[first]
     if not MARK.search(last["content"]):
-        last = last | {"content": _mark(len(earlier))}
-    return _skeleton([*earlier, last], tools, tokenizer, prompt=True)[-1]
+        last = last | {"content": _mark(first) + last["content"]}
+    return _skeleton([*marked[:first], last], tools, tokenizer, prompt=True)[-1]
+
+
+def _kind(marked: Message) -> tuple[str, str, bool]:
+    """Return a message's role, the blanks at its end, and whether it calls tools."""
+    blanks = MARK.split(marked["content"])[-1]
+    return marked["role"], blanks, bool(marked.get("tool_calls"))
 
 
 def chat_text(

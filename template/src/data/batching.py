@@ -70,9 +70,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
             if self.epoch == 0:
                 first = int(np.flatnonzero(order == self._largest)[0])
                 order[[0, first]] = order[[first, 0]]
-        rounds = -(-max(self.batches - self.position, 0) // self.world_size)
-        for turn in range(rounds):
-            place = self.position + turn * self.world_size + self.rank
+        for turn in range(self.position, self.batches, self.world_size):
+            place = turn + self.rank
             if place < len(order):
                 start, end = self._bounds[order[place] : order[place] + 2]
                 yield self._documents[start:end].tolist()

@@ -22,14 +22,9 @@ Message = dict[str, Any]
 Span = tuple[int, int]  # of characters: start and end
 
 MARK = re.compile(r"Qzx(\d+)xzQ")  # letters and digits: templates neither trim nor escape them
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "look",
-        "description": "Look something up.",
-        "parameters": {"type": "object", "properties": {"at": {"type": "string"}}},
-    },
-}
+PARAMETERS = {"type": "object", "properties": {"at": {"type": "string"}}}
+LOOK = {"name": "look", "description": "Look something up.", "parameters": PARAMETERS}
+TOOL = {"type": "function", "function": LOOK}
 
 
 class Rendered(NamedTuple):
@@ -222,8 +217,7 @@ def turn_ends(tokenizer: Tokenizer, template: str) -> TurnEnds:
     else:
         answers, appended = {*final[:1]} or {eos}, "" if final else eos
     calls = _ends_of_calls(tokenizer, special, own=not appended) or answers
-    patterns = ("|".join(map(re.escape, sorted(each))) for each in (answers, calls))
-    of_answers, of_calls = map(re.compile, patterns)
+    of_answers, of_calls = (re.compile("|".join(map(re.escape, each))) for each in (answers, calls))
     asked = [_user(_mark(1))]
     without, whole = (chat_text(tokenizer, asked, prompt) for prompt in (False, True))
     header = whole[len(_shared(without, whole)) :]
@@ -234,11 +228,7 @@ def turn_ends(tokenizer: Tokenizer, template: str) -> TurnEnds:
 
 def _ends_of_calls(tokenizer: Tokenizer, special: re.Pattern[str], own: bool) -> set[str]:
     function = {"name": "look", "arguments": {"at": _mark(1)}}
-    call = {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": function}],
-    }
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
     result = {"role": "tool", "name": "look", "content": _mark(2)}
     try:
         last, inner = _tails(tokenizer, [call], [result], [TOOL])
@@ -315,13 +305,12 @@ def _parts(message: Message) -> tuple[str, str, str]:
 
     White space and inline reasoning stand before it: templates trim the one and drop the other.
     """
-    content, head = message.get("content") or "", ""
+    content, begin = message.get("content") or "", 0
     if message["role"] == "assistant" and "</think>" in content:
-        head, mark, content = content.rpartition("</think>")
-        head += mark
-    said = content.strip()
-    before = content[: len(content) - len(content.lstrip())]
-    return head + before, said, content[len(before) + len(said) :]
+        begin = content.rindex("</think>") + len("</think>")
+    said = content[begin:].strip()
+    start = content.index(said, begin)
+    return content[:start], said, content[start + len(said) :]
 
 
 def _with_arguments(message: Message, convert: Any) -> Message:

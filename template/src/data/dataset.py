@@ -194,11 +194,9 @@ def _tokenise(
         digest.update(lengths)
         facts.empty, facts.unusable = len(tally.empty), len(tally.unusable)
         facts.fingerprint = digest.hexdigest()[:32]
-        left_out = "".join(
-            json.dumps(each, default=str) + "\n"
-            for each in [*tally.unusable, *tally.empty, *tally.too_long]
-        )
-        write_text(folder / LEFT_OUT, left_out)
+        left_out = [*tally.unusable, *tally.empty, *tally.too_long]
+        lines = (json.dumps(each, default=str) + "\n" for each in left_out)
+        write_text(folder / LEFT_OUT, "".join(lines))
         write_text(folder / FACTS, json.dumps(vars(facts), indent=1))
 
 

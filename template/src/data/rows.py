@@ -199,10 +199,9 @@ def _shape(row: Row, answered: bool) -> tuple[str, ...]:
             return asked, answer
     if "text" in row:
         return ("text",)
-    for asked, answer in PAIRS:
-        if asked in row or answer in row:
-            missing = answer if asked in row else asked
-            raise Rejected(f"`{missing}` is missing; it has {_names(row)}")
+    for name, other in [*PAIRS, *(pair[::-1] for pair in PAIRS)]:
+        if name in row:
+            raise Rejected(f"`{other}` is missing; it has {_names(row)}")
     names = "for other names set data.columns.prompt=… and data.columns.completion=…"
     raise Rejected(f"has {_names(row)}; a row needs {SHAPES}; {names}")
 

@@ -77,7 +77,7 @@ def raw_rows(source: str) -> Places:
     if reader is None and path.exists():
         raise UserError(f"{source}: {path.suffix or 'this'} is not one of {', '.join(READERS)}")
     try:
-        yield from reader(path) if reader else _numbered(map(_without_nulls, load_hub(source)))
+        yield from reader(path) if reader else _hub(source)
     except UNREADABLE as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{source}{line}: cannot be read: {reason_of(error)}") from None
@@ -144,17 +144,13 @@ def _open(path: Path) -> Any:
     return io.BufferedReader(pa.input_stream(str(path), compression=compression))
 
 
-def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without the nulls in its structs, which Arrow fills in for keys of other rows."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, list):
-            return [clean(each) for each in value]
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items() if v is not None}
-        return value
-
-    return {column: clean(value) for column, value in row.items()}
+def _without_nulls(value: Any) -> Any:
+    """Return a cell without the nulls that Arrow fills in for keys of other rows."""
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return value
 
 
 def _numbered(rows: Iterable[Any]) -> Places:
@@ -205,6 +201,11 @@ def _csv(path: Path) -> Places:
             yield f":{began}", Rejected(f"not valid CSV from this line on: {error}")
 
 
+def _hub(source: str) -> Places:
+    rows = load_hub(source)
+    return _numbered({k: _without_nulls(v) for k, v in row.items()} for row in rows)
+
+
 def _parquet(path: Path) -> Places:
     import pyarrow.parquet as pq
 
@@ -212,7 +213,7 @@ def _parquet(path: Path) -> Places:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
             columns = map(_cells, batch.columns)
             for cells in zip(*columns, strict=True):
-                yield _without_nulls(dict(zip(batch.schema.names, cells, strict=True)))
+                yield dict(zip(batch.schema.names, cells, strict=True))
 
     return _numbered(rows())
 
@@ -220,7 +221,7 @@ def _parquet(path: Path) -> Places:
 def _cells(column: Any) -> list[Any]:
     """Return a column's values; nothing where Python has none for them: a date after 9999."""
     try:
-        return column.to_pylist()
+        return list(map(_without_nulls, column.to_pylist()))
     except (ValueError, OverflowError, LookupError):
         return [None] * len(column)
 

@@ -292,9 +292,9 @@ def test_a_model_that_cannot_be_had_or_planned_is_named_once(capsys, monkeypatch
     assert page.count("is not on this machine and could not be fetched") == 1
     assert page.endswith("memory and disk\n  FAIL  see above\n")
 
-    def unknown(config: Config) -> None:
+    def unknown(config: Config, gib: float) -> None:
         raise NotImplementedError
 
-    monkeypatch.setattr(doctor, "plan", unknown)
+    monkeypatch.setattr(doctor, "plan_for", unknown)
     _, page = run(capsys, SMOKE, "device=cpu")
     assert "WARN  no plan: NotImplementedError while planning this model" in page

@@ -4,6 +4,7 @@ Left to `uv sync --locked`, pre-commit and the tests: packages, lock, lint, seed
 the files of git. Left to scripts/look.py: rows that are cut, left out or duplicated.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -22,7 +23,7 @@ from src.data.encoding import stop_token_ids
 from src.models.model import load_tokenizer
 from src.preflight import check_run
 from src.training.feasibility import check_feasible
-from src.training.plan import Plan, cheapest_that_fits, plan
+from src.training.plan import Plan, cheapest_that_fits, plan_for
 from src.training.record import git
 from src.training.strategy import may_shard
 from src.utils.device import nvidia_driver, pick_device, pick_dtype
@@ -160,8 +161,9 @@ def _check_tokens(documents: list[Document], tokenizer: Tokenizer) -> Iterator[F
 
 
 def _check_plan(config: Config) -> Iterator[Finding]:
+    gpu = gpu_memory() if config.device != "cpu" else {}
     try:
-        planned = plan(config)
+        config, planned = plan_for(config, gpu.get("total", math.inf))
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - some models do not run on fake tensors

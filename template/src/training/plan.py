@@ -1,15 +1,20 @@
-"""What a config will take of a GPU's memory, found without one: the step on tensors without data.
+"""Plan the GPU memory of a config, without a GPU: count the bytes of a step on fake tensors.
 
-The model is built from its config.json alone, as fake tensors: operators know their shapes and
-dtypes and compute nothing. The project's own step is walked on them, by the kernels that a GPU
-would take, and every storage that lives is counted. So the plan cannot drift from the code.
+The model is built from its config.json. Its tensors have shapes and dtypes and no data, and
+operators on them compute nothing. The project's own training step runs on them, with the kernels
+that a GPU would use, and every live storage is counted. So the plan cannot drift from the code.
+
+Layers repeat. So models of a few layers are measured, and the figures are extrapolated.
 """
 
 import weakref
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,17 +28,16 @@ from src.data.dataset import TokenDataset
 from src.models.adapters import add_adapters, head_of, without_input_casts
 from src.models.model import check_positions, checkpoint_layers, without_weights
 from src.training.loss import CHUNK, Objective, PlainHead
-from src.training.optimizer import MOMENTS, count_steps, dtype_of_trained, make_optimizer
+from src.training.optimizer import MOMENTS, count_steps, dtype_of_trained
 from src.training.out_of_memory import next_settings
 from src.training.speed import count_flops
 from src.training.trainer import train_step
 from src.utils.device import DTYPES
 from src.utils.memory import GIB
 
-CPU = torch.device("cpu")  # which the fake tensors are said to be on: autocast works there
-EIGHT = "adamw8bit"
+CPU = torch.device("cpu")  # device of the fake tensors: autocast works there without a GPU
 BLOCK = 512  # bytes; the CUDA allocator rounds up to it
-MOST_ROWS = 1024  # nobody needs more in a microbatch
+MAX_BATCH = 1024  # the largest `training.batch_size` that is tried
 OVERHEAD = 1.0  # GiB: the CUDA context, cuBLAS' workspaces and what fragmentation wastes
 
 
@@ -54,17 +58,23 @@ class Plan:
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make, while they live."""
+    """Counts the bytes of all storages that operators make, while they live.
+
+    Attributes:
+        peaks: the most bytes up to the last layer's backward pass, and after it. Each is linear in
+            the number of layers: the first grows by what a layer saves, the second by that or by
+            its gradients. Their maximum is not.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.known, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
+        self.known, self.now, self.peaks, self.phase = WeakIdKeyDictionary(), 0, [0, 0], 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for made in tree_leaves(out):
-            if isinstance(made, Tensor):
-                self.count(made)
+        for result in tree_leaves(out):
+            if isinstance(result, Tensor):
+                self.count(result)
         return out
 
     def count(self, tensor: Tensor) -> None:
@@ -74,126 +84,186 @@ class Tracker(TorchDispatchMode):
             size = -(-storage.nbytes() // BLOCK) * BLOCK
             self.known[storage] = size
             self.now += size
-            self.peak = max(self.peak, self.now)
+            self.peaks[self.phase] = max(self.peaks[self.phase], self.now)
             weakref.finalize(storage, self._free, size)
 
     def _free(self, size: int) -> None:
         self.now -= size
 
+    def watch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Begin the second phase when the last layer, whose pre-hook this is, is done."""
+        if inputs and inputs[0].requires_grad:
+            inputs[0].register_hook(lambda _: setattr(self, "phase", 1))
 
-def plan(config: Config, dtype: torch.dtype | None = None) -> Plan:
-    """What a full microbatch takes, in the second step, when the moments exist.
 
-    Args:
-        config: of the run; its rows are not read, and half of the tokens are taken as labelled.
-        dtype: that matmuls run in; None: what `model.dtype` says, where `auto` means bf16.
+def plan(config: Config) -> Plan:
+    """Plan a step with a full microbatch, after the first step, when the moments exist.
+
+    Its rows are not read: half of the tokens are taken as labelled. `model.dtype=auto` means bf16.
 
     Raises:
         UserError: there is no such model, or it has too few positions.
         ValueError: it knows none of these attentions.
     """
     check_positions(config.model, config.data.max_length)
-    dtype = dtype or DTYPES.get(config.model.dtype, torch.bfloat16)
+    dtype = DTYPES.get(config.model.dtype, torch.bfloat16)
     batch = full_batch(config.training.batch_size, config.data.max_length, True, labelled=0.5)
     # In the order of `set_attention`. The kernel takes half precision only.
-    if config.data.packing and dtype != torch.float32:
+    packs = config.data.packing and dtype != torch.float32
+    for attention in ["varlen_kernel"] * packs + ["sdpa"]:
         with suppress(ValueError):  # dropout in attention, or a cap on its scores
-            return walk(config, dtype, batch, "varlen_kernel", CHUNK)
-    with suppress(ValueError):
-        return walk(config, dtype, batch, "sdpa", CHUNK)
-    return walk(config, dtype, batch, "eager", CHUNK)
+            return plan_batch(config, dtype, batch, attention, CHUNK)
+    return plan_batch(config, dtype, batch, "eager", CHUNK)
 
 
-def walk(
+def plan_batch(
     config: Config, dtype: torch.dtype, batch: dict[str, Any], attention: str, chunk: int
 ) -> Plan:
-    """Walk two steps of one batch, with an attention and a chunk of logits that are given."""
-    model: Any = _shapes(config, dtype).train()
+    """Plan a step with this batch, attention and chunk of logits."""
+
+    def measure(model: nn.Module) -> np.ndarray:
+        return measure_step(model, config, dtype, batch, attention, chunk)
+
+    *parts, first, second = (extrapolate(config, dtype, measure) / GIB).tolist()
+    return Plan(*parts, activations=max(first, second) - sum(parts))
+
+
+def measure_step(
+    model: Any, config: Config, dtype: torch.dtype, batch: dict[str, Any], attention: str,
+    chunk: int,
+) -> np.ndarray:  # fmt: skip
+    """Run a step on fake tensors: bytes of weights, gradients and moments, and two peaks."""
     model.set_attn_implementation(attention)
-    mode, tracker = FakeTensorMode(allow_non_fake_inputs=True), Tracker()
+    mode, tracker, settings = FakeTensorMode(allow_non_fake_inputs=True), Tracker(), config.training
     batch = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    with mode, without_input_casts(model):
-        held = _fake(model)
+    if layers := layers_of(model):
+        layers[-1].register_forward_pre_hook(tracker.watch)
+    with mode, tracker, without_input_casts(model):
+        _make_fake(model)
+        weights, tracker.peaks = tracker.now, [0, 0]  # of the step, not of making the weights
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         head = head_of(base)
         plain = PlainHead(base.base_model, head, chunk) if type(head) is nn.Linear else None
-        objective, eight = Objective(model, plain), config.training.optimizer == EIGHT
-        optimizer = _Still(model) if eight else make_optimizer(model, config.training)
-        window = [batch] * min(config.training.gradient_accumulation_steps, 2)
-        with tracker:
-            for tensor in held:
-                tracker.count(tensor)
-            weights = tracker.now
-            for _ in range(2):
-                tracker.peak = tracker.now
-                train_step(
-                    objective, window, optimizer, None, CPU, dtype=dtype,
-                    max_grad_norm=config.training.max_grad_norm,
-                )  # fmt: skip
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-    moments = sum(state.nbytes for state in states)
-    rest = tracker.peak - weights - trained - moments
-    if eight:
-        moments = sum(p.numel() for p in model.parameters() if p.requires_grad) * MOMENTS[EIGHT]
-    return Plan(*(size / GIB for size in (weights, trained, moments, rest)))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if settings.gradient_accumulation_steps > 1:
+            for p in trained:  # the microbatch before has left gradients
+                p.grad = torch.zeros_like(p)
+        # Moments are counted by their formula: 8-bit AdamW asks the host. This steps on nothing.
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], fused=True)
+        train_step(
+            Objective(model, plain), [batch], optimizer, None, CPU, dtype=dtype,
+            max_grad_norm=settings.max_grad_norm,
+        )  # fmt: skip
+    moments = sum(p.numel() for p in trained) * MOMENTS[settings.optimizer]
+    gradients, peaks = sum(p.nbytes for p in trained), np.array(tracker.peaks) + moments
+    return np.array([weights, gradients, moments, *peaks])
+
+
+def extrapolate(
+    config: Config, dtype: torch.dtype, measure: Callable[[nn.Module], np.ndarray]
+) -> np.ndarray:
+    """Measure shallow models, and extrapolate each figure to the layers of the whole one.
+
+    The first has one layer of each kind below the last layer. Each other one has one more of one
+    kind, and the difference is what a layer of that kind adds.
+    """
+    kinds = [_kind(layer) for layer in layers_of(without_weights(config.model)) or ()]
+    counts = Counter(kinds)
+    least = {kind: 1 + (kind == kinds[-1]) for kind in counts}
+    if sum(least.values()) * (1 + len(counts)) + len(counts) >= len(kinds):
+        return measure(build(config, dtype))  # the whole model is as quick
+
+    def measure_with(kept: dict[Any, int]) -> np.ndarray:
+        places: list[int] = []
+        for place in (0, *range(len(kinds) - 1, 0, -1)):  # the backward pass ends and begins so
+            if sum(kinds[other] == kinds[place] for other in places) < kept[kinds[place]]:
+                places.append(place)
+        return measure(build(config, dtype, sorted(places)))
+
+    total = first = measure_with(least)
+    for kind, count in least.items():
+        if counts[kind] > count:
+            added = measure_with(least | {kind: count + 1}) - first
+            total = total + (counts[kind] - count) * added
+    return total
+
+
+def layers_of(model: Any) -> nn.ModuleList | None:
+    """The model's decoder layers, if it has as long a list of modules as its config says."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return next(lists, None)
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What two layers that compute alike have in common: classes, settings and shapes."""
+    settings = [
+        (type(module), name, value)
+        for module in layer.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, str | int | float) and name != "layer_idx"
+    ]
+    return (*settings, *(p.shape for p in layer.parameters()))
+
+
+def plan_for(config: Config, gib: float) -> tuple[Config, Plan]:
+    """Plan for a GPU with so many GiB, as `model.gradient_checkpointing=auto` decides there.
+
+    Training recomputes as few layers as needed. Here it is none, if that fits, or every layer.
+
+    Returns:
+        The config, which says so, and its plan.
+    """
+    planned = plan(config)
+    if planned.peak_gib > gib and config.model.gradient_checkpointing == "auto":
+        config = changed(config, "model.gradient_checkpointing=true")
+        planned = plan(config)
+    return config, planned
 
 
 def largest_batch(config: Config, gib: float) -> int:
-    """The largest `training.batch_size` that fits, up to MOST_ROWS; 0 if none does.
+    """The largest `training.batch_size` that fits, up to MAX_BATCH; 0 if none does."""
 
-    Memory grows nearly in a line: the next guess is where the last two points meet the limit.
-    """
-    known: dict[int, float] = {0: 0.0}
-    size, low = 1, 0
-    while size not in known:
-        known[size] = plan(changed(config, f"training.batch_size={size}")).peak_gib
-        low = max(n for n, peak in known.items() if peak <= gib)
-        high = min((n for n, peak in known.items() if peak > gib), default=MOST_ROWS + 1)
-        # Between the last that fits and the first that does not, or beyond the last two that fit.
-        one, two = (low, high) if high in known else sorted(known)[-2:]
-        slope = (known[two] - known[one]) / (two - one)
-        size = min(max(low + int((gib - known[low]) / slope), low + 1), high - 1)
-    return low
+    def peak_of(size: int) -> float:
+        return plan(changed(config, f"training.batch_size={size}")).peak_gib
+
+    if config.model.gradient_checkpointing == "auto":
+        config = changed(config, "model.gradient_checkpointing=true")
+    size = config.training.batch_size
+    most, peak = max(size, MAX_BATCH), peak_of(size)
+    slope = (peak_of(2 * size) - peak) / size
+    guess = min(max(size + int((gib - peak) // slope), 1), most)
+    # Memory is not quite linear in small batches: plan once more, near the answer.
+    return min(max(guess + int((gib - peak_of(guess)) // slope), 0), most)
 
 
 def cheapest_that_fits(config: Config, gib: float) -> tuple[str, float] | None:
-    """The changes that cost the least and bring the peak below so many GiB, as planned with them.
+    """The cheapest changes that bring the peak below so many GiB, as planned with them.
 
     Returns:
         The keys, for a command line, and the peak then in GiB; None if nothing fits.
     """
-
-    def peak(keys: list[str]) -> float:
-        return plan(changed(config, " ".join(keys))).peak_gib
-
-    for key, _ in next_settings(config):  # one of them alone
-        if (then := peak([key])) <= gib:
-            return key, then
-    keys: list[str] = []
-    while (then := peak(keys)) > gib:  # or several, in their order
-        if not (more := next_settings(changed(config, " ".join(keys)))):
-            return None
-        keys.append(more[0][0])
-    last = dict(key.split("=", 1) for key in " ".join(keys).split())
-    return " ".join(f"{key}={value}" for key, value in last.items()), then
+    options = next_settings(config)
+    for keys, _ in options:  # one change alone
+        if (peak := plan(changed(config, keys)).peak_gib) <= gib:
+            return keys, peak
+    values: dict[str, str] = {}
+    while options:  # or several, in their order
+        values |= dict(pair.split("=", 1) for pair in options[0][0].split())
+        keys = " ".join(f"{key}={value}" for key, value in values.items())
+        if (peak := plan(changed(config, keys)).peak_gib) <= gib:
+            return keys, peak
+        options = next_settings(changed(config, keys))
+    return None
 
 
-@dataclass
-class Cost:
-    """What a whole run takes of one GPU."""
+def cost(config: Config, data: TokenDataset) -> tuple[int, int, float]:
+    """Count a run's steps, tokens and model FLOPs on one GPU from its rows.
 
-    steps: int
-    tokens: int  # real ones, each as often as it is trained on
-    flops: float  # that the model needs for them, recomputing left out
-
-    def hours(self, flops_a_second: float, share: float) -> float:
-        """On a GPU with this peak, of which a share is used."""
-        return self.flops / (flops_a_second * share) / 3600
-
-
-def cost(config: Config, data: TokenDataset) -> Cost:
-    """Count a run's steps, tokens and model FLOPs on one GPU from its rows."""
+    Returns:
+        Steps; real tokens, each as often as it is trained on; the FLOPs that the model needs for
+        them, without recomputation.
+    """
     settings = config.training
     sampler = TokenBudgetSampler(
         data.lengths, config.data.max_length, settings.batch_size, config.data.packing,
@@ -201,93 +271,81 @@ def cost(config: Config, data: TokenDataset) -> Cost:
     )  # fmt: skip
     steps = count_steps(settings, len(sampler))
     epochs = steps * settings.gradient_accumulation_steps / len(sampler)
-    per_token, per_label = count_flops(_shapes(config, torch.bfloat16), data.lengths)
+    per_token, per_label = extrapolate(
+        config, torch.bfloat16, lambda model: np.array(count_flops(model, data.lengths))
+    )
     tokens, labelled = int(data.lengths.sum()), data.facts.labelled_tokens
-    return Cost(steps, int(epochs * tokens), epochs * (per_token * tokens + per_label * labelled))
+    return steps, int(epochs * tokens), epochs * (per_token * tokens + per_label * labelled)
 
 
-class _Still(torch.optim.Optimizer):
-    """Takes no step: 8-bit AdamW asks the host, and its moments are counted by their formula."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__((p for p in model.parameters() if p.requires_grad), {"lr": 0.0})
-        self.defaults["fused"] = True  # so that nobody asks the host on its behalf
-
-    def step(self, closure: Any = None) -> Any:
-        """Do nothing."""
-
-
-def _shapes(config: Config, dtype: torch.dtype) -> nn.Module:
-    """The model as it would be loaded, without weights."""
-    wanted = config.model
-    kept = dtype_of_trained(config.training, dtype) if config.lora is None else dtype
-    model = without_weights(wanted, kept)
-    if wanted.quantization != "none":
-        _quantize(model, wanted.quantization, dtype)
+def build(config: Config, dtype: torch.dtype, kept: list[int] | None = None) -> nn.Module:
+    """Build the model as it would be loaded, without weights; `kept`: with these layers only."""
+    settings = config.model
+    stored = dtype_of_trained(config.training, dtype) if config.lora is None else dtype
+    model = without_weights(settings, stored)
+    if kept is not None:
+        _keep_layers(model, kept)
+    if settings.quantization != "none":
+        _quantize(model, settings.quantization, dtype)
     if config.lora is not None:
         model = add_adapters(model, config.lora.model_copy(update={"adapter": None}))
-    if wanted.gradient_checkpointing is True:
-        checkpoint_layers(model, wanted)
-    return model
+    if settings.gradient_checkpointing is True:
+        checkpoint_layers(model, settings)
+    return model.train()
+
+
+def _keep_layers(model: Any, kept: list[int]) -> None:
+    """Remove the other layers, and what the config says of each of them."""
+    layers: Any = layers_of(model)
+    config, count = model.config.get_text_config(), len(layers)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == count:  # such as layer_types
+            setattr(config, name, [value[place] for place in kept])
+    for place in sorted({*range(count)} - {*kept}, reverse=True):
+        del layers[place]
+    config.num_hidden_layers = len(kept)
 
 
 def _quantize(model: Any, kind: str, dtype: torch.dtype) -> None:
     from transformers import BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
 
-    settings = BitsAndBytesConfig(
-        **{f"load_in_{kind}": True},
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    settings = BitsAndBytesConfig(**{f"load_in_{kind}": True}, bnb_4bit_compute_dtype=dtype)
     replace_with_bnb_linear(model, ["lm_head"], quantization_config=settings)
     setattr(model, f"is_loaded_in_{kind}", True)
 
 
-def _fake(model: nn.Module) -> list[Tensor]:
-    """Replace every tensor by a fake one; ties stay ties. Returns them all, once each."""
+def _make_fake(model: nn.Module) -> None:
+    """Replace every tensor by a fake one; ties stay ties."""
     fakes: dict[Tensor, Tensor] = {}  # by the real ones, which hash by identity
-    parts: list[Tensor] = []
-
-    def fake(real: Tensor, module: nn.Module, name: str) -> Tensor:
-        if real in fakes:
-            return fakes[real]
-        if type(module).__name__ == "Linear4bit" and name == "weight":
-            new = _packed(module, parts)
-        else:
-            new = torch.empty(real.shape, dtype=real.dtype, device=CPU)
-            new = nn.Parameter(new, real.requires_grad) if isinstance(real, nn.Parameter) else new
-        fakes[real] = new
-        return new
-
     for module in model.modules():
         tables: Any = (module._parameters, module._buffers)
         for table in tables:
-            for name, real in list(table.items()):
-                if real is not None:
-                    table[name] = fake(real, module, name)
-    return [*fakes.values(), *parts]
+            for name, real in table.items():
+                if real is None:
+                    continue
+                if real not in fakes:
+                    new = torch.empty(real.shape, dtype=real.dtype, device=CPU)
+                    parameter = isinstance(real, nn.Parameter)
+                    fakes[real] = nn.Parameter(new, real.requires_grad) if parameter else new
+                table[name] = fakes[real]
+        if hasattr(module, "quant_state"):
+            _pack(module)
 
 
-def _packed(layer: Any, parts: list[Tensor]) -> Tensor:
-    """A 4-bit weight: half a byte each, a byte for 64 of them, four bytes for 256 of those."""
+def _pack(layer: Any) -> None:
+    """Make a 4-bit weight: half a byte each, a byte for 64 of them, four bytes for 256 of those."""
     from bitsandbytes.functional import QuantState
 
-    count = layer.in_features * layer.out_features
+    count, shape = layer.weight.numel(), layer.weight.shape
     blocks = -(-count // 64)
-    nested = QuantState(
-        absmax=torch.empty(-(-blocks // 256)), blocksize=256, code=torch.empty(256),
-        dtype=torch.float32,
-    )  # fmt: skip
+    scales, codes = torch.empty(-(-blocks // 256)), torch.empty(256)
+    nested = QuantState(scales, code=codes, blocksize=256, dtype=torch.float32)
     state = QuantState(
-        absmax=torch.empty(blocks, dtype=torch.uint8),
-        shape=torch.Size((layer.out_features, layer.in_features)), code=torch.empty(16),
-        blocksize=64, quant_type="nf4", dtype=layer.compute_dtype, offset=torch.empty(()),
-        state2=nested,
+        torch.empty(blocks, dtype=torch.uint8), shape, torch.empty(16), 64, "nf4",
+        layer.compute_dtype, torch.empty(()), nested,
     )  # fmt: skip
-    parts += (state.absmax, nested.absmax)
     weight: Any = nn.Parameter(torch.empty((count + 1) // 2, 1, dtype=torch.uint8), False)
     weight.quant_state = layer.quant_state = state
+    layer.weight = weight
     layer.support_avx512bf16_for_cpu = False
-    return weight

@@ -53,6 +53,7 @@ def llama(tmp_path: Path) -> list[str]:
     return [*model, "data.max_length=1024", "training.batch_size=8"]
 
 
+@pytest.mark.slow  # seconds each
 @pytest.mark.parametrize(
     ("options", "weights", "peak"),
     [
@@ -94,8 +95,8 @@ QLORA = ["lora.r=4", "model.quantization=4bit"]
         ("llama", {"num_hidden_layers": 7}, [*QLORA, NO_CHECKPOINTING]),
         ("llama", {"num_hidden_layers": 7}, [*QLORA, CHECKPOINTING]),
         ("gpt2", {"n_embd": 64, "n_layer": 7, "n_head": 4}, LORA),
-        ("gemma2", {"sliding_window": 16, "num_hidden_layers": 14}, FULL),
-        ("gemma2", {"sliding_window": 16, "num_hidden_layers": 14}, LORA),
+        ("gemma2", {"sliding_window": 16, "num_hidden_layers": 12}, FULL),
+        ("gemma2", {"sliding_window": 16, "num_hidden_layers": 12}, LORA),
         ("qwen3_moe", {**DENSE_FIRST, "num_hidden_layers": 12}, FULL),
         ("qwen3_moe", {**DENSE_FIRST, "num_hidden_layers": 12}, [*QLORA, NO_CHECKPOINTING]),
     ],
@@ -163,10 +164,7 @@ def printed(capsys, *arguments: str) -> str:
 
 def test_the_largest_batch_fits_and_a_larger_one_does_not(two_layers) -> None:
     config = configured(*two_layers, NO_CHECKPOINTING)
-    peak = plan(config).peak_gib
-    assert largest_batch(config, peak + 0.01) == 8
-    assert largest_batch(config, peak - 0.1) == 7
-    assert largest_batch(config, 2.0) == 0
+    assert largest_batch(config, plan(config).peak_gib - 0.1) == 7
     double = plan(configured(*two_layers, NO_CHECKPOINTING, "training.batch_size=19")).peak_gib
     assert [largest_batch(config, double + more) for more in (-0.01, 0.01)] == [18, 19]
 
@@ -220,7 +218,7 @@ def test_the_script_says_what_fits_and_what_would_fit(two_layers, capsys) -> Non
 
 
 def test_the_script_says_what_auto_will_do(two_layers, capsys) -> None:
-    roomy, tight = (printed(capsys, *two_layers, "--gpu", gib) for gib in ("80", "7"))
+    roomy, tight = printed(capsys, *two_layers), printed(capsys, *two_layers, "--gpu", "7")
     assert "model.gradient_checkpointing=auto: planned with no layer recomputed" in roomy
     assert "model.gradient_checkpointing=auto: planned with every layer recomputed" in tight
     assert "model.compile=auto: compiled layers take less" in tight

@@ -9,7 +9,7 @@ from src.training.speed import matmul_rate
 from src.utils.errors import UserError
 from src.utils.memory import GIB
 
-MOST_ON_A_CPU = 2e9  # parameters; above, a step takes minutes and an epoch weeks
+MAX_ON_A_CPU = 2e9  # parameters; above, a step takes minutes and an epoch weeks
 
 
 def gib_held(config: Config, dtype: torch.dtype) -> float:
@@ -29,7 +29,7 @@ def check_feasible(config: Config, device: torch.device, dtype: torch.dtype, sha
     if device.type == "cpu" and config.device == "auto":
         count = count_before_loading(config.model)
         tokens = training.batch_size * config.data.max_length * training.gradient_accumulation_steps
-        if count > MOST_ON_A_CPU:
+        if count > MAX_ON_A_CPU:
             minutes = 4 * count * tokens / matmul_rate(device, dtype) / 60
             raise UserError(
                 f"device: no GPU here, and {name} has {count / 1e9:.1f} billion parameters: a step "

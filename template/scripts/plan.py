@@ -57,15 +57,11 @@ def _describe_memory(config: Any, total: float | None) -> Iterator[str]:
         yield f"{part.removesuffix('_gib'):<12} {gib:8.2f} GiB"
     if config.model.gradient_checkpointing == "auto":
         recomputed = "no layer" if settled == config else "every layer"
-        yield (
-            f"model.gradient_checkpointing=auto: planned with {recomputed} recomputed; training "
-            "recomputes as few as the GPU's memory needs"
-        )
+        text = f"planned with {recomputed} recomputed; training recomputes as few as needed"
+        yield f"model.gradient_checkpointing=auto: {text}"
     if config.model.compile is not False:
-        yield (
-            f"model.compile={str(config.model.compile).lower()}: compiled layers take less (40 "
-            "instead of 62 GiB for LoRA on 8B), so this peak is an upper bound"
-        )
+        text = "compiled layers take less (40 for 62 GiB, 8B LoRA): this is an upper bound"
+        yield f"model.compile={str(config.model.compile).lower()}: {text}"
     if total is None:
         return
     size, fits = largest_batch(config, total), planned.peak_gib <= total

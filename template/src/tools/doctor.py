@@ -4,7 +4,6 @@ Left to `uv sync --locked`, pre-commit and the tests: packages, lock, lint, seed
 the files of git. Left to scripts/look.py: rows that are cut, left out or duplicated.
 """
 
-import math
 import os
 import shutil
 import sys
@@ -163,7 +162,7 @@ def _check_tokens(documents: list[Document], tokenizer: Tokenizer) -> Iterator[F
 def _check_plan(config: Config) -> Iterator[Finding]:
     gpu = gpu_memory() if config.device != "cpu" else {}
     try:
-        config, planned = plan_for(config, gpu.get("total", math.inf))
+        config, planned = plan_for(config, gpu.get("total", float("inf")))
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - some models do not run on fake tensors

@@ -339,12 +339,11 @@ def _pack(layer: Any) -> None:
 
     count, shape = layer.weight.numel(), layer.weight.shape
     blocks = -(-count // 64)
-    scales, codes = torch.empty(-(-blocks // 256)), torch.empty(256)
-    nested = QuantState(scales, code=codes, blocksize=256, dtype=torch.float32)
-    state = QuantState(
-        torch.empty(blocks, dtype=torch.uint8), shape, torch.empty(16), 64, "nf4",
-        layer.compute_dtype, torch.empty(()), nested,
-    )  # fmt: skip
+    scales, offset = torch.empty(-(-blocks // 256)), torch.empty(())
+    nested = QuantState(scales, code=torch.empty(256), blocksize=256, dtype=torch.float32)
+    absmax, codes = torch.empty(blocks, dtype=torch.uint8), torch.empty(16)
+    dtype = layer.compute_dtype
+    state = QuantState(absmax, shape, codes, 64, "nf4", dtype, offset, nested)
     weight: Any = nn.Parameter(torch.empty((count + 1) // 2, 1, dtype=torch.uint8), False)
     weight.quant_state = layer.quant_state = state
     layer.weight = weight

@@ -183,6 +183,12 @@ def test_the_cheapest_change_that_fits_is_planned_before_it_is_advised(
     assert plan(configured(*two_layers, *change[0].split())).peak_gib == change[1]
 
 
+def test_what_cannot_be_planned_is_one_line(saved_model, refused) -> None:
+    model = [f"model.name={saved_model}", "model.init=pretrained", "lora.r=4"]
+    (line,) = refused(scripts.plan.main, SMOKE, *model, "model.quantization=8bit")
+    assert line.startswith("8-bit weights cannot be planned; plan 4bit")
+
+
 def test_where_nothing_fits_nothing_is_advised(tmp_path) -> None:
     AutoConfig.from_pretrained(ROOT / "configs/tiny", num_hidden_layers=1).save_pretrained(tmp_path)
     config = configured(f"model.name={tmp_path}", "data.max_length=32")

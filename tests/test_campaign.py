@@ -83,7 +83,7 @@ def test_a_stage_that_takes_too_long_is_killed_with_what_it_started(tmp_path, mo
 def test_without_time_no_stage_is_run(tmp_path) -> None:
     code, stages, rows = campaign(tmp_path, "--budget", "0")
     assert code == 0
-    assert len(stages) == len(rows) == 16
+    assert len(stages) == len(rows) == 18
     assert set(stages.values()) == {"not run"}
     assert {row["note"] for row in rows} == {"0 s left"}
 

@@ -132,7 +132,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--base", help="the adapter's base model, if it has moved")
     bits = "of the base model; as it was trained, if not given"
     add("--quantization", choices=["4bit", "8bit", "none"], help=bits)
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # options may stand before the prompt
 
 
 def _at_least(least: int, kind: type) -> Callable[[str], float]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from src.utils.environment import load_environment
-from src.utils.errors import UserError, first_line, run_script
+from src.utils.errors import UserError, run_script
 from src.utils.imports import quick_imports
 
 # GiB that a GPU of this name has, a little less than its makers say, and its dense bf16 TFLOP/s.
@@ -50,17 +50,20 @@ def main(arguments: list[str]) -> None:
 
 def _describe_memory(config: Any, total: float | None) -> Iterator[str]:
     """Yield the peak and its parts, what `auto` means for it, and whether it fits."""
-    from src.training.plan import MAX_BATCH, cheapest_that_fits, largest_batch, plan_for
+    from src.training.plan import (
+        MAX_BATCH,
+        cannot_plan,
+        cheapest_that_fits,
+        largest_batch,
+        plan_for,
+    )
 
     try:
         settled, planned = plan_for(config, float("inf") if total is None else total)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - operators that do not work without data
-        reason = f"{config.model.name} cannot be planned: {first_line(error)}"
-        if config.model.quantization == "8bit":
-            reason = "8-bit weights cannot be planned; plan 4bit: 8bit takes 3.2 GiB more for 8B"
-        raise UserError(reason) from None
+        raise UserError(cannot_plan(config, error)) from None
     for part, gib in vars(planned).items():
         yield f"{part.removesuffix('_gib'):<12} {gib:8.2f} GiB"
     if config.model.gradient_checkpointing == "auto":

@@ -297,4 +297,4 @@ def test_a_model_that_cannot_be_had_or_planned_is_named_once(capsys, monkeypatch
 
     monkeypatch.setattr(doctor, "plan_for", unknown)
     _, page = run(capsys, SMOKE, "device=cpu")
-    assert "WARN  no plan: NotImplementedError while planning this model" in page
+    assert "WARN  no plan: configs/tiny cannot be planned: NotImplementedError" in page

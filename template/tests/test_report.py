@@ -1,9 +1,11 @@
 """What people read of a run is there, whole, and true."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
+import scripts.inference
 from conftest import SMOKE, chat, metrics
 from src.config import load_config
 from src.training import loss as loss_module
@@ -96,7 +98,10 @@ def test_the_next_command_asks_as_the_run_was_trained(train, write_rows, capsys)
     train(*short)
     assert 'final "your question"\n' in capsys.readouterr().out
     train(*short, f"data.train={write_rows({'text': 'some text'})}", output="text")
-    assert 'final --raw "a beginning"\n' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'final --raw "a beginning"\n' in printed
+    *_, command = printed.strip().partition("scripts/inference.py ")
+    scripts.inference.main([*shlex.split(command), "--max-length", "2"])
 
 
 def test_a_loss_that_is_not_finite_is_read_back_as_such(smoke: Path, tmp_path, capsys) -> None:

@@ -11,7 +11,8 @@ import pytest
 from conftest import chat
 from src.config import DataConfig
 from src.data import rows
-from src.data.rows import FIRST_ROWS, Tally, check_source, read_rows
+from src.data.dataset import load_tokens
+from src.data.rows import FIRST_ROWS, Tally, check_source, read_rows, trains
 from src.data.sources import expand
 from src.utils.errors import UserError
 
@@ -370,7 +371,7 @@ def test_parquet_does_not_fill_the_keys_of_other_rows(tmp_path: Path) -> None:
     ("text", "problem"),
     [
         ('prompt,completion\na,b\nc,"d\ne,f\n', ":3: not valid CSV from this line on"),
-        ("prompt,completion,prompt\na,b,c\n", ":1: two columns have one name"),
+        ("prompt,completion,prompt\na,b,c\n", ":1: two columns are called prompt"),
     ],
 )
 def test_a_csv_that_means_something_else_is_named(tmp_path: Path, text: str, problem: str) -> None:
@@ -378,3 +379,27 @@ def test_a_csv_that_means_something_else_is_named(tmp_path: Path, text: str, pro
     with pytest.raises(UserError) as error:
         list(read_rows(str(tmp_path / "rows.csv"), DATA))
     assert problem in error.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fine"),
+    [("weight", 0.0, True), ("train", False, True), ("trainable", 1, True),
+     ("weight", "0", False), ("train", "false", False), ("weight", 0.5, False)],
+)  # fmt: skip
+def test_a_mark_of_what_carries_loss_is_read_or_refused(write_rows, key, value, fine) -> None:
+    answer = {"role": "assistant", "content": "a", key: value}
+    row = {"messages": [{"role": "user", "content": "q"}, answer, answer | {key: 1}]}
+    source, config = write_rows(row), DataConfig(train="-")
+    if fine:
+        ((*_, first, second),) = [each["messages"] for each in read_rows(source, config)]
+        assert (trains(first), trains(second)) == (value == 1, True)
+    else:
+        with pytest.raises(UserError, match=rf":1: .*`{key}` must be 0 or 1, or true or false"):
+            list(read_rows(source, config))
+
+
+def test_a_column_without_a_name_is_named_by_its_number(tmp_path, tokenizer) -> None:
+    table = tmp_path / "pandas.csv"
+    table.write_text(",prompt,completion\n0,q,a\n")
+    facts = load_tokens(str(table), tokenizer, DataConfig(train=str(table))).facts
+    assert list(facts.unread) == ["(column 1)"]

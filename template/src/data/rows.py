@@ -280,6 +280,9 @@ def read_message(turn: Any, data: DataConfig) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise Rejected(f"must be an object with `role` and `content`, not {_kind(turn)}")
     turn = {k: v for k, v in turn.items() if not _is_absent(v)}  # Parquet fills what a row lacks
+    for key in ("weight", "train", "trainable"):
+        if turn.get(key, 1) not in (0, 1):  # true and false equal them
+            raise Rejected(f"`{key}` must be 0 or 1, or true or false, not {turn[key]!r}"[:120])
     sharegpt = turn.pop("from", None)  # ShareGPT's names
     name = turn.get("role", sharegpt)
     role = ROLES.get(name) if isinstance(name, str) else None

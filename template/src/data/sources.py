@@ -189,9 +189,11 @@ def _csv(path: Path) -> Places:
         # strict: else a quote that is never closed swallows the rest of the file.
         reader, began = csv.DictReader(file, strict=True), 1
         try:
-            if len(set(names := reader.fieldnames or ())) < len(names):
-                yield ":1", Rejected("two columns have one name")
+            names = [name or f"(column {n})" for n, name in enumerate(reader.fieldnames or (), 1)]
+            if double := [name for name in names if names.count(name) > 1]:
+                yield ":1", Rejected(f"two columns are called {double[0]}")
                 return
+            reader.fieldnames = names
             for row in reader:
                 if None in row:
                     row = Rejected("more cells than the header has; quote commas in text")

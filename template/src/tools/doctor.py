@@ -22,7 +22,7 @@ from src.data.encoding import stop_token_ids
 from src.models.model import load_tokenizer
 from src.preflight import check_run
 from src.training.feasibility import check_feasible
-from src.training.plan import Plan, cheapest_that_fits, plan_for
+from src.training.plan import Plan, cannot_plan, cheapest_that_fits, plan_for
 from src.training.record import git
 from src.training.strategy import may_shard
 from src.utils.device import nvidia_driver, pick_device, pick_dtype
@@ -166,7 +166,7 @@ def _check_plan(config: Config) -> Iterator[Finding]:
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - some models do not run on fake tensors
-        yield Finding("WARN", f"no plan: {type(error).__name__} while planning this model")
+        yield Finding("WARN", f"no plan: {cannot_plan(config, error)}")
         return
     yield _check_memory(config, planned)
     yield _check_disk(config, planned)

@@ -33,6 +33,7 @@ from src.training.out_of_memory import next_settings
 from src.training.speed import count_flops
 from src.training.trainer import train_step
 from src.utils.device import DTYPES
+from src.utils.errors import first_line
 from src.utils.memory import GIB
 
 CPU = torch.device("cpu")  # device of the fake tensors: autocast works there without a GPU
@@ -219,6 +220,13 @@ def plan_for(config: Config, gib: float) -> tuple[Config, Plan]:
         config = changed(config, "model.gradient_checkpointing=true")
         planned = plan(config)
     return config, planned
+
+
+def cannot_plan(config: Config, error: Exception) -> str:
+    """Why a model cannot be planned, where an operator does not work without data."""
+    if config.model.quantization == "8bit":
+        return "8-bit weights cannot be planned; plan 4bit: 8bit takes 3.2 GiB more for 8B"
+    return f"{config.model.name} cannot be planned: {first_line(error)}"
 
 
 def largest_batch(config: Config, gib: float) -> int:

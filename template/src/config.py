@@ -62,9 +62,10 @@ class ModelConfig(Section):
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     # Keep each layer's input in the host's memory: for very long rows, at some speed.
     gradient_checkpointing_offload: bool = False
-    # Compile the layers, for which torch needs a C compiler: 13 to 22 s at the start, then 27 %
-    # more tokens a second and 40 GiB instead of 62 (LoRA on 8B, 2 x 4096 tokens, H200). auto: on a
-    # GPU with packed rows, if the run is long enough to earn it back and is not `deterministic`.
+    # Compile the layers, for which torch needs a C compiler: 13 to 22 s at the start, then a
+    # quarter more tokens a second, and 40 GiB instead of 62 (LoRA on 8B, 2 x 4096 tokens, H200).
+    # auto: on a GPU with packed rows, if the run is long enough to earn it back; not in 8 bits, and
+    # not if it is `deterministic`.
     compile: bool | Literal["auto"] = "auto"
     # True executes Python code that the model's repository ships, with your rights.
     trust_remote_code: bool = False

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlamaForCausalLM
 
 from conftest import packed, padded
 from src.config import Config, DataConfig, ModelConfig, TrainingConfig
@@ -124,7 +124,7 @@ def test_where_only_recomputed_layers_fit_all_are() -> None:
 @pytest.mark.parametrize(("seconds", "worth"), [(30, False), (100, False), (200, True)])
 def test_a_run_is_compiled_if_it_earns_the_compile_time_back(seconds, worth, capsys) -> None:
     assert worth_compiling(seconds) == worth
-    assert capsys.readouterr().out.startswith(f"compile    {'the layers' if worth else 'nothing'}")
+    assert capsys.readouterr().out.startswith(f"compile    {'yes' if worth else 'no'}: ")
 
 
 @pytest.fixture
@@ -161,6 +161,14 @@ def test_auto_recomputes_nothing_on_a_card_with_room_and_compiles_a_long_run(on_
     assert on_a_gpu(100, seconds=0.01) == (0, False), "a run of ten seconds"
     assert on_a_gpu(100, packing=False) == (0, False), "padded rows have many shapes"
     assert on_a_gpu(100, deterministic=True) == (0, False), "a resumed run might decide otherwise"
+
+
+def test_auto_leaves_alone_what_cannot_be_recomputed_or_was_never_compiled(
+    on_a_gpu, monkeypatch
+) -> None:
+    assert on_a_gpu(100, quantization="8bit") == (0, False)
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    assert on_a_gpu(100) == (0, True), "and no error, as the config did not ask for it"
 
 
 def test_compiled_layers_need_less_memory_so_fewer_of_them_are_recomputed(on_a_gpu) -> None:

@@ -61,10 +61,8 @@ def settle(
     """
     model, device = training.model, training.model.device
     layers, recomputed, peak = len(decoder_layers(model)), 0, 0.0
-    on_gpu = device.type == "cuda" and layers > 0
-    fitting = on_gpu and config.model.gradient_checkpointing == "auto"
-    # A deterministic run that is resumed must compute as before, whatever is left of it.
-    undecided = on_gpu and config.model.compile == "auto" and packing and not config.deterministic
+    fitting = config.model.gradient_checkpointing == "auto" and _can_recompute(model)
+    undecided = config.model.compile == "auto" and packing and _may_compile(config, model)
     compiling = config.model.compile is True
     if device.type == "cuda":
         clear_memory()
@@ -94,6 +92,24 @@ def settle(
     clear_memory()  # the peak that is logged is then that of training
 
 
+def _can_recompute(model: Any) -> bool:
+    """Whether layers can be recomputed one by one: not every architecture supports it."""
+    layers = decoder_layers(model)
+    supported = model.supports_gradient_checkpointing and len(layers) > 0
+    each = all(hasattr(layer, "gradient_checkpointing") for layer in layers)
+    return model.device.type == "cuda" and supported and each
+
+
+def _may_compile(config: Config, model: Any) -> bool:
+    """Whether compiled layers are known to be faster here.
+
+    bitsandbytes' 8-bit matmul asks the host in every layer, and was never measured compiled. A
+    deterministic run that is resumed must compute as before, whatever is left of it.
+    """
+    known = config.model.quantization != "8bit" and not config.deterministic
+    return model.device.type == "cuda" and known and len(decoder_layers(model)) > 0
+
+
 def _full(config: Config, packing: bool, device: torch.device) -> list[dict[str, Any]]:
     """A step's microbatches; two where gradients are accumulated, so that one finds some."""
     batch = full_batch(config.training.batch_size, config.data.max_length, packing)
@@ -103,9 +119,11 @@ def _full(config: Config, packing: bool, device: torch.device) -> list[dict[str,
 def worth_compiling(seconds: float) -> bool:
     """Whether compiled layers earn back their compile time in a run of so many seconds."""
     worth = SAVED * seconds > COMPILING
-    run = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-    verdict = "the layers" if worth else "nothing"
-    say(f"compile    {verdict}: training takes about {run}, and compiling {COMPILING:.0f} seconds")
+    run = f"{seconds / 60:,.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+    verdict = "yes" if worth else "no"
+    say(
+        f"compile    {verdict}: training takes {run} without, compiling {COMPILING:.0f} seconds once"
+    )
     return worth
 
 

@@ -96,7 +96,7 @@ def export(folder: Path) -> float:
         "from src.config import load_config, LoraConfig\n"
         "from src.tools.export import export\n"
         "from src.models.adapters import add_adapters\n"
-        "from src.models.model import RECIPE\n"
+        "from src.utils.files import RECIPE\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "folder, out = Path(sys.argv[1]), Path(sys.argv[2]); out.mkdir()\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20\n"
@@ -115,7 +115,7 @@ def adapter(folder: Path) -> None:
 
     from src.config import LoraConfig
     from src.models.adapters import add_adapters
-    from src.models.model import RECIPE
+    from src.utils.files import RECIPE
 
     model = add_adapters(AutoModelForCausalLM.from_pretrained(folder / "large"), LoraConfig())
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)

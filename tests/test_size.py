@@ -12,7 +12,7 @@ from helpers import ROOT, TEMPLATE
 
 FILES = sorted([*(TEMPLATE / "src").rglob("*.py"), *(TEMPLATE / "scripts").rglob("*.py")])
 # What the code may grow to. Raise a number in the commit that needs it, and say there what for.
-CODE_LINES, LINES = 5585, 8340
+CODE_LINES, LINES = 5595, 8350
 STORY = ("src/training/run.py", "src/training/trainer.py", "src/training/loss.py")
 STORY_CODE_LINES = 451
 FUNCTION_LINES = 50  # with its docstring

@@ -12,11 +12,11 @@ from transformers.utils import logging
 
 from src.config import Config, ModelConfig, load_config
 from src.models.adapters import load_adapters
-from src.models.model import RECIPE, build_model, explained, load_tokenizer, read_weights
+from src.models.model import build_model, explained, load_tokenizer, read_weights
 from src.training.checkpoint import MOMENTS, find_damage, load_weights
 from src.utils.device import pick_dtype
 from src.utils.errors import UserError
-from src.utils.files import ADAPTER
+from src.utils.files import ADAPTER, RECIPE
 
 
 def load_trained(

@@ -24,7 +24,6 @@ from src.models.adapters import add_adapters, embedding_names
 from src.models.attention import set_attention
 from src.utils.environment import PROJECT_ROOT, from_root
 from src.utils.errors import UserError
-from src.utils.files import RECIPE as RECIPE
 
 DEFAULT_CHAT_TEMPLATE = PROJECT_ROOT / "configs" / "chat_template.j2"
 

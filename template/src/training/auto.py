@@ -121,9 +121,8 @@ def worth_compiling(seconds: float) -> bool:
     worth = SAVED * seconds > COMPILING
     run = f"{seconds / 60:,.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
     verdict = "yes" if worth else "no"
-    say(
-        f"compile    {verdict}: training takes {run} without, compiling {COMPILING:.0f} seconds once"
-    )
+    cost = f"compiling {COMPILING:.0f} seconds once"
+    say(f"compile    {verdict}: training takes {run} without it, {cost}")
     return worth
 
 

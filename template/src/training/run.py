@@ -14,7 +14,7 @@ from src.config import Config, TrainingConfig
 from src.data.batching import TokenLoader
 from src.data.dataset import TokenDataset, load_documents
 from src.models.attention import isolates_documents, set_attention
-from src.models.model import RECIPE, build_model, load_tokenizer, save_model, try_saving
+from src.models.model import build_model, load_tokenizer, save_model, try_saving
 from src.training import report, strategy
 from src.training.auto import settle
 from src.training.checkpoint import (
@@ -45,7 +45,7 @@ from src.training.trainer import StepResult, evaluate, training_steps
 from src.utils import distributed
 from src.utils.device import pick_device, pick_dtype
 from src.utils.environment import from_root
-from src.utils.files import free_name, new_folder, only_run_in
+from src.utils.files import RECIPE, free_name, new_folder, only_run_in
 from src.utils.ranks import RANK, WORLD_SIZE
 from src.utils.seed import set_seed
 

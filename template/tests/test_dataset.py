@@ -218,3 +218,10 @@ def test_rows_of_the_hub_are_tokenised_once_and_a_missing_dataset_is_one_line(
     assert asked[-1] == (("some/where", "main"), {"split": "test"})
     monkeypatch.setattr(dataset, "read_rows", None)
     assert len(tokens("some/where:test", tokenizer, max_length=64)) == 2
+
+
+def test_a_column_without_a_name_is_named_by_its_number(tmp_path, tokenizer) -> None:
+    table = tmp_path / "pandas.csv"
+    table.write_text(",prompt,completion\n0,q,a\n")
+    facts = load_tokens(str(table), tokenizer, DataConfig(train=str(table))).facts
+    assert list(facts.unread) == ["(column 1)"]

@@ -11,7 +11,6 @@ import pytest
 from conftest import chat
 from src.config import DataConfig
 from src.data import rows
-from src.data.dataset import load_tokens
 from src.data.rows import FIRST_ROWS, Tally, check_source, read_rows, trains
 from src.data.sources import expand
 from src.utils.errors import UserError
@@ -396,10 +395,3 @@ def test_a_mark_of_what_carries_loss_is_read_or_refused(write_rows, key, value, 
     else:
         with pytest.raises(UserError, match=rf":1: .*`{key}` must be 0 or 1, or true or false"):
             list(read_rows(source, config))
-
-
-def test_a_column_without_a_name_is_named_by_its_number(tmp_path, tokenizer) -> None:
-    table = tmp_path / "pandas.csv"
-    table.write_text(",prompt,completion\n0,q,a\n")
-    facts = load_tokens(str(table), tokenizer, DataConfig(train=str(table))).facts
-    assert list(facts.unread) == ["(column 1)"]

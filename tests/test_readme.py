@@ -2,9 +2,10 @@
 
 import re
 
-from helpers import ROOT, SETTINGS
+from helpers import QUESTIONS, ROOT, SETTINGS
 
-COMMANDS = re.findall(r"```sh\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
@@ -20,3 +21,17 @@ def test_the_readme_scaffolds_trains_and_asks_as_copiers_message_does() -> None:
 def test_the_readme_gives_copier_an_absolute_path() -> None:
     # A relative one would be recorded as it stands, and `copier update` would not find it.
     assert 'copier copy --defaults "$PWD" ' in COMMANDS[0]
+
+
+def test_the_readme_lists_every_question_with_its_key_default_and_choices() -> None:
+    rows = [line for line in README.splitlines() if line.startswith("| `")]
+    asked = {key: q for key, q in QUESTIONS.items() if q.get("ask", True)}
+    keys = [key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert keys == list(asked)
+    for key in keys:
+        row = next(row for row in rows if f"`{key}`" in row.split("|")[1])
+        choices = asked[key].get("choices", [])
+        for choice in choices.values() if isinstance(choices, dict) else choices:
+            assert f"`{choice}`" in row.split("|")[2]
+        if "{{" not in (default := asked[key]["default"]) and default:
+            assert f"`{default}`" in row.split("|")[3]

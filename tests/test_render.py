@@ -165,7 +165,7 @@ def test_git_ignores_no_file_of_the_template() -> None:
 
 
 @pytest.mark.parametrize("license", choices("license"))
-def test_the_licence_is_the_one_that_was_chosen(license: str, tmp_path: Path) -> None:
+def test_the_license_is_the_one_that_was_chosen(license: str, tmp_path: Path) -> None:
     first_words = {
         "Apache-2.0": "Apache License Version 2.0",
         "MIT": "MIT License",
@@ -188,7 +188,7 @@ def test_the_licence_is_the_one_that_was_chosen(license: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("license", ["Apache-2.0", "MIT", "BSD-3-Clause", "Proprietary"])
-def test_the_licence_names_its_year_and_holder(license: str, tmp_path: Path) -> None:
+def test_the_license_names_its_year_and_holder(license: str, tmp_path: Path) -> None:
     project = render(tmp_path, license=license, user_name="Ada Ünïcode", copyright_year="1843")
     assert re.search(r"Copyright (\(c\) )?1843,? Ada Ünïcode", (project / "LICENSE").read_text())
 

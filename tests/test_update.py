@@ -190,7 +190,7 @@ def test_the_projects_tests_run_again(home: Home) -> None:
 def test_a_lock_that_the_update_outdated_names_its_cure(home: Home, uv: Uv) -> None:
     error = run(*uv, "lock", "--check", cwd=home.project, code=1).stderr
     assert "run `uv lock`" in error
-    assert "uv lock  " in (home.output.stderr if home.output else "")
+    assert "\n    uv lock\n" in (home.output.stderr if home.output else "")
 
 
 @pytest.fixture

@@ -13,11 +13,13 @@ import yaml
 from helpers import QUESTIONS, ROOT, SETTINGS, TEMPLATE, choices, copy, files, render, run
 
 CHOICE_QUESTIONS = [name for name, question in QUESTIONS.items() if "choices" in question]
-# The launcher, asked last, adds one file that no other answer touches: each combination of the others has one of them.
-OTHERS = itertools.product(*map(choices, CHOICE_QUESTIONS[:-1]))
+# Each pair of two questions' answers is in one of these. All 252 would take minutes and prove no more:
+# no file depends on three answers.
+WHOLE = [choices(name) for name in CHOICE_QUESTIONS]
 COMBINATIONS = [
-    (*answers, launcher)
-    for answers, launcher in zip(OTHERS, itertools.cycle(choices("launcher")), strict=False)
+    (own, quantization, WHOLE[2][(m + n) % 3], WHOLE[3][(m + 3 * n) % 4])
+    for m, own in enumerate(WHOLE[0])
+    for n, quantization in enumerate([*WHOLE[1], WHOLE[1][m % 3]])
 ]
 # For every question an answer that is not its default.
 OTHER_ANSWERS = {
@@ -33,6 +35,12 @@ OTHER_ANSWERS = {
     "ci": "gitlab",
     "launcher": "slurm",
 }
+
+
+def test_each_pair_of_answers_is_in_a_combination() -> None:
+    for first, second in itertools.combinations(range(len(WHOLE)), 2):
+        pairs = {(combination[first], combination[second]) for combination in COMBINATIONS}
+        assert pairs == set(itertools.product(WHOLE[first], WHOLE[second]))
 
 
 @pytest.fixture(scope="session", params=COMBINATIONS, ids="-".join)

@@ -10,6 +10,15 @@ import pytest
 import releases
 from helpers import render
 
+# Files that take minutes. Started last, one of them would run alone while the other worker waits.
+LONG = ("test_generated_project.py", "test_update.py", "test_mutations.py", "test_releases.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take minutes first."""
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -18,41 +18,61 @@ from src.models.model import save_model, set_generation_config
 from src.trained import load_trained
 from src.utils.errors import UserError
 
-
-def test_a_batch_of_prompts_gets_the_answers_each_gets_alone(make_model, tokenizer) -> None:
-    model = make_model()
-    model.train()
-    prompts = [
-        "Hi",
-        "A much longer question than the first one was",
-        [{"role": "user", "content": "x"}],
-    ]
-    together = generate(model, tokenizer, prompts, max_length=8)
-    alone = [generate(model, tokenizer, prompt, max_length=8) for prompt in prompts]
-    assert together == alone
-    assert model.training
-    assert model.config._attn_implementation == "varlen", "put back as it was"
+CPU = torch.device("cpu")
 
 
-def test_generation_counts_new_tokens_and_returns_no_prompt(
-    make_model, tokenizer, monkeypatch
+def test_prompts_of_any_kind_and_length_get_in_a_batch_what_each_gets_alone(
+    make_model, tokenizer
 ) -> None:
-    model = make_model(packing=False).eval()
-    answer = tokenizer("some answer", return_tensors="pt")["input_ids"]
-    asked = {}
+    model = make_model(lora=True).train()
+    asked = ["the role of x", *("word " * (n * 7 % 23) + "?" for n in range(6))]
+    turns = [[{"role": "user", "content": question}] for question in asked]
+    alone = [generate(model, tokenizer, question, max_length=6) for question in asked]
+    assert len(set(alone)) > 1
+    for prompts in (asked, turns, [{"messages": each} for each in turns]):
+        assert generate(model, tokenizer, prompts, max_length=6, batch_size=4) == alone
+        assert generate(model, tokenizer, prompts[0], max_length=6) == alone[0]
+    assert model.training
+    assert model.config._attn_implementation == "varlen", "restored"
 
-    def stub(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
-        asked.update(
-            options, length=input_ids.shape[1], inference=torch.is_inference_mode_enabled(),
-            stops=model.generation_config.eos_token_id,
-        )  # fmt: skip
-        return torch.cat([input_ids, answer], dim=1)
 
-    monkeypatch.setattr(model, "generate", stub)
-    assert generate(model, tokenizer, "a long prompt " * 10, max_length=12) == "some answer"
-    assert asked["max_new_tokens"] == 12 < asked["length"]
-    assert asked["inference"]
-    assert asked["stops"] == [tokenizer.eos_token_id]
+@pytest.fixture
+def speaking(make_model, tokenizer, monkeypatch):
+    """Make a model that says the same to all prompts: `speaking(ids, …)`; and what it was given."""
+
+    def make(*answers: list[int]):
+        model, seen = make_model(packing=False).eval(), {}
+
+        def stub(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
+            seen.update(options, length=input_ids.shape[1], config=model.generation_config)
+            seen["inference"] = torch.is_inference_mode_enabled()
+            return torch.cat([input_ids, torch.tensor(answers)], dim=1)
+
+        monkeypatch.setattr(model, "generate", stub)
+        return model, seen
+
+    return make
+
+
+@pytest.mark.parametrize("said", ["    indented", "\n\nafter blanks  ", "<|begin|> is a token"])
+def test_an_answer_is_all_that_follows_the_prompt_up_to_the_stop_token(
+    speaking, tokenizer, said: str
+) -> None:
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    model, seen = speaking([*ids, tokenizer.eos_token_id, 5])
+    assert generate(model, tokenizer, "a long prompt " * 10, max_length=12) == said
+    assert seen["max_new_tokens"] == 12 < seen["length"]
+    assert seen["inference"]
+    assert seen["config"].eos_token_id == [tokenizer.eos_token_id]
+
+
+def test_an_answer_ends_at_either_of_two_stop_tokens(speaking, tokenizer, monkeypatch) -> None:
+    stops = [1, tokenizer.convert_tokens_to_ids("<|begin|>")]
+    monkeypatch.setattr(generation, "stops_of", lambda *_: stops)
+    said = tokenizer("said", add_special_tokens=False)["input_ids"]
+    model, seen = speaking(*([*said, stop, *said] for stop in stops))
+    assert generate(model, tokenizer, ["a", "b"]) == ["said", "said"]
+    assert seen["config"].eos_token_id == stops
 
 
 def test_a_model_that_knows_no_sdpa_is_loaded_and_answers(tmp_path, tokenizer) -> None:
@@ -61,48 +81,9 @@ def test_a_model_that_knows_no_sdpa_is_loaded_and_answers(tmp_path, tokenizer) -
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
     save_model(AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "m", torch.float32)
-    model, saved = load_trained(tmp_path / "m", torch.device("cpu"))
+    model, saved = load_trained(tmp_path / "m", CPU)
     assert model.config._attn_implementation == "eager"
     assert isinstance(generate(model, saved, "Hi", max_length=2), str)
-
-
-def test_an_answer_ends_at_either_of_two_stop_tokens(make_model, tokenizer, monkeypatch) -> None:
-    model = make_model(packing=False)
-    first, second = 1, tokenizer.convert_tokens_to_ids("<|begin|>")
-    monkeypatch.setattr("src.models.generation.stops_of", lambda *_: [first, second])
-    said = tokenizer("said", add_special_tokens=False)["input_ids"]
-    rows = [[*said, first, *said], [*said, second, *said]]
-    asked = {}
-
-    def stub(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
-        asked.update(stops=model.generation_config.eos_token_id)
-        return torch.cat([input_ids, torch.tensor(rows)], dim=1)
-
-    monkeypatch.setattr(model, "generate", stub)
-    assert generate(model, tokenizer, ["a", "b"]) == ["said", "said"]
-    assert asked["stops"] == [first, second]
-
-
-def test_many_prompts_of_any_length_are_answered_in_their_order(make_model, tokenizer) -> None:
-    model = make_model(lora=True)
-    prompts = ["word " * (n * 7 % 23) + "?" for n in range(11)]
-    alone = [generate(model, tokenizer, prompt, max_length=6) for prompt in prompts]
-    assert generate(model, tokenizer, prompts, max_length=6, batch_size=4) == alone
-    assert len(set(alone)) > 1
-
-
-def test_a_long_job_is_answered_in_few_shapes_with_the_same_answers(
-    make_model, tokenizer, monkeypatch
-) -> None:
-    model, shapes = make_model(packing=False).eval(), set()
-    prompts = [f"{'why ' * (9 * n)}{n}?" for n in range(11)]
-    expected = generate(model, tokenizer, prompts, max_length=8, batch_size=4)
-    monkeypatch.setattr(generation, "is_compiled_for", lambda *_: True)
-    model.register_forward_pre_hook(
-        lambda _, __, given: shapes.add(tuple(given["input_ids"].shape)), with_kwargs=True
-    )
-    assert generate(model, tokenizer, prompts, max_length=8, batch_size=4) == expected
-    assert shapes == {(4, 128), (4, 256), (4, 1)}
 
 
 def test_answers_are_compiled_on_a_gpu_for_long_jobs_only(make_model, monkeypatch) -> None:
@@ -113,11 +94,18 @@ def test_answers_are_compiled_on_a_gpu_for_long_jobs_only(make_model, monkeypatc
     assert not is_compiled_for(model.train(), 10_000)
 
 
-def test_where_answers_cannot_be_compiled_they_are_given_all_the_same(
+def test_a_long_job_gets_the_same_answers_in_few_shapes_and_if_it_cannot_be_compiled(
     make_model, tokenizer, monkeypatch, capsys
 ) -> None:
-    model = make_model(packing=False).eval()
-    expected = generate(model, tokenizer, ["a", "b"], max_length=4)
+    model, shapes = make_model(packing=False).eval(), set()
+    prompts = [f"{'why ' * (9 * n)}{n}?" for n in range(11)]
+    expected = generate(model, tokenizer, prompts, max_length=4, batch_size=4)
+    monkeypatch.setattr(generation, "is_compiled_for", lambda *_: True)
+    model.register_forward_pre_hook(
+        lambda _, __, given: shapes.add(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    assert generate(model, tokenizer, prompts, max_length=4, batch_size=4) == expected
+    assert shapes == {(4, 128), (4, 256), (4, 1)}
     real = type(model).generate
 
     def without_compiler(self, *args, cache_implementation=None, **options):
@@ -126,19 +114,9 @@ def test_where_answers_cannot_be_compiled_they_are_given_all_the_same(
         return real(self, *args, **options)
 
     monkeypatch.setattr(type(model), "generate", without_compiler)
-    monkeypatch.setattr(generation, "is_compiled_for", lambda *_: True)
-    assert generate(model, tokenizer, ["a", "b"], max_length=4) == expected
+    assert generate(model, tokenizer, prompts, max_length=4, batch_size=4) == expected
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "warning: answers are not compiled: RuntimeError: no C compiler"
-
-
-def test_tools_reach_the_template(make_model, tokenizer, monkeypatch) -> None:
-    seen = {}
-    monkeypatch.setattr(
-        "src.models.generation.chat_text", lambda _, m, __, tools: seen.update(t=tools) or "x"
-    )
-    generate(make_model(), tokenizer, "Hi", max_length=1, tools=[{"name": "look"}])
-    assert seen == {"t": [{"name": "look"}]}
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -159,23 +137,27 @@ def test_a_model_that_trains_answers_outside_of_inference_mode(
         model(torch.arange(8)[None]).logits.sum().backward()
 
 
-@pytest.fixture
-def gpt2(tokenizer):
-    """A model with a table of 32 positions."""
+def test_an_answer_ends_where_the_models_positions_do(tokenizer) -> None:
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
     config = GPT2Config(vocab_size=512, eos_token_id=1, **sizes)
-    return AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    asked = len(tokenizer("x " * 10)["input_ids"])
+    with mock.patch.object(model, "generate", wraps=model.generate) as complete:
+        for length in (256, 4):
+            generate(model, tokenizer, "x " * 10, max_length=length, raw=True)
+    assert [call.kwargs["max_new_tokens"] for call in complete.call_args_list] == [32 - asked, 4]
+    rows = [{"text": "x"}, {"text": "x " * 40, "place": "rows.jsonl:2"}]
+    expected = r"rows.jsonl:2: a prompt of \d+ tokens fills the model's 32 positions"
+    with pytest.raises(UserError, match=expected):
+        generate(model, tokenizer, rows)
 
 
-def test_an_answer_ends_where_the_models_positions_do(gpt2, tokenizer) -> None:
-    prompt = "x " * 10
-    asked = len(tokenizer(prompt)["input_ids"])
-    with mock.patch.object(gpt2, "generate", wraps=gpt2.generate) as complete:
-        generate(gpt2, tokenizer, prompt, max_length=256, raw=True)
-    assert complete.call_args.kwargs["max_new_tokens"] == 32 - asked
-    generate(gpt2, tokenizer, prompt, max_length=4, raw=True)
-    with pytest.raises(UserError, match=r"a prompt of \d+ tokens fills the model's 32 positions"):
-        generate(gpt2, tokenizer, "x " * 40, raw=True)
+def test_a_prompt_that_the_template_refuses_is_named(make_model, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no') }}")
+    asked = [{"role": "user", "content": "Hi"}]
+    for prompt, name in ((asked, r".*Hi"), ({"messages": asked, "place": "a.csv:9"}, "a.csv:9")):
+        with pytest.raises(UserError, match=f"{name}.*: the chat template refuses it: .*no"):
+            generate(make_model(), tokenizer, prompt, max_length=1)
 
 
 SETTINGS = {
@@ -214,16 +196,6 @@ def test_a_temperature_draws_from_all_tokens(make_model, tokenizer) -> None:
     assert len(set(drawn)) > 100, "transformers' own top_k is 50"
 
 
-@pytest.mark.parametrize("said", ["    indented", "\n\nafter blanks  ", "<|begin|> is a token"])
-def test_an_answer_is_given_back_as_it_is(make_model, tokenizer, monkeypatch, said: str) -> None:
-    model = make_model(packing=False)
-    ids = tokenizer(said, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    stop = torch.tensor([[tokenizer.eos_token_id, 5]])
-    stub = lambda input_ids, **_: torch.cat([input_ids, ids, stop], dim=1)  # noqa: E731
-    monkeypatch.setattr(model, "generate", stub)
-    assert generate(model, tokenizer, "Hi") == said
-
-
 def test_the_bases_other_stop_tokens_are_kept(make_model, tokenizer) -> None:
     model, begin = make_model(packing=False), tokenizer.convert_tokens_to_ids("<|begin|>")
     model.generation_config.eos_token_id = [begin, 300]  # of which 300 is an ordinary token here
@@ -231,28 +203,13 @@ def test_the_bases_other_stop_tokens_are_kept(make_model, tokenizer) -> None:
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, begin]
 
 
-def test_an_adapters_folder_says_where_answers_end(make_model, tokenizer, tmp_path) -> None:
-    save_model(make_model(lora=True), tokenizer, tmp_path / "m", torch.bfloat16)
-    assert GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id == [tokenizer.eos_token_id]
-
-
-def test_a_local_base_without_a_template_is_asked_as_it_would_be_trained(
+def test_a_saved_folder_says_where_answers_end_and_gets_a_template_if_it_has_none(
     make_model, tokenizer, tmp_path
 ) -> None:
+    save_model(make_model(lora=True), tokenizer, tmp_path / "a", torch.bfloat16)
+    assert GenerationConfig.from_pretrained(tmp_path / "a").eos_token_id == [tokenizer.eos_token_id]
     save_model(make_model(), tokenizer, tmp_path / "m", torch.float32)
     (tmp_path / "m/chat_template.jinja").unlink()
     assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template is None
-    _, loaded = load_trained(tmp_path / "m", torch.device("cpu"))
+    _, loaded = load_trained(tmp_path / "m", CPU)
     assert loaded.chat_template == tokenizer.chat_template
-
-
-def test_a_list_of_questions_is_never_taken_for_a_conversation(make_model, tokenizer) -> None:
-    model = make_model(packing=False)
-    asked = ["the role of x", "y"]
-    assert len(generate(model, tokenizer, asked, max_length=1)) == 2
-    rows = [{"messages": [{"role": "user", "content": each}]} for each in asked]
-    assert generate(model, tokenizer, rows, max_length=1) == generate(
-        model, tokenizer, asked, max_length=1
-    )
-    assert isinstance(generate(model, tokenizer, rows[0], max_length=1), str)
-    assert isinstance(generate(model, tokenizer, rows[0]["messages"], max_length=1), str)

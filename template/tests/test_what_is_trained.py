@@ -18,15 +18,14 @@ from transformers import AutoTokenizer
 from conftest import ROOT, SMOKE, chat
 from src.config import DataConfig, load_config
 from src.data import IGNORE
-from src.data.chat import chat_text, render
+from src.data.chat import render
 from src.data.dataset import load_tokens
 from src.data.describe import data_notes
 from src.data.encoding import encode, stop_token_ids
 from src.data.rows import read_question, read_rows
 from src.data.sources import raw_rows
-from src.models.generation import _as_text, _without_blank, generate
+from src.models.generation import _encode
 from src.training.samples import questions, sample_prompts
-from src.utils.errors import UserError
 
 CALLS = (
     "{% for t in m.tool_calls or [] %}<tool_call>{{ t.function.name }} "
@@ -192,9 +191,7 @@ def test_what_is_labelled_is_what_the_assistant_says_and_what_is_asked_was_train
     _, first = next(iter(raw_rows(source)))
     asked = read_question(first, data)
     assert asked["messages"] == row["messages"][:-1]
-    prompt = tokenizer(
-        _as_text(asked, tokenizer, False, None), add_special_tokens=False
-    )["input_ids"]  # fmt: skip
+    prompt, _ = _encode(asked, tokenizer, raw=False)
     starts = [
         n for n, label in enumerate(labels) if label != IGNORE and labels[n - 1] == IGNORE
     ]  # fmt: skip
@@ -258,8 +255,7 @@ def test_a_prompt_that_ends_in_a_blank_loses_no_label_and_is_asked_without_it(sp
     messages = [turn("user", "Which?"), turn("assistant", "the")]
     ((ids, labels, _),) = encode([{"messages": messages, "read_as": "messages"}], tokenizer)
     assert tokenizer.decode([i for i in labels if i != IGNORE]).strip() == "the<|end|>"
-    prompt, blank = _without_blank(chat_text(tokenizer, messages[:1], True), tokenizer)
-    asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    asked, blank = _encode(messages[:1], tokenizer, raw=False)
     assert ids[: len(asked)] == asked
     assert labels[len(asked)] != IGNORE == labels[len(asked) - 1]
     assert blank == " "
@@ -396,8 +392,3 @@ def test_a_call_alone_before_another_answer_keeps_the_header_unlabelled(speak) -
     text, spans, _ = render(turns, None, tokenizer)
     assert text[slice(*spans[0])].startswith("<tool_call>look")
     assert text[slice(*spans[1])] == "<think></think>The first.<|im_end|>"
-
-
-def test_a_prompt_that_the_template_refuses_is_one_line(make_model, speak) -> None:
-    with pytest.raises(UserError, match=r"the chat template refuses it: .*no"):
-        generate(make_model(), speak("{{ raise_exception('no') }}"), "Hi", max_length=1)

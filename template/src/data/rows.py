@@ -134,13 +134,15 @@ def read_rows(source: str, data: DataConfig, tally: Tally | None = None) -> Iter
 
 
 def read_question(raw: Any, data: DataConfig) -> Row:
-    """Return what a row asks: its `messages` up to an answer at the end, and its `tools`.
+    """Return what a row asks: its `messages` up to an answer at the end and `tools`, or its `text`.
 
     Raises:
         Rejected: the row cannot be used, or has no question.
     """
     row = _read(raw, data, answered=False)
-    messages = row.get("messages", [])
+    if "text" in row:
+        return {"text": row["text"]}
+    messages = row["messages"]
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:

@@ -1,9 +1,10 @@
-"""Settle what `auto` leaves open on this machine: compiled layers, and layers that are recomputed.
+"""Decide what `auto` leaves open: whether layers are compiled, and how many are recomputed.
 
-Both are decided by trying microbatches of made-up tokens before step 1. They are full and wholly
-labelled, so no later microbatch takes more memory. Neither decision changes what is trained.
+Both are decided before step 1, by microbatches of made-up tokens that are full and wholly labelled:
+no later microbatch takes more memory. Neither decision changes what is trained.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,19 +28,19 @@ from src.utils.distributed import WORLD_SIZE, gather, on_main
 from src.utils.errors import first_line
 from src.utils.memory import GIB, clear_memory, gpu_memory, print_gpu_memory
 
-COMPILING = 25.0  # seconds that compiling takes, once; 13 to 22 were measured on an H200
-SAVED = 0.2  # of a step's time, by compiled layers; 0.21 was measured there
-TRIES = 5  # counts of recomputed layers: two or three where layers are alike
-MARGIN = 0.94  # of the memory is planned with: fragments take some of the rest
+COMPILE_SECONDS = 25.0  # once; 13 to 22 were measured on an H200
+SAVED = 0.2  # share of a step's time that compiled layers save; 0.21 was measured there
+MAX_TRIES = 6  # of a count of recomputed layers: three or four are enough where layers are alike
+MARGIN = 0.94  # share of the memory to plan with: fragmentation takes some of the rest
 
 
 @dataclass
 class Trial:
-    """What a full microbatch took; the most of all processes."""
+    """What full microbatches took; the maximum of all processes."""
 
     held: float  # GiB allocated when the backward pass began
-    peak: float  # GiB allocated at most
-    seconds: float
+    peak: float  # GiB
+    seconds: float  # of the last microbatch
 
 
 def settle(
@@ -49,88 +50,88 @@ def settle(
     """Compile the layers, and recompute some of them, as the config says or as it pays off.
 
     Args:
-        config: whose `model.compile` and `model.gradient_checkpointing` may be `auto`.
+        config: its `model.compile` and `model.gradient_checkpointing` may be `auto`.
         objective: the model with its loss, attention and head set.
         training: the same model, with its optimizer.
-        packing: whether rows are packed: all microbatches have one shape then.
-        steps: that are left to take.
-        dtype: that matmuls run in.
+        packing: whether rows are packed: then all microbatches have one shape.
+        steps: how many are left.
+        dtype: dtype of matmuls.
 
     Raises:
         torch.OutOfMemoryError: a microbatch does not fit, with every layer recomputed.
     """
-    model, device = training.model, training.model.device
+    model, accumulation = training.model, config.training.gradient_accumulation_steps
     layers, recomputed, peak = len(decoder_layers(model)), 0, 0.0
-    fitting = config.model.gradient_checkpointing == "auto" and _can_recompute(model)
-    undecided = config.model.compile == "auto" and packing and _may_compile(config, model)
+    fitting, undecided = _is_open(config, model, packing)
     compiling = config.model.compile is True
-    if device.type == "cuda":
+    if model.device.type == "cuda":
         clear_memory()
-        on_main(print_gpu_memory, "memory    ")  # what loading left
+        on_main(print_gpu_memory, "memory    ")  # after loading
     if steps == 0 or not (fitting or undecided or compiling):
         return
-    attempt = partial(try_microbatches, objective, training, _full(config, packing, device), dtype)
-    recompute, to_come = partial(recompute_first, model), gib_of_moments_to_come(config, training)
-    limit = MARGIN * memory_limit(device) - to_come
+    batch = full_batch(config.training.batch_size, config.data.max_length, packing)
+    window = [to_device(batch, model.device)] * min(accumulation, 2)
+    attempt = partial(try_microbatches, objective, training, window, dtype)
+    moments = _gib_of_missing_moments(config, training)
+    total = memory_limit(model.device) if fitting else math.inf
+    recompute = partial(recompute_first, model)
+    choose = partial(choose_layers, attempt, recompute, layers, MARGIN * total - moments)
     if fitting:
         checkpoint_layers(model, config.model)
     if undecided:
-        attempt()  # it loads the kernels
-        seconds = attempt().seconds * config.training.gradient_accumulation_steps * steps
-        compiling = worth_compiling(seconds)
+        attempt()  # loads the kernels
+        compiling = _is_worth_compiling(attempt().seconds * accumulation * steps)
     if fitting:
-        recomputed, peak = choose_layers(attempt, recompute, layers, limit)
+        recomputed, peak = choose()
     if compiling:
         if recomputed:  # so that both kinds of layers are compiled, and surely fit
             recompute(max(layers - 1, recomputed))
-        compile_all(objective, attempt)
+        peak = compile_all(objective, attempt) or peak
         if recomputed:  # compiled layers take less
-            recomputed, peak = choose_layers(attempt, recompute, layers, limit)
+            recomputed, peak = choose()
     if fitting:
-        figures = f"at most {peak + to_come:.1f} of {memory_limit(device):.1f} GiB"
+        figures = f"at most {peak + moments:.1f} of {total:.1f} GiB"
         say(f"memory     {recomputed} of {layers} layers recomputed: {figures}")
     clear_memory()  # the peak that is logged is then that of training
 
 
-def _can_recompute(model: Any) -> bool:
-    """Whether layers can be recomputed one by one: not every architecture supports it."""
-    layers = decoder_layers(model)
-    supported = model.supports_gradient_checkpointing and len(layers) > 0
-    each = all(hasattr(layer, "gradient_checkpointing") for layer in layers)
-    return model.device.type == "cuda" and supported and each
+def _is_open(config: Config, model: Any, packing: bool) -> tuple[bool, bool]:
+    """Whether to choose how many layers are recomputed, and whether they are compiled.
 
-
-def _may_compile(config: Config, model: Any) -> bool:
-    """Whether compiled layers are known to be faster here.
-
-    bitsandbytes' 8-bit matmul asks the host in every layer, and was never measured compiled. A
-    deterministic run that is resumed must compute as before, whatever is left of it.
+    Not every architecture can recompute layers one by one. Compiled layers must be known to be
+    faster: bitsandbytes' 8-bit matmul asks the host in every layer, and was never measured
+    compiled; padded rows have many shapes. A deterministic run that is resumed must compute as
+    before, however many steps are left.
     """
-    known = config.model.quantization != "8bit" and not config.deterministic
-    return model.device.type == "cuda" and known and len(decoder_layers(model)) > 0
+    settings, layers = config.model, decoder_layers(model)
+    if model.device.type != "cuda" or not layers:
+        return False, False
+    each = all(hasattr(layer, "gradient_checkpointing") for layer in layers)
+    can_recompute = each and model.supports_gradient_checkpointing
+    may_compile = packing and settings.quantization != "8bit" and not config.deterministic
+    return (
+        settings.gradient_checkpointing == "auto" and can_recompute,
+        settings.compile == "auto" and may_compile,
+    )
 
 
-def _full(config: Config, packing: bool, device: torch.device) -> list[dict[str, Any]]:
-    """A step's microbatches; two where gradients are accumulated, so that one finds some."""
-    batch = full_batch(config.training.batch_size, config.data.max_length, packing)
-    return [to_device(batch, device)] * min(config.training.gradient_accumulation_steps, 2)
-
-
-def worth_compiling(seconds: float) -> bool:
-    """Whether compiled layers earn back their compile time in a run of so many seconds."""
-    worth = SAVED * seconds > COMPILING
+def _is_worth_compiling(seconds: float) -> bool:
+    """Whether compiled layers save their compile time in a run of so many seconds."""
+    worth = SAVED * seconds > COMPILE_SECONDS
     run = f"{seconds / 60:,.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-    verdict = "yes" if worth else "no"
-    cost = f"compiling {COMPILING:.0f} seconds once"
-    say(f"compile    {verdict}: training takes {run} without it, {cost}")
+    cost = f"training takes {run} without it, compiling {COMPILE_SECONDS:.0f} seconds once"
+    say(f"compile    {'yes' if worth else 'no'}: {cost}")
     return worth
 
 
-def compile_all(objective: nn.Module, attempt: Callable[[], Trial]) -> None:
-    """Compile the layers and the loss, and try them; if they fail, run eagerly from here on.
+def compile_all(objective: nn.Module, attempt: Callable[[], Trial]) -> float | None:
+    """Compile the layers and the loss, and try them; if that fails, run eagerly from here on.
 
-    There may be no C compiler or no Triton, or Dynamo or Inductor cannot take this architecture,
+    There may be no C compiler or no Triton, or Dynamo or Inductor cannot compile this architecture,
     perhaps in the backward pass only.
+
+    Returns:
+        GiB at the peak of compiled microbatches; None if nothing is compiled.
     """
     bare = strategy.unwrapped(objective)
     compile_layers(bare.model)
@@ -138,73 +139,71 @@ def compile_all(objective: nn.Module, attempt: Callable[[], Trial]) -> None:
         bare.head = bare.head._replace(gradient=torch.compile(chunk_gradient))
     started = time.perf_counter()
     try:
-        attempt()
+        peak = attempt().peak
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - Dynamo, Inductor and Triton raise many types
         torch.compiler.set_stance("force_eager")
         say(f"compile    failed, so nothing is compiled: {first_line(error)}")
-    else:
-        say(f"compile    done in {time.perf_counter() - started:.0f} seconds")
+        return None
+    say(f"compile    done in {time.perf_counter() - started:.0f} seconds")
+    return peak
 
 
 def choose_layers(
     attempt: Callable[[], Trial], recompute: Callable[[int], None], layers: int, limit: float
 ) -> tuple[int, float]:
-    """The fewest layers that must be recomputed to stay within a limit, and GiB at the peak then.
+    """Recompute the fewest layers that stay within a limit; their number, and GiB at the peak.
 
-    Measures what one layer keeps where that surely fits, and then tries the count that follows.
+    Recomputing all but one shows what a layer keeps, and so which number to try next.
 
     Args:
-        attempt: takes a full microbatch.
+        attempt: runs full microbatches.
         recompute: sets how many layers are recomputed.
         layers: how many there are.
         limit: GiB that may be allocated.
+
+    Raises:
+        torch.OutOfMemoryError: not even with all layers recomputed does a microbatch fit.
     """
     recompute(layers)
     every = attempt()
-    recompute(layers - 1)
-    one_less = _try_to_fit(attempt, limit)
-    fits, peak, fails = layers, every.peak, -1  # counts of recomputed layers
-    if one_less is not None:
-        each = max(one_less.held - every.held, 1e-6)
-        for _ in range(TRIES):
-            count = max(fits - int((limit - peak) / each), 0)
-            if count <= fails:  # the estimate was wrong
-                count = (fits + fails + 1) // 2
-            if count >= fits:
-                break
-            recompute(count)
-            if (trial := _try_to_fit(attempt, limit)) is not None:
-                fits, peak = count, trial.peak
-            else:
-                fails = count
+    fits, fails, peak, each = layers, -1, every.peak, math.inf  # counts; GiB; GiB a layer
+    count = layers - 1
+    for _ in range(MAX_TRIES):
+        if count >= fits:
+            break
+        recompute(count)
+        try:
+            trial = attempt()
+        except torch.OutOfMemoryError:
+            if WORLD_SIZE > 1:  # the other processes wait in a collective operation
+                raise
+            trial = Trial(0.0, math.inf, 0.0)
+        if trial.peak <= limit:
+            fits, peak = count, trial.peak
+            each = max((trial.held - every.held) / (layers - count), 1e-6)
+        else:
+            fails = count
+        count = max(fits - int((limit - peak) / each), 0)
+        if count <= fails:  # the estimate was wrong
+            count = (fits + fails + 1) // 2
     recompute(fits)
     return fits, peak
-
-
-def _try_to_fit(attempt: Callable[[], Trial], limit: float) -> Trial | None:
-    try:
-        trial = attempt()
-    except torch.OutOfMemoryError:
-        if WORLD_SIZE > 1:  # the other processes wait in a collective operation
-            raise
-        return None
-    return trial if trial.peak <= limit else None
 
 
 def try_microbatches(
     objective: nn.Module, training: Training, window: list[dict[str, Any]], dtype: torch.dtype
 ) -> Trial:
-    """Forward and backward pass of each microbatch, without a step; random states stay."""
-    device, held, peak, seconds = training.model.device, 0.0, 0.0, 0.0
+    """Forward and backward pass of each microbatch, without a step; random states are restored.
+
+    With accumulation a window has two microbatches: the second runs beside gradients.
+    """
+    device, held, seconds = training.model.device, 0.0, 0.0
     on_gpu = device.type == "cuda"
     clear_memory()
     try:
-        with (
-            torch.random.fork_rng([device] if on_gpu else []),
-            without_input_casts(training.model),
-        ):
+        with torch.random.fork_rng([device] * on_gpu), without_input_casts(training.model):
             for batch in window:
                 started = time.perf_counter()
                 with autocast(device, dtype):
@@ -216,20 +215,17 @@ def try_microbatches(
         peak = gpu_memory(device)["peak"] if on_gpu else 0.0
     finally:
         training.optimizer.zero_grad(set_to_none=True)
-    return Trial(*(max(values) for values in zip(*gather((held, peak, seconds)), strict=True)))
+    return Trial(*map(max, zip(*gather((held, peak, seconds)), strict=True)))
 
 
 def memory_limit(device: torch.device) -> float:
-    """GiB that this process may allocate; the least of all processes."""
-    if device.type != "cuda":
-        return float("inf")
-    memory = gpu_memory(device)
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    """GiB that this process may allocate; the minimum of all processes."""
+    memory, share = gpu_memory(device), torch.cuda.get_per_process_memory_fraction(device)
     return min(gather(min(memory["free"] + memory["reserved"], share * memory["total"])))
 
 
-def gib_of_moments_to_come(config: Config, training: Training) -> float:
+def _gib_of_missing_moments(config: Config, training: Training) -> float:
     """GiB that the optimizer allocates in its first step."""
-    trained = sum(strategy.local(p).numel() for p in training.trained().values())
-    there = sum(strategy.local(t).nbytes for t in training.moments())
-    return max(trained * MOMENTS[config.training.optimizer] - there, 0) / GIB
+    weights = sum(strategy.local(p).numel() for p in training.trained().values())
+    moments = sum(strategy.local(t).nbytes for t in training.moments())
+    return max(weights * MOMENTS[config.training.optimizer] - moments, 0) / GIB

@@ -4,34 +4,27 @@ Prints in which settings, data, code and versions the runs differ and what each 
 and draws the loss curves of all of them in one picture.
 """
 
-import argparse
-
 from src.preflight import find_runs
-from src.utils.environment import from_root, load_environment, to_root
-from src.utils.errors import UserError, run_script
-from src.utils.imports import quick_imports
+from src.utils.environment import from_root, to_root
+from src.utils.errors import UserError
+from src.utils.script import make_parser, run_script
 
 MAX_WIDTH = 40  # characters of a cell; the rest is cut off
 
 
 def main(arguments: list[str]) -> None:
     """Check the folders first, then import torch."""
-    parser = argparse.ArgumentParser(
-        prog="uv run scripts/compare.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder: outputs/train")
     default, text = "outputs/comparison.png", "the picture (default: %(default)s)"
     parser.add_argument("--output", default=default, help=text)
     options = parser.parse_args(arguments)
-    load_environment()
     folders, picture = find_runs(options.runs), from_root(options.output)
     if len(folders) < 2:
         raise UserError(f"{options.runs[0]}: only one run; give two or more to compare")
 
-    with quick_imports():
-        from src.tools.compare import compare
-        from src.training.report import draw_curves
+    from src.tools.compare import compare
+    from src.training.report import draw_curves
 
     names = [to_root(folder) for folder in folders]
     differences, results = compare(folders)

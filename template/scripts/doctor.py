@@ -8,23 +8,16 @@ Paste the page when you ask somebody for help.
 
 import sys
 
-from src.utils.environment import load_environment
-from src.utils.errors import run_script
-from src.utils.imports import quick_imports
+from src.utils.script import run_script
 
 
 def main(arguments: list[str]) -> None:
     """Check the config first, then import torch and print part by part."""
-    if "-h" in arguments or "--help" in arguments:
-        print(__doc__.strip())
-        return
-    load_environment()
     from src.config import from_command_line
 
     config, _ = from_command_line(arguments)
 
-    with quick_imports():
-        from src.tools.doctor import examine
+    from src.tools.doctor import examine
 
     verdicts, printed = set(), set()
     for part, findings in examine(config):
@@ -39,4 +32,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, __doc__)

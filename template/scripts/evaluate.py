@@ -10,15 +10,12 @@ import sys
 from pathlib import Path
 
 from src.preflight import find_trained, trained_config
-from src.utils.environment import load_environment
-from src.utils.errors import run_script
-from src.utils.imports import quick_imports
+from src.utils.script import make_parser, run_script
 
 
 def main(arguments: list[str]) -> None:
     """Check model and rows first, then import torch."""
     options = _parse(arguments)
-    load_environment()
     from src.config import Config, DataConfig, ModelConfig
     from src.data.rows import check_source
     from src.data.sources import expand
@@ -35,11 +32,10 @@ def main(arguments: list[str]) -> None:
         check_source("DATA", source, data)
     config = Config(output_dir=str(folder), model=ModelConfig(name=name), data=data)
 
-    with quick_imports():
-        from src.tools.evaluate import compare_with_base, write_evaluation
-        from src.trained import load_trained
-        from src.training.tracking import send_evaluation
-        from src.utils.device import pick_device
+    from src.tools.evaluate import compare_with_base, write_evaluation
+    from src.trained import load_trained
+    from src.training.tracking import send_evaluation
+    from src.utils.device import pick_device
 
     model, tokenizer = load_trained(name, pick_device(options.device), options.base)
     result = compare_with_base(model, tokenizer, config, options.samples, options.max_length)
@@ -49,10 +45,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="uv run scripts/evaluate.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run's folder, a checkpoint, a saved model or a hub id")
     add("data", metavar="DATA", help="rows with answers")

@@ -9,16 +9,14 @@ import argparse
 from pathlib import Path
 
 from src.preflight import find_trained, trained_config
-from src.utils.environment import load_environment
-from src.utils.errors import UserError, run_script
+from src.utils.errors import UserError
 from src.utils.files import RECIPE, new_folder
-from src.utils.imports import quick_imports
+from src.utils.script import make_parser, run_script
 
 
 def main(arguments: list[str]) -> None:
     """Check the folders first, then import torch."""
     options = _parse(arguments)
-    load_environment()
     folder, out = Path(find_trained(options.run, options.base)), Path(options.out)
     config = trained_config(str(folder))
     if config is None:
@@ -26,8 +24,7 @@ def main(arguments: list[str]) -> None:
     if out.exists():
         raise UserError(f"{out}: exists already; nothing is overwritten")
 
-    with quick_imports():
-        from src.tools.export import export, serving_advice, write_card
+    from src.tools.export import export, serving_advice, write_card
 
     with new_folder(out) as new:
         result = export(folder, new, options.base, config)
@@ -42,10 +39,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="uv run scripts/export.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run's folder, or its final/")
     add("out", metavar="OUT", help="the folder to write; it must not exist yet")

@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from src.preflight import find_trained, trained_config
-from src.utils.environment import load_environment
-from src.utils.errors import UserError, run_script
-from src.utils.imports import quick_imports
+from src.utils.errors import UserError
+from src.utils.script import make_parser, quick_imports, run_script
 
 
 def main(arguments: list[str]) -> None:
     """Check the folder and the rows first, then import torch."""
     options = _parse(arguments)
-    load_environment()
     name = find_trained(options.model, options.base)
     prompts, done, total = _prompts(options), 0, 0
     if options.input:
@@ -111,10 +109,7 @@ def _line(ask: str) -> str:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="uv run scripts/inference.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", help="what answers; see above")
     add("prompt", nargs="*", help="a question; several are answered as a batch")

@@ -8,27 +8,20 @@ CONFIG and keys are those of scripts/train.py.
 
 import sys
 
-from src.utils.environment import load_environment
-from src.utils.errors import run_script
-from src.utils.imports import quick_imports
+from src.utils.script import run_script
 
 GREEN = ("\033[32m", "\033[0m")
 
 
 def main(arguments: list[str]) -> None:
     """Check config and rows first, then import torch."""
-    if "-h" in arguments or "--help" in arguments:
-        print(__doc__.strip())
-        return
-    load_environment()
     from src.config import from_command_line
     from src.preflight import check_run
 
     config, _ = from_command_line(arguments)
     check_run(config, output=False)
 
-    with quick_imports():
-        from src.tools.look import look
+    from src.tools.look import look
 
     marks = GREEN if sys.stdout.isatty() else ("[", "]")
     for line in look(config, marks):
@@ -36,4 +29,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, __doc__)

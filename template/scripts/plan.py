@@ -12,9 +12,8 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from src.utils.environment import load_environment
-from src.utils.errors import UserError, run_script
-from src.utils.imports import quick_imports
+from src.utils.errors import UserError
+from src.utils.script import make_parser, run_script
 
 # GiB that a GPU of this name has, a little less than its makers say, and its dense bf16 TFLOP/s.
 GPUS = {
@@ -27,17 +26,15 @@ GPUS = {
 def main(arguments: list[str]) -> None:
     """Read the config first, then import torch."""
     options, rest = _parse(arguments)
-    load_environment()
     from src.config import from_command_line
 
     config, _ = from_command_line(rest)
     total, tflops = _size(options.gpu) if options.gpu else (None, None)
 
-    with quick_imports():
-        import torch
+    import torch
 
-        from src.training.speed import matmul_rate
-        from src.utils.memory import gpu_memory
+    from src.training.speed import matmul_rate
+    from src.utils.memory import gpu_memory
 
     torch.set_num_threads(1)
     if total is None and torch.cuda.is_available():
@@ -116,10 +113,7 @@ def _size(text: str) -> tuple[float, float | None]:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="uv run scripts/plan.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = make_parser(__doc__)
     parser.add_argument("--gpu", help="GPU to plan for")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of its speed that is used")
     return parser.parse_known_args(arguments)

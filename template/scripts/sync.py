@@ -4,20 +4,16 @@ RUN is the output folder of a run that has ended, such as outputs/train. Numbers
 that MLflow has already are not sent again. Training prints this command when a server is down.
 """
 
-import sys
-
 from src.preflight import find_runs
-from src.utils.environment import load_environment
-from src.utils.errors import RunError, run_script
+from src.utils.errors import RunError, UserError
+from src.utils.script import run_script
 
 
 def main(arguments: list[str]) -> None:
     """Send the runs one after the other."""
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        print(__doc__.strip())
-        sys.exit(0 if arguments else 2)
-    load_environment()
     folders = find_runs(arguments)
+    if not folders:
+        raise UserError("which run? give its output folder, such as outputs/train")
 
     from src.training.record import Record
     from src.training.tracking import Sender
@@ -36,4 +32,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, __doc__)

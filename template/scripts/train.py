@@ -12,18 +12,13 @@ All keys, their defaults and why: src/config.py
 
 import sys
 
-from src.utils.environment import load_environment, request_determinism
-from src.utils.errors import run_script
-from src.utils.imports import quick_imports
+from src.utils.environment import request_determinism
 from src.utils.ranks import RESTARTS
+from src.utils.script import quick_imports, run_script
 
 
 def main(arguments: list[str]) -> None:
     """Everything cheap first: torch is imported when nothing is left to complain about."""
-    if "-h" in arguments or "--help" in arguments:
-        print(__doc__.strip())
-        return
-    load_environment()
     from src.config import from_command_line
     from src.preflight import check_run
 
@@ -43,4 +38,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, __doc__)

@@ -155,7 +155,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
     """Run a script's main that must fail as bad input does; returns the lines it printed."""
 
     def call(main: Callable[[list[str]], None], *arguments: str) -> list[str]:
-        from src.utils.errors import run_script
+        from src.utils.script import run_script
 
         capsys.readouterr()
         with mock.patch.object(sys, "argv", ["script", *arguments]), pytest.raises(SystemExit) as e:

@@ -27,7 +27,7 @@ FOUR = [*RUN, "--standalone", "--nproc-per-node=4"]
 FAIL_ON_RANK_1 = """
 import os, sys
 sys.argv = ["scripts/train.py", *sys.argv[1:]]
-from src.utils.errors import run_script
+from src.utils.script import run_script
 import scripts.train
 from src.training import trainer
 take = trainer.train_step

@@ -58,7 +58,7 @@ def test_cublas_is_told_of_determinism_before_torch_can_start_cuda(
 def test_a_start_imports_nothing_that_a_run_may_not_need() -> None:
     code = (
         "from src.utils.environment import load_environment\n"
-        "from src.utils.imports import quick_imports\n"
+        "from src.utils.script import quick_imports\n"
         "load_environment()\n"
         "with quick_imports():\n"
         "    import src.training.run\n"

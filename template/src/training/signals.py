@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any, Self
 
 from src.utils import distributed
-from src.utils.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted
+from src.utils.errors import Interrupted
 
 
 class StopSignal:
@@ -50,5 +50,5 @@ class StopSignal:
         return Interrupted(
             f"stopped by {signal.Signals(number).name} after step {step} of {total_steps}; "
             f"{where}\nresume: {resume}",
-            EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM,
+            128 + number,  # as a shell reports it
         )

@@ -1,0 +1,91 @@
+"""What all scripts share: `.env`, `--help`, quick imports, and exit codes instead of tracebacks."""
+
+import argparse
+import atexit
+import gc
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from src.utils.environment import load_environment
+from src.utils.errors import Interrupted, RunError, UserError
+from src.utils.ranks import RANK, WORLD_SIZE
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_SIGINT = 130  # 128 + the signal's number, as a shell reports it
+
+
+def run_script(main: Callable[[list[str]], None], help_text: str = "") -> None:
+    """Run a script's `main` on the command line's arguments; its errors become exit codes.
+
+    Args:
+        main: imports torch inside, after `.env` was read and its own checks have passed.
+        help_text: what --help prints, of a script that has no parser (see `make_parser`).
+    """
+    arguments = sys.argv[1:]
+    try:
+        if help_text and {"-h", "--help"} & set(arguments):
+            print(help_text.strip())
+            return
+        load_environment()
+        main(arguments)
+    except (UserError, RunError) as error:
+        lines = [f"error: {line}" for line in str(error).splitlines()]
+        _leave(lines, EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED)
+    except Interrupted as stop:
+        _leave([] if RANK else [str(stop)], stop.exit_code)  # all of them stop after one step
+    except SyntaxError as error:  # in the project's own code, as after an update with conflicts
+        place = f"{error.filename}:{error.lineno}: {error.msg}"
+        _leave([f"error: {place}: {(error.text or '').strip()}"], EXIT_BAD_INPUT)
+    except KeyboardInterrupt:  # while loading: a training saves its state first
+        _leave([] if RANK else ["interrupted"], EXIT_SIGINT)
+    except Exception as error:
+        if WORLD_SIZE == 1:
+            raise
+        lost = any(sign in str(error) for sign in ("gloo", "NCCL", "closed by peer"))
+        _leave(traceback.format_exc().splitlines(), EXIT_FAILED, late=lost)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the script that runs; --help prints the description as it is."""
+    return argparse.ArgumentParser(
+        prog=f"uv run scripts/{Path(sys.argv[0]).name}", description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+
+
+@contextmanager
+def quick_imports() -> Generator[None]:
+    """Import torch, transformers and peft inside it: 0.7 of 6.5 s less, as no garbage is collected.
+
+    Imports make 700,000 objects that stay; the collector would walk them again and again.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()  # the collector does not look at them while training either
+        atexit.register(gc.unfreeze)  # else libraries in C++ report leaks at the end
+
+
+def _leave(lines: list[str], code: int, late: bool = False) -> NoReturn:
+    """Print and exit; of many processes only the one whose error it is gets to print.
+
+    torchrun ends the others once the first has exited. So the main process prints at once, the
+    others a little later, if they are still running, and last those that only lost another one.
+    """
+    if WORLD_SIZE > 1:
+        time.sleep(10 if late else 2 * (RANK > 0))
+    sys.stdout.flush()
+    mark = f"[rank {RANK}] " if RANK else ""
+    print("".join(f"{mark}{line}\n" for line in lines), end="", file=sys.stderr, flush=True)
+    if WORLD_SIZE > 1:
+        os._exit(code)  # the interpreter's own end would wait for the communication's threads
+    sys.exit(code)

@@ -7,9 +7,9 @@ from pathlib import Path
 from src.config import Config, ModelConfig, load_config
 from src.data.rows import check_source
 from src.data.sources import expand
-from src.utils.environment import from_root
+from src.utils.environment import from_root, hf_home
 from src.utils.errors import UserError
-from src.utils.files import ADAPTER, RECIPE, RECORD
+from src.utils.files import ADAPTER, RECIPE, RECORD, write_problem
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}
 TRACES = ("metrics.jsonl", "checkpoints", "final")  # that a run leaves in its folder
@@ -167,8 +167,11 @@ def _is_local(name: str) -> bool:
 
 def _output_problems(config: Config) -> Iterator[str]:
     output, resume = from_root(config.output_dir), config.training.resume
-    if output.exists() and not output.is_dir():
-        yield f"output_dir: {config.output_dir} is a file"
+    if problem := write_problem(hf_home()):
+        yield f"HF_HOME: {problem}"
+    # A file beside the output folder locks it.
+    if problem := write_problem(output) or write_problem(output.parent):
+        yield f"output_dir: {problem}"
     elif resume == "never" and any((output / name).exists() for name in TRACES):
         yield (
             f"output_dir: {config.output_dir} holds a run already, and nothing is overwritten; "

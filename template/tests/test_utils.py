@@ -1,20 +1,16 @@
-"""Seeds, memory, environment, device and files do what their names say."""
+"""Seeds, memory and device do what their names say."""
 
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
 from src.utils import device
 from src.utils.device import pick_device, pick_dtype
 from src.utils.errors import UserError
-from src.utils.files import new_folder, write_text
 from src.utils.memory import clear_memory, gpu_memory, print_gpu_memory
 from src.utils.seed import set_seed
 
@@ -53,62 +49,12 @@ def test_memory_is_honest_on_a_machine_without_cuda(capsys, monkeypatch):
     assert capsys.readouterr().out == "after loading: no CUDA device\n"
 
 
-def test_dotenv_is_read_before_any_library_and_the_shell_wins(tmp_path):
-    code = (
-        "import src.utils.environment as e, pathlib, sys\n"
-        f"e.PROJECT_ROOT = pathlib.Path({str(tmp_path)!r})\n"
-        "e.load_environment()\n"
-        "import huggingface_hub.constants as c, os\n"
-        "print(c.HF_HOME, os.environ['HF_TOKEN'])"
-    )
-    (tmp_path / ".env").write_text("HF_HOME=/from/dotenv\nHF_TOKEN=from-dotenv\n")
-    env = {k: v for k, v in os.environ.items() if k not in {"HF_HOME", "HF_TOKEN"}}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=env | {"HF_TOKEN": "from-shell"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.split() == ["/from/dotenv", "from-shell"]
-
-
 @pytest.mark.parametrize("native", [True, False])
 def test_the_dtype_is_one_that_the_device_computes_in(monkeypatch, native: bool):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
     assert pick_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if native else torch.float16)
     assert pick_dtype("bf16", torch.device("cpu")) == torch.bfloat16
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
-    path = tmp_path / "a/b"
-
-    def fail_half_way() -> None:
-        with new_folder(path) as folder:
-            (folder / "x").write_text("1")
-            raise ValueError
-
-    with pytest.raises(ValueError):  # noqa: PT011 - our own
-        fail_half_way()
-    assert list(path.parent.iterdir()) == []
-    with new_folder(path) as folder:
-        (folder / "x").write_text("1")
-        assert not path.exists()
-    assert (path / "x").read_text() == "1"
-    with pytest.raises(FileExistsError), new_folder(path):
-        pass
-    assert [p.name for p in path.parent.iterdir()] == ["b"], "nothing is left beside it"
-
-
-def test_a_text_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path, monkeypatch):
-    path = tmp_path / "x.json"
-    write_text(path, "old")
-    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("as if killed here"))
-    with pytest.raises(pytest.fail.Exception):
-        write_text(path, "new")
-    assert path.read_text() == "old"
-    monkeypatch.undo()
-    write_text(path, "new")
-    assert path.read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import os
 import warnings
 from pathlib import Path
 
+from src.utils.errors import UserError
+
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -12,12 +14,21 @@ def load_environment() -> None:
     """Read `.env` from the project's root into the environment; variables already set win.
 
     Call it before any library is imported: `HF_HOME` set after `import huggingface_hub` is
-    ignored without a word, and so is `CUDA_VISIBLE_DEVICES` after CUDA has started.
+    ignored without a warning, and so is `CUDA_VISIBLE_DEVICES` after CUDA has started.
+
+    Raises:
+        UserError: `.env` is not UTF-8 text.
     """
     from dotenv import load_dotenv
 
     # Not find_dotenv(): it searches from the calling file, or the current folder, upwards.
-    load_dotenv(PROJECT_ROOT / ".env")
+    path = PROJECT_ROOT / ".env"
+    try:
+        load_dotenv(path)
+    except ValueError:  # bytes that are not UTF-8, or a zero byte in a value
+        encoding = "UTF-16" if b"\0" in path.read_bytes() else "Latin-1 or similar"
+        raise UserError(f"{path}: not UTF-8 text but {encoding}: save it as UTF-8") from None
+    os.environ["HF_HOME"] = str(hf_home())  # huggingface_hub takes "" as the current folder
     # One Rust thread pool per process; its fork warning would land in the middle of a progress bar.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Threads that wait by spinning: a tiny model takes three times as long on a busy CPU.
@@ -32,6 +43,13 @@ def load_environment() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     # And Python, when it first compiles torchao 0.18, of an escape sequence in a docstring.
     warnings.filterwarnings("ignore", category=SyntaxWarning, module=".*torchao")
+
+
+def hf_home() -> Path:
+    """Where huggingface_hub caches models, and this project tokens: one setting moves both."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
+    return Path(os.path.expandvars(home)).expanduser()
 
 
 def request_determinism() -> None:

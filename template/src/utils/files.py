@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from filelock import FileLock, Timeout
 
@@ -14,6 +15,16 @@ from src.utils.ranks import RANK
 ADAPTER = "adapter_config.json"  # PEFT's, beside the weights of an adapter
 RECIPE = "training_config.yaml"  # beside a trained model: the config that it was trained with
 RECORD = "record.json"  # in a run's folder: where the run comes from and how it ended
+
+
+def write_problem(path: Path) -> str | None:
+    """Why a path that need not exist yet cannot be written; None if it can."""
+    try:
+        place = next(p for p in (path, *path.parents) if p.exists(follow_symlinks=False))
+        with NamedTemporaryFile(prefix=f".{path.name}", dir=place):
+            return None
+    except OSError as error:
+        return f"{path}: cannot be written: {error.strerror}"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,9 @@
 
 import argparse
 import atexit
+import errno
 import gc
+import io
 import os
 import sys
 import time
@@ -19,6 +21,8 @@ from src.utils.ranks import RANK, WORLD_SIZE
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_SIGINT = 130  # 128 + the signal's number, as a shell reports it
+EXIT_SIGPIPE = 141
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 def run_script(main: Callable[[list[str]], None], help_text: str = "") -> None:
@@ -29,12 +33,15 @@ def run_script(main: Callable[[list[str]], None], help_text: str = "") -> None:
         help_text: what --help prints, of a script that has no parser (see `make_parser`).
     """
     arguments = sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     try:
         if help_text and {"-h", "--help"} & set(arguments):
             print(help_text.strip())
             return
         load_environment()
         main(arguments)
+        sys.stdout.flush()
     except (UserError, RunError) as error:
         lines = [f"error: {line}" for line in str(error).splitlines()]
         _leave(lines, EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED)
@@ -45,7 +52,11 @@ def run_script(main: Callable[[list[str]], None], help_text: str = "") -> None:
         _leave([f"error: {place}: {(error.text or '').strip()}"], EXIT_BAD_INPUT)
     except KeyboardInterrupt:  # while loading: a training saves its state first
         _leave([] if RANK else ["interrupted"], EXIT_SIGINT)
+    except BrokenPipeError:  # nobody reads on, as in `look.py | head`
+        os._exit(EXIT_SIGPIPE)  # the interpreter's own end would write the rest, and complain
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            _leave([f"error: {error.filename}: {error.strerror}"], EXIT_BAD_INPUT)
         if WORLD_SIZE == 1:
             raise
         lost = any(sign in str(error) for sign in ("gloo", "NCCL", "closed by peer"))

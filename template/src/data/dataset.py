@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from src.data.chat import knows_tools, types_token
 from src.data.encoding import encode
 from src.data.rows import Row, Tally, read_rows
 from src.data.sources import expand, fingerprint
+from src.utils.environment import hf_home
 from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder, write_text
 
@@ -156,10 +156,7 @@ def _cache_folder(names: list[str], made_with: dict[str, object]) -> Path:
         digest.update(Path(__file__).with_name(name).read_bytes())
     for name in names:
         digest.update(fingerprint(name))
-    # As huggingface_hub finds it, so that one setting moves all caches to a large disk.
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
-    return Path(os.path.expandvars(home)).expanduser() / "tokens" / digest.hexdigest()[:32]
+    return hf_home() / "tokens" / digest.hexdigest()[:32]
 
 
 def _tokenise(

@@ -37,7 +37,7 @@ from src.training.optimizer import (
     make_scheduler,
 )
 from src.training.out_of_memory import explain_out_of_memory
-from src.training.samples import prove_overfitted, start_asking
+from src.training.samples import check_overfit, make_sampler
 from src.training.signals import StopSignal
 from src.training.speed import measure_speed
 from src.training.tracking import Tracker
@@ -91,13 +91,13 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         # From here on there is something to lose: a signal now waits for the end of a step.
         with StopSignal(command) as stop, recorder, explain_out_of_memory(config, training):
             settle(config, objective, training, packing, total_steps - resumed_at, dtype)
-            sample = start_asking(objective, tokenizer, config, training.state, dtype)
+            sample = make_sampler(objective, tokenizer, config, training.state, dtype)
             _train(objective, training, train, evaluation, config, recorder, stop, sample)
             _take_best(training, recorder)
             weights = strategy.gathered(model)
             distributed.on_main(_save_final, training, weights, tokenizer, dtype, final, resumed_at)
         if settings.overfit:
-            strategy.within(objective, prove_overfitted, config, tokenizer, dtype)
+            strategy.within(objective, check_overfit, config, tokenizer, dtype)
         report.summarise(config, recorder.result, set(train.dataset.facts.read_as) == {"text"})
     return final
 

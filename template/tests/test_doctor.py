@@ -16,7 +16,7 @@ from conftest import SMOKE, chat
 from src.config import Config, from_command_line
 from src.tools import doctor
 from src.tools.doctor import Finding
-from src.training import feasibility
+from src.training import fit
 from src.training.plan import Plan, plan
 from src.utils import device
 from src.utils.memory import GIB
@@ -63,7 +63,7 @@ def test_a_run_that_this_device_cannot_do_fails(monkeypatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert failure("device=cuda").startswith("FAIL device: cuda is not available")
-    monkeypatch.setattr(feasibility, "count_before_loading", lambda _: 8_000_000_000)
+    monkeypatch.setattr(fit, "count_before_loading", lambda _: 8_000_000_000)
     assert failure().startswith("FAIL device: no GPU here, and")
     monkeypatch.setattr(device, "unusable_gpu", lambda: "a GPU is here, but its driver …")
     assert failure().startswith("FAIL device: a GPU is here, but its driver …")

@@ -5,7 +5,6 @@ import torch
 
 from src.config import TrainingConfig
 from src.training.optimizer import (
-    bytes_a_weight,
     count_steps,
     dtype_of_trained,
     make_optimizer,
@@ -78,6 +77,3 @@ def test_weights_are_kept_in_bf16_only_where_they_are_rounded_stochastically() -
     assert dtype_of_trained(half, torch.bfloat16) == torch.bfloat16
     for settings, dtype in ((half, torch.float16), (half, torch.float32), (whole, torch.bfloat16)):
         assert dtype_of_trained(settings, dtype) == torch.float32
-    # As src/config.py says.
-    assert bytes_a_weight(half, torch.bfloat16) == 6
-    assert bytes_a_weight(whole, torch.bfloat16) == 18

@@ -21,10 +21,9 @@ from src.data.duplicates import shared
 from src.data.encoding import stop_token_ids
 from src.models.model import load_tokenizer
 from src.preflight import check_run
-from src.training.feasibility import check_feasible
+from src.training.fit import check_feasible, may_shard
 from src.training.plan import Plan, cannot_plan, cheapest_that_fits, plan_for
 from src.training.record import git
-from src.training.strategy import may_shard
 from src.utils.device import nvidia_driver, pick_device, pick_dtype
 from src.utils.environment import PROJECT_ROOT, from_root
 from src.utils.errors import UserError

@@ -23,16 +23,6 @@ def dtype_of_trained(settings: TrainingConfig, dtype: torch.dtype) -> torch.dtyp
     return torch.bfloat16 if stochastic else torch.float32
 
 
-def bytes_a_weight(settings: TrainingConfig, dtype: torch.dtype) -> int:
-    """What full fine-tuning holds for each weight: itself, its gradient and its moments.
-
-    Under autocast an fp32 weight has a half-precision copy beside it.
-    """
-    kept = dtype_of_trained(settings, dtype)
-    copy = 2 if kept == torch.float32 != dtype else 0
-    return 2 * kept.itemsize + MOMENTS[settings.optimizer] + copy
-
-
 def make_optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW on the trainable parameters; weight decay on matrices only.
 

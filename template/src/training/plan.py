@@ -27,9 +27,9 @@ from src.data.batching import TokenBudgetSampler, full_batch
 from src.data.dataset import TokenDataset
 from src.models.adapters import add_adapters, head_of, without_input_casts
 from src.models.model import check_positions, checkpoint_layers, without_weights
+from src.training.fit import next_settings
 from src.training.loss import CHUNK, Objective, PlainHead
 from src.training.optimizer import MOMENTS, count_steps, dtype_of_trained
-from src.training.out_of_memory import next_settings
 from src.training.speed import count_flops
 from src.training.trainer import train_step
 from src.utils.device import DTYPES

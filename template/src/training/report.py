@@ -21,7 +21,8 @@ from src.data.describe import data_notes, show_document
 from src.models.adapters import adapted_names, frozen_experts
 from src.models.model import count_parameters
 from src.training.checkpoint import TrainState
-from src.training.optimizer import bytes_a_weight, rate_factor
+from src.training.fit import gib_held
+from src.training.optimizer import rate_factor
 from src.training.record import Record, read_metrics, rewind_metrics
 from src.training.speed import Speed
 from src.training.tracking import Tracker, where_to_look
@@ -95,7 +96,7 @@ def _describe_model(config: Config, model: PreTrainedModel, dtype: torch.dtype) 
     attention, precision = model.config._attn_implementation, str(dtype).removeprefix("torch.")
     say(f"           {precision} on {model.device.type}, {attention} attention")
     if config.lora is None:
-        held = total * bytes_a_weight(config.training, dtype) / GIB
+        held = gib_held(config, dtype, total)
         say(f"           {held:.2g} GiB for weights, gradients and moments")
         return
     made: Any = model.peft_config["default"]  # a saved adapter may differ from the config's

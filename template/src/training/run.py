@@ -27,7 +27,7 @@ from src.training.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from src.training.feasibility import check_feasible
+from src.training.fit import check_feasible, choose_strategy, explain_out_of_memory
 from src.training.loss import find_plain_head
 from src.training.optimizer import (
     count_steps,
@@ -36,7 +36,6 @@ from src.training.optimizer import (
     make_scaler,
     make_scheduler,
 )
-from src.training.out_of_memory import explain_out_of_memory
 from src.training.samples import check_overfit, make_sampler
 from src.training.signals import StopSignal
 from src.training.speed import measure_speed
@@ -68,7 +67,7 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
     dtype, settings = pick_dtype(config.model.dtype, device), config.training
     output, final = from_root(config.output_dir), from_root(config.output_dir) / "final"
     with distributed.process_group(device, settings.timeout), only_run_in(output):
-        shared, why = strategy.choose_strategy(config, device, dtype)
+        shared, why = choose_strategy(config, device, dtype)
         if shared:
             report.say(f"strategy   {shared}: {why}")
         check_feasible(config, device, dtype, strategy.shards(shared))

@@ -23,45 +23,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from src.config import Config
 from src.models.model import decoder_layers
-from src.training.feasibility import gib_held
 from src.training.loss import Objective
 from src.utils.errors import UserError
-from src.utils.memory import GIB
 from src.utils.ranks import LOCAL_WORLD_SIZE, RANK, WORLD_SIZE
-
-ROOM = 0.7  # of a GPU's memory for what is held, so that activations have the rest
-
-
-def may_shard(config: Config) -> bool:
-    """Whether `training.strategy=auto` may divide the model: what is quantized is not sharded."""
-    return config.model.quantization == "none" and config.training.optimizer == "adamw"
-
-
-def choose_strategy(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """`ddp`, `fsdp` or `hsdp` for `training.strategy`, and why; empty for one process.
-
-    Raises:
-        UserError: FSDP is wanted, and something else that does not go with it.
-    """
-    wanted = config.training.strategy
-    if WORLD_SIZE == 1:
-        return "", ""
-    if wanted in {"fsdp", "hsdp"} and dtype == torch.float16:
-        raise UserError(
-            f"training.strategy: {wanted} trains in bf16 or fp32, as fp16's scaler would judge "
-            "each shard alone; use ddp"
-        )
-    if wanted != "auto":
-        return wanted, "as training.strategy says"
-    if not may_shard(config):
-        return "ddp", "what is quantized is not sharded"
-    if device.type == "cpu" or dtype == torch.float16:
-        return "ddp", "on a CPU, and in fp16, each process has all of the model"
-    held, total = gib_held(config, dtype), torch.cuda.get_device_properties(0).total_memory / GIB
-    figures = f"{held:.0f} GiB of weights, gradients and moments, a GPU has {total:.0f}"
-    return ("fsdp" if held > ROOM * total else "ddp"), figures
 
 
 def shards(strategy: str) -> int:

@@ -1,0 +1,160 @@
+"""Does a run fit its device? Before it, refuse it or share it among GPUs; after it, advise.
+
+Before weights are fetched only what is held is known: weights, gradients and moments. `plan.py`
+counts activations too.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+
+from src.config import Config, changed
+from src.models.model import check_positions, count_before_loading
+from src.training.checkpoint import Training
+from src.training.optimizer import MOMENTS, dtype_of_trained
+from src.training.speed import matmul_rate
+from src.training.strategy import local
+from src.utils.device import cudnn_advice
+from src.utils.errors import RunError, UserError
+from src.utils.memory import GIB, gpu_memory
+from src.utils.ranks import WORLD_SIZE
+
+MAX_ON_A_CPU = 2e9  # parameters; above, a step takes minutes and an epoch weeks
+ROOM = 0.7  # share of a GPU's memory for what is held, so that activations have the rest
+
+
+def gib_held(config: Config, dtype: torch.dtype, count: int | None = None) -> float:
+    """GiB of weights, gradients and moments of a model that is not quantized.
+
+    Full fine-tuning in fp32 has a half-precision copy of each weight too, made by autocast.
+
+    Args:
+        config: says what is trained, and by which optimizer.
+        dtype: dtype of matmuls.
+        count: parameters; None: count them from the model's config.json.
+    """
+    count = count_before_loading(config.model) if count is None else count
+    if config.lora:
+        return count * dtype.itemsize / GIB
+    kept = dtype_of_trained(config.training, dtype)
+    copy = dtype.itemsize if kept != dtype else 0
+    return count * (2 * kept.itemsize + MOMENTS[config.training.optimizer] + copy) / GIB
+
+
+def may_shard(config: Config) -> bool:
+    """Whether `training.strategy=auto` may shard the model: quantized weights are not sharded."""
+    return config.model.quantization == "none" and config.training.optimizer == "adamw"
+
+
+def choose_strategy(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """`ddp`, `fsdp` or `hsdp` for `training.strategy`, and the reason; empty for one process.
+
+    Raises:
+        UserError: FSDP is asked for, together with fp16.
+    """
+    strategy = config.training.strategy
+    if WORLD_SIZE == 1:
+        return "", ""
+    if strategy in {"fsdp", "hsdp"} and dtype == torch.float16:
+        raise UserError(
+            f"training.strategy: {strategy} trains in bf16 or fp32, as fp16's scaler would judge "
+            "each shard alone; use ddp"
+        )
+    if strategy != "auto":
+        return strategy, "as training.strategy says"
+    if not may_shard(config):
+        return "ddp", "what is quantized is not sharded"
+    if device.type == "cpu" or dtype == torch.float16:
+        return "ddp", "on a CPU, and in fp16, each process has all of the model"
+    held, total = gib_held(config, dtype), torch.cuda.get_device_properties(0).total_memory / GIB
+    figures = f"{held:.0f} GiB of weights, gradients and moments, a GPU has {total:.0f}"
+    return ("fsdp" if held > ROOM * total else "ddp"), figures
+
+
+def check_feasible(config: Config, device: torch.device, dtype: torch.dtype, shards: int) -> None:
+    """Check the model's positions, and its size against a CPU's speed or GPUs' memory.
+
+    Raises:
+        UserError: with the figures, and what would work.
+    """
+    check_positions(config.model, config.data.max_length)
+    training, name = config.training, config.model.name
+    if device.type == "cpu" and config.device == "auto":
+        count = count_before_loading(config.model)
+        tokens = training.batch_size * config.data.max_length * training.gradient_accumulation_steps
+        if count > MAX_ON_A_CPU:
+            minutes = 4 * count * tokens / matmul_rate(device, dtype) / 60
+            raise UserError(
+                f"device: no GPU here, and {name} has {count / 1e9:.1f} billion parameters: a step "
+                f"would take about {minutes:,.0f} minutes on this CPU. Use a GPU or a smaller "
+                "model, or set device=cpu to train on the CPU nevertheless"
+            )
+    if device.type == "cuda" and config.lora is None:
+        needed = gib_held(config, dtype) / shards
+        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        if needed > total:
+            less = "training.optimizer=adamw8bit, " * (training.optimizer == "adamw")
+            raise UserError(
+                f"lora=null: the weights of {name}, their gradients and moments take "
+                f"{needed:.0f} GiB a GPU, and this one has {total:.0f}: try {less}more GPUs with "
+                "training.strategy=fsdp, lora.r=16, or a smaller model"
+            )
+
+
+@contextmanager
+def explain_out_of_memory(config: Config, training: Training) -> Generator[None]:
+    """Print how many GiB each part took, and three changes in the order in which to try them.
+
+    Nothing is retried with other settings: that would silently train something else.
+
+    Raises:
+        RunError: instead of torch.OutOfMemoryError, and of cuDNN's where it is too old.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        weights = sum(local(p).nbytes for p in training.model.parameters()) / GIB
+        kept = [*training.trained().values(), *training.moments()]
+        others = sum(local(t).nbytes for t in kept) / GIB
+        memory = gpu_memory()
+        peak = "; peak {peak:.1f} of {total:.1f} GiB".format(**memory) if memory else ""
+        if memory and config.model.gradient_checkpointing == "auto":  # it recomputes all by now
+            config = changed(config, "model.gradient_checkpointing=true")
+        changes = [f"{keys} ({now})" for keys, now in next_settings(config)]
+        changes.append("a smaller model, or a GPU with more memory")
+        advice = "; ".join(f"({n}) {change}" for n, change in enumerate(changes[:3], 1))
+        raise RunError(
+            f"out of memory: weights {weights:.1f} GiB, gradients and optimizer {others:.1f} GiB, "
+            f"the rest activations of {config.training.batch_size} x {config.data.max_length} "
+            f"tokens{peak}. Try, in this order: {advice}"
+        ) from None
+    except RuntimeError as error:
+        if advice := cudnn_advice(error):
+            raise RunError(advice) from None
+        raise
+
+
+def next_settings(config: Config) -> list[tuple[str, str]]:
+    """Changes that save memory, the one that costs the least first: keys, and their values now."""
+    model, training, full = config.model, config.training, config.lora is None
+    size, window = training.batch_size, training.gradient_accumulation_steps
+    length, bits, recompute = (
+        config.data.max_length,
+        model.quantization,
+        model.gradient_checkpointing,
+    )
+    offload = recompute is True and size == 1 and not model.gradient_checkpointing_offload
+    fewer = f"training.batch_size={size // 2} training.gradient_accumulation_steps={2 * window}"
+    halved = f"data.max_length={length // 2}"
+    slower = f"now {str(recompute).lower()}; a quarter slower"
+    changes = [
+        (recompute is not True, "model.gradient_checkpointing=true", slower),
+        (offload, "model.gradient_checkpointing_offload=true", "now false; slower"),
+        (full and training.optimizer == "adamw", "training.optimizer=adamw8bit", "now adamw"),
+        (size > 1, fewer, f"now {size} and {window}; the same steps"),
+        (full and model.init == "pretrained", "lora.r=16", "adapters only; now lora=null"),
+        (not full and bits != "4bit", "model.quantization=4bit", f"now {bits}"),
+        (length >= 16, halved, f"now {length}; longer rows are cut"),
+    ]
+    return [(keys, now) for applies, keys, now in changes if applies]

@@ -1,11 +1,12 @@
 """The typed schema of a run's configuration; `load_config` finds every problem in one go.
 
-Every default stands here once, with its reason. YAML files under `configs/` say only what
-differs, and the command line (`key=value`) says the last word.
+Every default stands here once, with its reason. YAML files under `configs/` hold only what
+differs, and the command line (`key=value`) overrides both.
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -14,19 +15,20 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from src.utils.environment import PROJECT_ROOT
+from src.utils.environment import PROJECT_ROOT, from_root, to_root
 from src.utils.errors import UserError
 
 
 def _whole(value: Any) -> Any:
-    """Let `max_steps=1e3` be the 1000 that was meant; 1.5 stays a float and is refused."""
+    """Read `max_steps=1e3` as 1000; 1.5 stays a float and is refused."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 NotNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 NotEmpty = Annotated[str, Field(min_length=1)]
-Sources = NotEmpty | Annotated[list[NotEmpty], Field(min_length=1)]
+Names = Annotated[list[NotEmpty], Field(min_length=1)]
+Sources = NotEmpty | Names
 ColumnName = Literal[
     "messages", "conversations", "prompt", "completion", "question", "answer",
     "instruction", "input", "output", "text", "tools", "system",
@@ -34,7 +36,7 @@ ColumnName = Literal[
 
 
 class Section(BaseModel):
-    """A group of keys; wrong types and unknown keys are errors."""
+    """A section of keys; wrong types and unknown keys are errors."""
 
     # strict: `learning_rate: "fast"`, `batch_size: true` and an unquoted YAML `no` for a name
     # are errors, not silent conversions. forbid: a typo never becomes a default.
@@ -89,12 +91,12 @@ class LoraConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     # all-linear: every linear layer but the head, which beats attention only (QLoRA, 2023).
     # Of a mixture of experts PEFT adds experts and router, where it knows the architecture.
-    target_modules: NotEmpty | Annotated[list[NotEmpty], Field(min_length=1)] = "all-linear"
+    target_modules: Sources = "all-linear"
     # Parameters that are no layer: experts that all-linear does not reach, as training prints.
-    target_parameters: Annotated[list[NotEmpty], Field(min_length=1)] | None = None
+    target_parameters: Names | None = None
     # Whole modules to train beside the adapters, and to save with them: [embed_tokens, lm_head]
     # where the tokenizer has new tokens. Where the two share their weights, they still will.
-    modules_to_save: Annotated[list[NotEmpty], Field(min_length=1)] | None = None
+    modules_to_save: Names | None = None
     # Go on from a saved adapter, the folder of one or a hub id, in place of fresh weights. Rank,
     # alpha and layers are then those that it was made with, whatever stands above.
     adapter: NotEmpty | None = None
@@ -116,7 +118,7 @@ class DataConfig(Section):
     thinking: Literal["template", "drop"] = "template"
     # Tokens of the longest document. A longer text becomes several documents.
     max_length: Annotated[int, Field(ge=8)] = 2048
-    # A longer conversation is cut there, or left out; both are counted.
+    # A longer conversation is cut to max_length, or left out; both are counted.
     too_long: Literal["cut", "drop"] = "cut"
     # Lay documents end to end in one row of batch_size x max_length tokens: no padding. A model
     # that cannot keep them apart (state-space, linear attention) gets padded rows all the same.
@@ -174,8 +176,8 @@ class EvaluationConfig(Section):
     """What the model is asked before the first step and at each evaluation: samples.jsonl."""
 
     # null: what the first rows of data.eval ask.
-    prompts: Annotated[list[NotEmpty], Field(min_length=1)] | None = None
-    # How many of these rows; 0: no answers, if there are no prompts either.
+    prompts: Names | None = None
+    # How many of these rows. 0, without prompts: no answers are generated.
     samples: NotNegativeInt = 2
     # Tokens of an answer at most.
     max_length: PositiveInt = 64
@@ -185,7 +187,7 @@ class TrackingConfig(Section):
     """MLflow; `metrics.jsonl` is written in any case."""
 
     enabled: bool = True
-    experiment: NotEmpty = "default"
+    experiment: NotEmpty = PROJECT_ROOT.name
     # null: the name of output_dir.
     run_name: NotEmpty | None = None
     # The result is stored as a model in MLflow, with its evaluation. Of a larger one MLflow only
@@ -238,8 +240,8 @@ class Config(Section):
             "training.patience: needs data.eval to measure progress on": self.training.patience
             and not (self.data.eval or self.training.overfit),
         }
-        if found := [text for text, applies in problems.items() if applies]:
-            raise ValueError("\n".join(found))
+        if problem := "\n".join(text for text, applies in problems.items() if applies):
+            raise ValueError(problem)
         return self
 
 
@@ -258,22 +260,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
     text = _read(path)
     merged, lines = _merge(path, text, overrides), dict(_lines(yaml.compose(text)))
 
-    def where(key: str) -> str:
-        """The command line, or the line of the file, that gave a key or a section around it."""
+    def located(problem: str) -> str:
+        """The problem of a key, behind the file and line, or the command line, that gave it."""
+        key = problem.partition(":")[0]
         given = [f"{override.partition('=')[0]}." for override in overrides]
         if any(f"{key}.".startswith(o) or o.startswith(f"{key}.") for o in given):
-            return "command line"
+            return f"command line: {problem}"
         while key and key not in lines:
             key = key.rpartition(".")[0]
-        return f"{path}:{lines[key]}" if key else str(path)
+        return f"{path}:{lines[key]}: {problem}" if key else f"{path}: {problem}"
 
     try:
         config = Config.model_validate(OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
-        key = error.full_key or ""
-        raise UserError(f"{where(key)}: {key}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            located(f"{error.full_key or path}: {str(error).splitlines()[0]}")
+        ) from None
     except ValidationError as error:
-        raise UserError(*(f"{where(key)}: {what}" for key, what in _problems(error))) from None
+        raise UserError(*map(located, _problems(error))) from None
     written, plain = OmegaConf.to_container(merged, resolve=False), config.model_dump()
     return config, _as_written(plain, written) if "oc.env" in str(written) else plain
 
@@ -285,8 +289,8 @@ def from_command_line(arguments: list[str]) -> tuple[Config, dict]:
         UserError: as `load_config`.
     """
     named = bool(arguments) and "=" not in arguments[0] and not arguments[0].startswith("-")
-    path = arguments[0] if named else str(PROJECT_ROOT / "configs" / "train.yaml")
-    return load_config(path, arguments[1:] if named else arguments)
+    path = arguments[0] if named else PROJECT_ROOT / "configs" / "train.yaml"
+    return load_config(path, arguments[named:])
 
 
 def changed(config: Config, keys: str) -> Config:
@@ -310,8 +314,9 @@ def _read(path: Path) -> str:
         # utf-8-sig: editors on Windows leave a byte order mark.
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        near = ", ".join(str(p) for p in sorted(path.parent.glob("*.yaml")))
-        raise UserError(f"{path}: no such config file{near and f'; there is {near}'}") from None
+        configs = ", ".join(map(to_root, sorted(from_root("configs").glob("*.yaml"))))
+        text = f"no such config file; the project has {configs}"
+        raise UserError(f"{path.absolute()}: {text}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
@@ -326,9 +331,15 @@ def _merge(path: Path, text: str, overrides: list[str]) -> Any:
         raise UserError(f"{place}: not valid YAML: {what}") from None
     if not OmegaConf.is_dict(merged):
         raise UserError(f"{path}: a config is a mapping of keys to values, not a list or a word")
-    for item in overrides:  # one at a time: the message can then name the culprit
+    # One at a time, so that a message can name the one that is wrong.
+    for item, following in pairwise([*overrides, "…"]):
         if item.startswith(("-", "=")) or "=" not in item:
-            raise UserError(f"command line: {item!r} is not key=value; for a file, name it first")
+            problem = f"{item!r} is not key=value"
+            if item.startswith("-"):
+                name, _, value = item.strip("-").partition("=")
+                key = _nearest(name.replace("-", "_")) or "key"
+                problem = f"unknown option {item}; write {key}={value or following}"
+            raise UserError(f"command line: {problem}. A config file comes before the keys.")
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
         except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
@@ -355,14 +366,13 @@ WORDS = {
 }
 
 
-def _problems(error: ValidationError) -> list[tuple[str, str]]:
-    """Pairs of a key, and what is wrong with it."""
-    problems: dict[str, tuple[str, str]] = {}
+def _problems(error: ValidationError) -> Iterable[str]:
+    """What is wrong with which key: `key: problem`."""
+    problems: dict[str, str] = {}
     for item in error.errors():
         kind, names = item["type"], [str(part) for part in item["loc"]]
         if kind == "value_error":  # our own, one per line
-            ours = str(item["ctx"]["error"]).splitlines()
-            problems |= {line: (line.partition(":")[0], line) for line in ours}
+            problems |= {line: line for line in str(item["ctx"]["error"]).splitlines()}
             continue
         if kind != "extra_forbidden":
             # Where text or a list may stand, pydantic names the kind that it tried, such as
@@ -370,22 +380,23 @@ def _problems(error: ValidationError) -> list[tuple[str, str]]:
             names = [name for name in names if name.isidentifier()]
         key = ".".join(names)
         if kind == "extra_forbidden":
-            what = f"unknown key{_nearest(key)}"
+            nearest = _nearest(key)
+            what = f"unknown key; did you mean {nearest}?" if nearest else "unknown key"
         elif kind == "missing":
             what = "missing, and has no default"
         else:
             allowed = WORDS.get(kind, item["msg"].replace("Input should be", "expected"))
             what = f"{item['input']!r} is not allowed: {allowed}"
-        problems[key] = key, f"{key}: {what}"
-    return list(problems.values())
+        problems[key] = f"{key}: {what}"
+    return problems.values()
 
 
 def _nearest(key: str) -> str:
-    """A hint at the key that was meant: the same word in another section, or a similar one."""
+    """The key that was meant: the same word in another section, or a similar one; "": none."""
     known, leaf = list(_keys(Config)), key.rpartition(".")[2]
     best = [name for name in known if name.rpartition(".")[2] == leaf]
     best += difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {best[0]}?" if best else ""
+    return next(iter(best), "")
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

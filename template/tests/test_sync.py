@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import scripts.sync
+from conftest import ROOT
 from src.training.tracking import connect
 from src.utils.errors import RunError
 from src.utils.files import only_run_in
@@ -25,7 +26,7 @@ def unsent(smoke: Path, tmp_path: Path) -> Path:
 def test_a_killed_run_is_sent_once(unsent, tmp_path, mlflow_database, monkeypatch, capsys) -> None:
     store = shutil.copy(mlflow_database, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
-    connect().create_experiment("smoke", (tmp_path / "store").as_uri())
+    connect().create_experiment(ROOT.name, (tmp_path / "store").as_uri())
     for printed in ("lines and models sent", "nothing was missing"):
         scripts.sync.main([str(unsent)])
         assert printed in capsys.readouterr().out

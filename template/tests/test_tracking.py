@@ -37,7 +37,7 @@ def store(tmp_path: Path, monkeypatch, mlflow_database: Path) -> Path:
     """A database of MLflow's that runs are sent to."""
     path = Path(shutil.copy(mlflow_database, tmp_path / "mlflow.db"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
-    connect().create_experiment("smoke", (tmp_path / "store").as_uri())
+    connect().create_experiment(ROOT.name, (tmp_path / "store").as_uri())
     return path
 
 
@@ -49,7 +49,7 @@ def seen(smoke: Path, tmp_path, monkeypatch) -> Path:
     return smoke
 
 
-def runs(experiment: str = "smoke") -> list:
+def runs(experiment: str = ROOT.name) -> list:
     client = connect()
     found = client.get_experiment_by_name(experiment)
     return list(client.search_runs([found.experiment_id])) if found else []
@@ -285,7 +285,7 @@ def store_later(tmp_path, mlflow_database, monkeypatch):
     def use() -> None:
         path = shutil.copy(mlflow_database, tmp_path / "later.db")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
-        connect().create_experiment("smoke", (tmp_path / "store").as_uri())
+        connect().create_experiment(ROOT.name, (tmp_path / "store").as_uri())
 
     return use
 

@@ -135,7 +135,7 @@ def test_without_the_environment_a_reference_is_written_as_what_it_stands_for(
 def test_a_secret_from_the_environment_is_never_written_down(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SECRET_NAME", "hf_canary")
     file = tmp_path / "c.yaml"
-    keys = "experiment: ${oc.env:SECRET_NAME}, run_name: '${tracking.experiment}'"
+    keys = "experiment: '${oc.env:SECRET_NAME}', run_name: '${tracking.experiment}'"
     file.write_text(f"{Path(SMOKE).read_text()}tracking: {{{keys}}}\n")
     config, plain = load_config(file)
     assert config.tracking.run_name == "hf_canary"

@@ -1,7 +1,8 @@
 """The stages of gpu.py: what each does in its own process, and what it reports.
 
-Of the project they call `load_tokenizer`, `load_model`, `load_trained`, `make_optimizer`,
-`train_epoch`, `generate`, `plan`, `collate_packed` and `Document`; all else is its scripts.
+Of the project they call `load_tokenizer`, `build_model`, `set_attention`, `compile_layers`,
+`load_trained`, `make_optimizer`, `train_epoch`, `generate`, `plan`, `collate_packed` and
+`Document`; all else is its scripts.
 """
 
 from __future__ import annotations
@@ -151,11 +152,12 @@ def _kill_after(step: int, command: list[str], metrics: Path, folder: Path) -> N
 
 
 def load(c: Campaign, shape: dict[str, Any], r: int | None = 16, **model: Any) -> Any:
-    """A random model, with adapters unless r is None, by the project's own `load_model`."""
+    """A random model, with adapters unless r is None, by the project's own `build_model`."""
     import torch
 
     from src.config import LoraConfig, ModelConfig
-    from src.models.model import load_model, load_tokenizer
+    from src.models.attention import set_attention
+    from src.models.model import build_model, compile_layers, load_tokenizer
 
     folder, device = c.work / f"shape-{shape['hidden_size']}", torch.device(c.device)
     config = ModelConfig(name=str(folder), init="random", **model)
@@ -163,7 +165,10 @@ def load(c: Campaign, shape: dict[str, Any], r: int | None = 16, **model: Any) -
     kind(**shape, bos_token_id=0, eos_token_id=1, pad_token_id=2).save_pretrained(folder)
     tokenizer = load_tokenizer(ModelConfig(name="configs/tiny"))
     lora = LoraConfig(r=r) if r else None
-    model = load_model(config, lora, tokenizer, device, torch.bfloat16, packing=True)
+    model = build_model(config, lora, tokenizer, device, torch.bfloat16)
+    set_attention(model, "auto", True, device, torch.bfloat16)
+    if config.compile is True:
+        compile_layers(model)
     if (attention := model.config._attn_implementation) != "varlen":
         raise RuntimeError(f"attention is {attention}: no figure would be that of packed documents")
     return model

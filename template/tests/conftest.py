@@ -78,19 +78,34 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
 
 @pytest.fixture
 def make_model(saved_model: Path, tokenizer) -> Callable:
-    """Build the tiny model as the config would: `make_model(lora=True, packing=True, …)`."""
+    """Build the tiny model as a run does: `make_model(lora=True, packing=True, dtype=…, …)`.
+
+    `lora` may also be options of `LoraConfig`; other keywords are those of `ModelConfig`.
+    """
     import torch
 
     from src.config import LoraConfig, ModelConfig
-    from src.models.model import load_model
 
-    def make(lora: bool = False, packing: bool = True, dtype=torch.float32, **model):
+    def make(lora: bool | dict = False, packing: bool = True, dtype=torch.float32, **model):
         torch.manual_seed(0)
-        config = ModelConfig(name=str(saved_model), **model)
-        adapters = LoraConfig(r=4, alpha=8) if lora else None
+        options = {"r": 4, "alpha": 8} | (lora if isinstance(lora, dict) else {})
+        adapters = None if lora is False else LoraConfig(**options)
+        config = ModelConfig(**{"name": str(saved_model)} | model)
         return load_model(config, adapters, tokenizer, torch.device("cpu"), dtype, packing)
 
     return make
+
+
+def load_model(config, lora, tokenizer, device, dtype, packing: bool = True, **trained):
+    """A model with its attention set, compiled if `model.compile` says so."""
+    from src.models.attention import set_attention
+    from src.models.model import build_model, compile_layers
+
+    model = build_model(config, lora, tokenizer, device, dtype, **trained)
+    set_attention(model, config.attention, packing, device, dtype)
+    if config.compile is True:
+        compile_layers(model)
+    return model
 
 
 @pytest.fixture

@@ -10,11 +10,10 @@ import torch
 from torch.amp import GradScaler
 from transformers import AutoConfig
 
-from conftest import ROOT, SMOKE, chat, tokens
+from conftest import ROOT, SMOKE, chat, load_model, tokens
 from src.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from src.data.batching import collate_packed, full_batch, to_device
 from src.models.attention import varlen_attention
-from src.models.model import load_model
 from src.training.auto import settle, try_microbatches
 from src.training.checkpoint import Training
 from src.training.loss import Objective, find_plain_head
@@ -46,7 +45,7 @@ def load(
     torch.manual_seed(0)
     config = ModelConfig(name=str(saved_model), **model)
     adapters = LoraConfig(r=4) if lora else None
-    return load_model(config, adapters, tokenizer, device, dtype, True, trained_in)
+    return load_model(config, adapters, tokenizer, device, dtype, trained_in=trained_in)
 
 
 def take_steps(

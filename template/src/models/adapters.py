@@ -12,11 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from src.config import LoraConfig
-from src.utils.environment import from_root
+from src.models.loading import explained, resolve
 from src.utils.errors import UserError
+from src.utils.files import ADAPTER
 
-# They read these two weights past the layer, so that an adapter there learns nothing.
-MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+# Kernels of these models use two weights directly and bypass their modules, so that adapters on
+# them get no gradient.
+MAMBA_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+MAMBA_WEIGHTS = ["out_proj", "dt_proj"]
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
@@ -27,7 +30,10 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
             or the saved adapter is absent, no LoRA, or made for another model; or DoRA would
             divide by zero.
     """
-    adapted = _go_on(model, lora.adapter) if lora.adapter else _begin(model, lora)
+    if lora.adapter:
+        adapted = load_adapters(model, lora.adapter, is_trainable=True)
+    else:
+        adapted = _new_adapters(model, lora)
     for name, p in adapted.named_parameters():
         if p.requires_grad:  # PEFT leaves whole modules in bf16, which rounds most updates away
             p.data = p.data.float()
@@ -40,21 +46,21 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     return adapted
 
 
-def _begin(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
+def _new_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     import peft
 
     _check_names(model, lora)
-    past = MAMBA if lora.target_modules == "all-linear" else ()
+    bypassed = lora.target_modules == "all-linear" and model.config.model_type in MAMBA_MODELS
     adapter = peft.LoraConfig(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
         use_rslora=lora.rslora, use_dora=lora.dora,
         target_modules=lora.target_modules, target_parameters=lora.target_parameters,
         modules_to_save=lora.modules_to_save and list(lora.modules_to_save),  # PEFT adds to it
         ensure_weight_tying=bool(lora.modules_to_save) and _is_tied(model),
-        exclude_modules=["out_proj", "dt_proj"] if model.config.model_type in past else None,
+        exclude_modules=MAMBA_WEIGHTS if bypassed else None,
     )  # fmt: skip
     try:
-        with _silent():
+        with _quiet():
             return cast(PreTrainedModel, peft.get_peft_model(model, adapter))
     except (ValueError, TypeError, re.error) as error:
         key = "parameters" if "target_parameters" in str(error) else "modules"
@@ -62,13 +68,14 @@ def _begin(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
 
 
 def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
-    """Refuse names that match nothing: PEFT ignores them as long as one other name matches.
+    """Refuse names that match nothing, or stand in two lists: PEFT ignores them without a word.
 
     Raises:
         UserError: naming the key, the names, and the embeddings and head that the model has.
     """
     layers = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters()]
+    ends = embedding_names(model)
     for key, known in (
         ("target_modules", layers),
         ("target_parameters", parameters),
@@ -79,11 +86,18 @@ def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
             continue
         missing = [n for n in names if not any(f".{k}".endswith(f".{n}") for k in known)]
         if missing:
-            ends = ", ".join(embedding_names(model))
             raise UserError(
                 f"lora.{key}: {type(model).__name__} has no {', '.join(missing)}"
-                + f"; its embeddings and head are {ends}" * (key == "modules_to_save")
+                + f"; its embeddings and head are {', '.join(ends)}" * (key == "modules_to_save")
             )
+    whole = {*(lora.modules_to_save or ())}
+    if _is_tied(model) and whole & {*ends}:  # one weight
+        whole |= {*ends}
+    if isinstance(lora.target_modules, list) and (both := whole & {*lora.target_modules}):
+        raise UserError(
+            f"lora.target_modules: {', '.join(sorted(both))}: lora.modules_to_save trains the same "
+            "weight whole (tied embeddings and head are one weight); name it in one of the two"
+        )
 
 
 def embedding_names(model: PreTrainedModel) -> list[str]:
@@ -92,32 +106,16 @@ def embedding_names(model: PreTrainedModel) -> list[str]:
     return [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is e for e in ends)]
 
 
-def _go_on(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    from peft import PeftConfig
-
-    folder = from_root(name)
-    name = str(folder.resolve()) if folder.is_dir() else name
-    try:
-        if (kind := PeftConfig.from_pretrained(name).peft_type) != "LORA":
-            raise ValueError(f"a {kind} adapter, and this project trains LoRA alone")
-        return load_adapters(model, name, is_trainable=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        why = str(error).strip().splitlines()
-        if "size mismatch" in str(error):
-            why = [f"made for another model than {model.name_or_path}"]
-        raise UserError(f"lora.adapter: {name}: {why[0]}") from None
-
-
 def _is_tied(model: PreTrainedModel) -> bool:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     return cast(Any, head) is not None and head.weight is embeddings.weight
 
 
 def head_of(model: nn.Module) -> Any:
-    """The layer that makes logits now, or None.
+    """The layer that computes the logits, or None.
 
-    Of a head in `lora.modules_to_save` that is PEFT's copy, and the original while adapters are
-    disabled.
+    If the head is in `lora.modules_to_save`, that is PEFT's copy, or the original while adapters
+    are disabled.
     """
     find: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = find()
@@ -127,32 +125,34 @@ def head_of(model: nn.Module) -> Any:
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype to autocast to where adapters, kept in fp32, meet a base in half precision.
+    """The dtype to autocast to, for fp32 adapters on a base in half precision.
 
-    fp32, which is no autocast, for a model without adapters: its weights are of one dtype.
+    fp32, which means no autocast, for a model without adapters: its weights have one dtype.
     """
     halves = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
     return halves.pop() if halves and hasattr(model, "peft_config") else torch.float32
 
 
 def adapted_names(model: nn.Module) -> list[str]:
-    """The layers that adapters were put on, by the last part of their names."""
+    """The last parts of the names of the layers that have adapters."""
     places = {n.partition(".lora_A.")[0] for n, _ in model.named_parameters() if ".lora_A." in n}
     return sorted({place.rpartition(".")[2] for place in places} - {"base_layer"})
 
 
 def frozen_experts(model: nn.Module) -> list[str]:
-    """Experts that no adapter reaches, as `lora.target_parameters` names them.
+    """Experts without adapters, as `lora.target_parameters` names them.
 
     In transformers 5 the experts of a layer are one parameter of three dimensions and no
-    nn.Linear, so that `all-linear` passes them over where PEFT does not know the architecture.
+    nn.Linear, so `all-linear` skips them where PEFT does not know the architecture.
     """
-    found: dict[str, None] = {}
-    for place, module in model.named_modules():
-        for name, p in module.named_parameters(recurse=False):
-            if p.ndim == 3 and not isinstance(module, nn.Conv1d) and "base_layer" not in place:
-                found[".".join([*place.split(".")[-2:], name])] = None
-    return list(found)
+    names = [
+        ".".join([*place.split(".")[-2:], name])
+        for place, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d) and "base_layer" not in place
+        for name, p in module.named_parameters(recurse=False)
+        if p.ndim == 3
+    ]
+    return list(dict.fromkeys(names))
 
 
 def load_adapters(
@@ -160,24 +160,39 @@ def load_adapters(
 ) -> PreTrainedModel:
     """Put saved adapters on the base that they were trained on.
 
+    Args:
+        model: the base.
+        name: a folder or hub id.
+        is_trainable: whether `lora.adapter` names it, to train it further.
+
     Raises:
-        UserError: the base is in 8 bits, which PEFT's DoRA cannot read.
+        UserError: they are absent, damaged or made for another model; to train, they are no LoRA;
+            or the base is in 8 bits, which PEFT's DoRA cannot read.
     """
     from peft import PeftConfig, PeftModel
+    from peft.utils import load_peft_weights
 
-    dora = getattr(PeftConfig.from_pretrained(str(name)), "use_dora", False)
-    if dora and getattr(model, "is_loaded_in_8bit", False):
-        raise UserError(f"{name}: a DoRA adapter does not work on 8-bit weights; use 4bit or none")
-    with _silent():
-        return cast(
-            PreTrainedModel, PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
-        )
+    what, base = f"{'lora.adapter: ' * is_trainable}{name}", str(model.name_or_path)
+    with explained(what, base), _quiet():
+        name = resolve(str(name), ADAPTER)
+        config: Any = PeftConfig.from_pretrained(name)
+        if is_trainable and config.peft_type != "LORA":
+            raise UserError(f"{what}: a {config.peft_type} adapter; only LoRA can be trained here")
+        if getattr(config, "use_dora", False) and getattr(model, "is_loaded_in_8bit", False):
+            raise UserError(f"{what}: DoRA does not work on 8-bit weights; use 4bit or none")
+        adapted = PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
+        # PEFT ignores adapters of layers that the base does not have.
+        names = [name for name, _ in adapted.named_parameters(remove_duplicate=False)]
+        saved = load_peft_weights(name, device="cpu")
+        if sum("lora_" in key for key in saved) > sum("lora_" in name for name in names):
+            raise UserError(f"{what} was made for another model than {base}: it has more layers")
+    return cast(PreTrainedModel, adapted)
 
 
 def without_input_casts(model: nn.Module) -> AbstractContextManager:
-    """Keep PEFT from casting each adapter's input to fp32: autocast does what is needed.
+    """Keep PEFT from casting each adapter's input to fp32: autocast does the casts that are needed.
 
-    The casts are saved for the backward pass: 6.98 instead of 5.98 MiB a token on an 8B model.
+    PEFT's casts are kept for the backward pass: 6.98 instead of 5.98 MiB a token on an 8B model.
     """
     if not hasattr(model, "peft_config"):
         return nullcontext()
@@ -187,15 +202,16 @@ def without_input_casts(model: nn.Module) -> AbstractContextManager:
 
 
 @contextmanager
-def _silent() -> Generator[None]:
-    """Without three warnings that no user can mend.
+def _quiet() -> Generator[None]:
+    """Ignore three warnings that a user can do nothing about, and raise one that is an error.
 
-    PEFT 0.21 asks transformers 5.23 by a name that is deprecated, and looks among the layers for
-    the experts that it adapts as parameters. Torch tells that weights are not copied into a model
-    which has shapes alone.
+    PEFT 0.21 reads a deprecated attribute of transformers 5.23, and looks among the layers for the
+    experts that it adapts as parameters. Torch warns that weights are not copied into a model on
+    `meta`. PEFT only warns where the base has more layers than the adapter.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        for told in ("The following (rank|alpha)_pattern keys", "for .*: copying from a non-meta"):
-            warnings.filterwarnings("ignore", told)
+        for text in ("The following (rank|alpha)_pattern keys", "for .*: copying from a non-meta"):
+            warnings.filterwarnings("ignore", text)
+        warnings.filterwarnings("error", "Found missing adapter keys")
         yield

@@ -3,25 +3,28 @@
 import copy
 import logging
 import re
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torch._functorch import config as functorch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from src.config import LoraConfig, ModelConfig
 from src.data.encoding import stop_token_ids
 from src.models.adapters import add_adapters, embedding_names
-from src.models.attention import set_attention
+from src.models.loading import explained, resolve
 from src.utils.environment import PROJECT_ROOT, from_root
 from src.utils.errors import UserError
 
@@ -29,12 +32,13 @@ DEFAULT_CHAT_TEMPLATE = PROJECT_ROOT / "configs" / "chat_template.j2"
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
-    """The model's tokenizer, with a chat template and a pad token in any case.
+    """The model's tokenizer; a missing chat template or pad token is filled in.
 
     Raises:
-        UserError: there is none, or it cannot say where its tokens begin in the text.
+        UserError: there is none, it has no EOS token, or it is a slow one, which cannot say where
+            its tokens begin in the text.
     """
-    with explained(config.name):
+    with explained(f"model.name: {config.name}"):
         tokenizer = AutoTokenizer.from_pretrained(
             resolve(config.name), trust_remote_code=config.trust_remote_code
         )
@@ -52,55 +56,40 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-def load_model(
-    config: ModelConfig, lora: LoraConfig | None, tokenizer: Tokenizer,
-    device: torch.device, dtype: torch.dtype, packing: bool,
-    trained_in: torch.dtype = torch.float32,
-) -> PreTrainedModel:  # fmt: skip
-    """As `build_model`, with its attention set: see `set_attention`."""
-    model = build_model(config, lora, tokenizer, device, dtype, trained_in)
-    set_attention(model, config.attention, packing, device, dtype)
-    if config.compile is True:
-        compile_layers(model)
-    return model
-
-
 def build_model(
     config: ModelConfig, lora: LoraConfig | None, tokenizer: Tokenizer, device: torch.device,
     dtype: torch.dtype, trained_in: torch.dtype = torch.float32,
 ) -> PreTrainedModel:  # fmt: skip
-    """Load or build the model, quantized or not, with adapters or all weights trainable.
+    """Load or initialise the model, quantized or not, with adapters or all weights trainable.
 
     On the device `meta` it has shapes and no weights.
 
-    `dtype` is what matmuls run in, by autocast. Frozen weights are kept in it; all weights that
-    train are kept in `trained_in`, as bf16 would round small updates away, and adapters in fp32.
+    `dtype` is what matmuls run in, by autocast. Frozen weights are kept in it. Without adapters,
+    all weights are kept in `trained_in`, because bf16 would round small updates away. Adapters are
+    kept in fp32.
 
     `peft.prepare_model_for_kbit_training` is not used: it turns norms, embeddings and head to
     fp32, and with them every activation between layers (+18 GB on an 8B model).
 
     Raises:
-        UserError: the model is gated, absent, damaged or too large a wish: see each message.
+        UserError: the model is gated, absent, damaged or too large, or an option does not go with
+            it: see each message.
     """
-    trust = {"trust_remote_code": config.trust_remote_code}
-    with explained(config.name):
-        name = resolve(config.name)
-        hf_config = AutoConfig.from_pretrained(name, **trust)
-    hf_config.use_cache = False  # with a cache, transformers no longer sees packed documents
     weights = trained_in if lora is None else dtype
-    if config.init == "random":
-        with torch.device("meta" if device.type == "meta" else "cpu"):
-            model = AutoModelForCausalLM.from_config(hf_config, dtype=weights, **trust).to(device)
+    if config.init == "random":  # on the CPU, so that every device begins with the same weights
+        place = "meta" if device.type == "meta" else "cpu"
+        model = without_weights(config, weights, place).to(device)
     else:
-        model = read_weights(config, device, weights, config=hf_config)
+        model = read_weights(config, device, weights)
+    model.config.use_cache = False  # with a cache, transformers does not see packed documents
     rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > rows:
         sizes = f"its tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings"
         first = tokenizer.convert_ids_to_tokens(rows)
         raise UserError(
-            f"model.name: {config.name}: {sizes}: {first!r} is the first without. Another model's "
-            "tokenizer? If the tokens are yours, call model.resize_token_embeddings(len(tokenizer))"
-            ", save both in a folder, name that, and with LoRA let the new rows learn: "
+            f"model.name: {config.name}: {sizes}: {first!r} is the first without one. Is it "
+            "another model's tokenizer? If you added tokens, call model.resize_token_embeddings("
+            "len(tokenizer)), save both in a folder, name that, and with LoRA train the new rows: "
             f"lora.modules_to_save=[{','.join(embedding_names(model))}]"
         )
     if config.quantization != "none":
@@ -108,7 +97,7 @@ def build_model(
     set_generation_config(model, tokenizer)
     if lora is not None:
         model = add_adapters(model, lora)
-    if config.gradient_checkpointing is True:  # what is left to auto: src/training/auto.py
+    if config.gradient_checkpointing is True:  # `auto` is settled in src/training/auto.py
         checkpoint_layers(model, config)
     return model.train()  # from_pretrained leaves it in evaluation mode
 
@@ -193,26 +182,40 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int, int]:
     return trainable, quantized, total
 
 
+def read_config(config: ModelConfig) -> PreTrainedConfig:
+    """The model's config.json, as transformers reads it.
+
+    Raises:
+        UserError: as `build_model` does.
+    """
+    with explained(f"model.name: {config.name}"):
+        return AutoConfig.from_pretrained(
+            resolve(config.name), trust_remote_code=config.trust_remote_code
+        )
+
+
+def without_weights(
+    config: ModelConfig, dtype: torch.dtype | None = None, device: str = "meta"
+) -> PreTrainedModel:
+    """The model that config.json describes, its weights not read but random; none on `meta`.
+
+    Raises:
+        UserError: as `build_model` does.
+    """
+    described = read_config(config)
+    with explained(f"model.name: {config.name}"), torch.device(device):
+        return AutoModelForCausalLM.from_config(
+            described, dtype=dtype, trust_remote_code=config.trust_remote_code
+        )
+
+
 def count_before_loading(config: ModelConfig) -> int:
     """How many parameters the model will have, from its config alone: seconds, no memory.
 
     Raises:
-        UserError: as `load_model` does.
+        UserError: as `build_model` does.
     """
     return without_weights(config).num_parameters()
-
-
-def without_weights(config: ModelConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model on the device `meta`, which knows shapes only: from its config.json, in a second.
-
-    Raises:
-        UserError: as `load_model` does.
-    """
-    trust = {"trust_remote_code": config.trust_remote_code}
-    with explained(config.name), torch.device("meta"):
-        described = AutoConfig.from_pretrained(resolve(config.name), **trust)
-        described.use_cache = False
-        return AutoModelForCausalLM.from_config(described, dtype=dtype, **trust)
 
 
 def position_limit(model: nn.Module) -> int | None:
@@ -234,13 +237,9 @@ def check_positions(config: ModelConfig, max_length: int) -> None:
     """Refuse documents that are longer than the model's table of positions, before it is loaded.
 
     Raises:
-        UserError: naming both; and as `load_model` does.
+        UserError: naming both; and as `build_model` does.
     """
-    with explained(config.name):
-        described = AutoConfig.from_pretrained(
-            resolve(config.name), trust_remote_code=config.trust_remote_code
-        )
-    known = getattr(described.get_text_config(), "max_position_embeddings", None)
+    known = getattr(read_config(config).get_text_config(), "max_position_embeddings", None)
     if known is None or max_length <= known:  # nearly always; not every model can be built on meta
         return
     limit = position_limit(without_weights(config))
@@ -251,46 +250,28 @@ def check_positions(config: ModelConfig, max_length: int) -> None:
         )
 
 
-def resolve(name: str) -> str:
-    """A local folder as an absolute path, so that an adapter finds its base from anywhere.
-
-    Raises:
-        UserError: a hub id that is not on this machine, and the hub cannot be reached.
-    """
-    if from_root(name).is_dir():
-        return str(from_root(name).resolve())
-    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-        try:  # once: transformers would try for 46 seconds
-            HfApi().model_info(name, timeout=10)
-        except HfHubHTTPError:
-            pass  # it did answer, and what loads the model explains what
-        except Exception:  # noqa: BLE001 - each version of the hub's library has its own
-            raise UserError(f"model.name: {name} {ABSENT}") from None
-    return name
-
-
-def read_weights(
-    settings: ModelConfig, device: torch.device, dtype: torch.dtype, **options: Any
-) -> PreTrainedModel:
-    """Saved weights as they are, quantized or not, in the attention that transformers picks."""
-    options |= {"dtype": dtype, "device_map": {"": device}}
-    options |= {"trust_remote_code": settings.trust_remote_code}
-    options |= {"use_safetensors": True}  # a pickled .bin can run code when it is read
-    if (kind := settings.quantization) == "8bit":
+def read_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Saved weights as they are, quantized or not, with the attention that transformers picks."""
+    quantized = None
+    if (kind := config.quantization) == "8bit":
         # It logs at every matmul that its inputs are cast to fp16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if kind != "none":
         from transformers import BitsAndBytesConfig
 
-        options["quantization_config"] = BitsAndBytesConfig(
+        quantized = BitsAndBytesConfig(
             **{f"load_in_{kind}": True},
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            # Unset, bitsandbytes computes in fp32, inside bf16 autocast too, and says nothing.
+            # Unset, bitsandbytes computes in fp32 without a warning, even inside bf16 autocast.
             bnb_4bit_compute_dtype=torch.bfloat16 if dtype == torch.float32 else dtype,
         )
-    with explained(settings.name):
-        return AutoModelForCausalLM.from_pretrained(resolve(settings.name), **options)
+    with explained(f"model.name: {config.name}"):
+        return AutoModelForCausalLM.from_pretrained(
+            resolve(config.name), dtype=dtype, device_map={"": device},
+            trust_remote_code=config.trust_remote_code, quantization_config=quantized,
+            use_safetensors=True,  # a pickled .bin can run code when it is read
+        )  # fmt: skip
 
 
 def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
@@ -298,8 +279,10 @@ def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
 
     layers = [m for m in model.modules() if isinstance(m, Linear4bit | Linear8bitLt)]
     if not layers:
-        cannot = f"{config.name} has no layer that bitsandbytes can quantize"
-        raise UserError(f"model.quantization: {cannot}; use model.quantization=none")
+        raise UserError(
+            f"model.quantization: {config.name} has no layer that bitsandbytes can quantize; use "
+            "model.quantization=none"
+        )
     for layer in layers:
         assert getattr(layer, "compute_dtype", None) != torch.float32, "4-bit computes in fp32"
         # On CPUs with AVX512-BF16 the first evaluation repacks the weights for a kernel
@@ -323,7 +306,7 @@ def checkpoint_layers(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of which a model is a pile, as transformers names them; none if it does not."""
+    """The decoder layers, as transformers names them; none if it does not name them."""
     names = set(model._no_split_modules or [])
     return [m for m in model.modules() if type(m).__name__ in names]
 
@@ -351,30 +334,3 @@ def compile_layers(model: PreTrainedModel, backend: str | Callable[..., Any] = "
     functorch.activation_memory_budget = 0.9
     for layer in layers:
         layer.compile(backend=backend)
-
-
-@contextmanager
-def explained(name: str) -> Generator[None]:
-    """Turn the many ways in which loading fails into one line that says what to do."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        found = (advice for sign, advice in LOADING_ERRORS.items() if sign in str(error).lower())
-        advice = next(found, f"could not be loaded: {str(error).strip().splitlines()[0]}")
-        raise UserError(f"model.name: {name} {advice.replace('NAME', name)}") from None
-
-
-ABSENT = (
-    "is not on this machine and could not be fetched: check the name and the network, or give a "
-    "local folder (gated models also need HF_TOKEN in .env)"
-)
-LOADING_ERRORS = {
-    "gated repo": "is gated: ask for access at huggingface.co/NAME, then put your token into "
-    ".env as HF_TOKEN",
-    "trust_remote_code": "ships its own Python code; read it, then set "
-    "model.trust_remote_code=true to run it with your rights",
-    "out of memory": "does not fit: try model.quantization=4bit, or a smaller model",
-    "couldn't connect": ABSENT,
-    "offline": ABSENT,
-    "not a valid model": ABSENT,
-}

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from src.config import Config, TrainingConfig
 from src.data.batching import TokenLoader
 from src.data.dataset import TokenDataset, load_documents
-from src.models.attention import isolates_documents, set_attention
+from src.models.attention import set_attention
 from src.models.model import build_model, load_tokenizer, save_model, try_saving
 from src.training import report, strategy
 from src.training.auto import settle
@@ -109,9 +109,9 @@ def _load_objective(
         build_model, config.model, config.lora, tokenizer,
         dtype=dtype, trained_in=dtype_of_trained(config.training, dtype),
     )  # fmt: skip
-    objective, packing = strategy.distribute(build, shared, device, dtype), config.data.packing
-    strategy.within(objective, set_attention, config.model.attention, packing, device, dtype)
-    packing = packing and strategy.within(objective, isolates_documents, device, dtype)
+    objective = strategy.distribute(build, shared, device, dtype)
+    kind = config.model.attention
+    packing = strategy.within(objective, set_attention, kind, config.data.packing, device, dtype)
     bare = strategy.unwrapped(objective)
     bare.head = strategy.within(objective, find_plain_head, device, dtype)
     return objective, packing

@@ -1,0 +1,81 @@
+"""Find a model, and turn what a library raises while it reads one into a line for the user."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+
+from src.utils.environment import from_root
+from src.utils.errors import UserError, first_line
+
+ABSENT = "is not on this machine and could not be fetched: " + (
+    "HF_HUB_OFFLINE is set (in the environment or .env); unset it, or give a local folder"
+    if constants.HF_HUB_OFFLINE
+    else "check the name and the network, or give a local folder (gated models also need HF_TOKEN "
+    "in .env)"
+)
+ANOTHER = "was made for another model than BASE"
+# What a library's message contains, in lower case, and what to say instead.
+ADVICE = {
+    "gated repo": "is gated: ask for access on its page at huggingface.co, then put your token "
+    "into .env as HF_TOKEN",
+    "trust_remote_code": "ships its own Python code; read it, then set "
+    "model.trust_remote_code=true to run it with your rights",
+    "out of memory": "does not fit: try model.quantization=4bit, or a smaller model",
+    "couldn't connect": ABSENT,
+    "offline": ABSENT,
+    "not a valid model": ABSENT,
+    "can't find 'adapter_config.json'": ABSENT,
+    "untagged enum": "has a tokenizer.json that this version of tokenizers cannot read: fetch it "
+    "again, or save it with tokenizer.save_pretrained of a current transformers",
+    "ignore_mismatched_sizes": "has weights of other sizes than its config.json: fetch both again",
+    "size mismatch": ANOTHER,
+    "not found in the base model": ANOTHER,
+    "missing adapter keys": ANOTHER,
+    "must match": ANOTHER,
+}
+
+
+@contextmanager
+def explained(what: str, base: str = "") -> Generator[None]:
+    """Turn the many ways in which reading a model fails into one line that says what to do.
+
+    Args:
+        what: the key or option that named the model, and its name: `model.name: org/name`.
+        base: the model that an adapter is loaded on.
+
+    Raises:
+        UserError: for any exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - each library raises its own kinds
+        text = str(error).lower()
+        advice = (advice for sign, advice in ADVICE.items() if sign in text)
+        line = next(advice, f"could not be loaded: {first_line(error)}")
+        raise UserError(f"{what} {line.replace('BASE', base)}") from None
+
+
+def resolve(name: str, file: str = "config.json") -> str:
+    """A local folder as an absolute path, so that an adapter finds its base from anywhere.
+
+    Args:
+        name: a folder, relative to the project's root, or a hub id.
+        file: one that tells whether a hub id is in this machine's cache.
+
+    Raises:
+        ConnectionError: it is not there, and the hub cannot be reached. See `explained`.
+    """
+    if from_root(name).is_dir():
+        return str(from_root(name).resolve())
+    if not isinstance(try_to_load_from_cache(name, file), str):
+        try:  # once: transformers would try for 46 seconds
+            HfApi().model_info(name, timeout=10)
+        except HfHubHTTPError:
+            pass  # the hub did answer, and what loads the model explains the answer
+        except Exception:  # noqa: BLE001 - each version of the hub's library has its own
+            raise ConnectionError("couldn't connect to the hub") from None
+    return name

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import ChainMap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -102,10 +103,8 @@ def _difference(one: Path, other: Path) -> float:
     """Of the trained weights in the last checkpoints of two runs, fp32 as they are trained."""
     from safetensors.torch import load_file
 
-    last = [max(run.glob("checkpoints/step-*")) / "weights.safetensors" for run in (one, other)]
-    if last[0].read_bytes() == last[1].read_bytes():
-        return 0.0
-    first, second = map(load_file, last)
+    last = [max(run.glob("checkpoints/step-*")) / "weights" for run in (one, other)]
+    first, second = (dict(ChainMap(*map(load_file, folder.iterdir()))) for folder in last)
     return max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
 
 

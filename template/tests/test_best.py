@@ -1,6 +1,7 @@
 """The result of a run is its best evaluated state, and what it answered is kept."""
 
 import json
+from collections import ChainMap
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,8 @@ def test_the_best_evaluated_weights_are_the_result(
         assert text.startswith(f"# final/ holds {told}\n")
         assert yaml.safe_load(text)["seed"] == 42
     result = load_file(next((folder / "final").glob("*.safetensors")))
-    kept = load_file(folder / f"checkpoints/step-{best:08d}/weights.safetensors")
+    parts = (folder / f"checkpoints/step-{best:08d}/weights").iterdir()
+    kept = dict(ChainMap(*map(load_file, parts)))
     assert sum(kept[n].numel() for n in kept) == sum(result[n].numel() for n in result)
     for name, weight in result.items():
         own = name if name in kept else name.replace(".weight", ".default.weight")

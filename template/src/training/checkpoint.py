@@ -1,13 +1,22 @@
-"""Checkpoints: weights, moments, random states, position; whole or absent, checked when read."""
+"""Checkpoints: weights, moments, random states, position; whole or absent, checked when read.
+
+A checkpoint has the same files whatever number of processes and strategy wrote it:
+
+    weights/*.safetensors    the weights that train, as torch's distributed checkpoints
+    moments/*.safetensors    what the optimizer keeps for them
+    run.json                 position, random states, and what a resumed run must share
+    manifest.json            a checksum of each of these files
+"""
 
 import hashlib
 import json
 import random
 import shutil
+import warnings
+from collections import ChainMap
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +24,21 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 
 from src.config import Config, LoraConfig, flatten
 from src.data.dataset import Facts
-from src.training.strategy import local, part_of
 from src.utils.distributed import RANK, WORLD_SIZE, barrier, from_main, gather, is_main, on_main
 from src.utils.environment import from_root
-from src.utils.errors import RunError, UserError
+from src.utils.errors import RunError, UserError, first_line
 from src.utils.files import new_folder
 
-MANIFEST = "manifest.json"
-WEIGHTS = "weights.safetensors"  # of a checkpoint that is not sharded
-MOMENTS = "state.pt"  # of the optimizer where they are not sharded, and random states
-SHARDS = "shard-{}-*"  # the files that DCP writes for one process, counted from 1
-ADAM = {"exp_avg", "exp_avg_sq"}
+MANIFEST, RUN = "manifest.json", "run.json"
+WEIGHTS, MOMENTS = "weights", "moments"  # folders
+TENSORS_A_FILE = 50  # DCP puts a file together in the host's memory before it writes it
 # Keys that a resumed run must share with the one it continues.
 IDENTITY = (
     *("seed", "model.name", "model.quantization", "lora", "data.max_length", "data.packing"),
@@ -88,14 +93,20 @@ class Training:
         """The weights that train, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def moments(self) -> list[Tensor]:
-        """What the optimizer keeps for them."""
-        kept = [v for state in self.optimizer.state.values() for v in state.values()]
-        return [v for v in kept if isinstance(v, Tensor)]
+    def named_moments(self) -> dict[str, Tensor]:
+        """What the optimizer keeps for each of them, by the weight's name and its own."""
+        named = {}
+        for weight_name, weight in self.trained().items():
+            for key, kept in self.optimizer.state.get(weight, {}).items():
+                name = f"{weight_name}/{key}"
+                # Moments of 8 bits are one tensor to the optimizer, and several to a file.
+                parts = getattr(kept, "tensor_attrs", ())
+                named |= {f"{name}/{part}": getattr(kept, part) for part in parts} or {name: kept}
+        return named
 
-    def optimized(self) -> list[Tensor]:
-        """The weights that train, in the optimizer's order, by which it numbers its moments."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def moments(self) -> list[Tensor]:
+        """The same without names."""
+        return list(self.named_moments().values())
 
 
 def identify(config: Config, data: Facts) -> dict[str, Any]:
@@ -110,7 +121,7 @@ def identify(config: Config, data: Facts) -> dict[str, Any]:
 def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
     """Write `folder/step-N`, then prune: the newest `keep` stay, and the best one.
 
-    All processes call it, as each has random generators of its own; the main one writes.
+    All processes call it: each writes its part, and has random generators of its own.
 
     Raises:
         RunError: it could not be written, e.g. to a full disk; those before are untouched.
@@ -119,22 +130,30 @@ def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
     training.state.learning_rate = float(training.optimizer.param_groups[0]["lr"])
     if from_main(path.exists):  # saved by the loop, and now again by a signal
         return path
-    try:
+    with explain_failed_write(path, folder):
         with _folder_for_all(path) as temporary:
             _write(training, temporary)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save on a full disk says "unexpected pos 704 vs 598": say what is the matter.
-        tensors = [*training.trained().values(), *training.moments()]
-        needed, free = sum(local(t).nbytes for t in tensors), shutil.disk_usage(folder).free
-        why = str(error).splitlines()[0]
-        if free < needed:
-            sizes = f"it takes about {needed / 2**30:.2f} GiB and {free / 2**30:.2f} are free"
-            why = f"the disk is full: {sizes}"
-        newest, _ = newest_checkpoint(folder)
-        left = f"{newest.name} before it is whole" if newest else "there is none before it"
-        raise RunError(f"{path}: this checkpoint could not be written: {why}; {left}") from error
-    on_main(prune, folder, keep, training.state.best_step)
+        on_main(prune, folder, keep, training.state.best_step)
     return path
+
+
+@contextmanager
+def explain_failed_write(path: Path, checkpoints: Path) -> Generator[None]:
+    """Say what could not be written, e.g. to a full disk, and from where the run can go on.
+
+    Raises:
+        RunError: instead of what the operating system and the libraries raise.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        failures = getattr(error, "failures", {})  # of DCP: the error of each process
+        cause = next((cause for cause, _ in failures.values()), error)
+        newest, _ = newest_checkpoint(checkpoints)
+        left = "no checkpoint is left to go on from"
+        if newest:
+            left = f"{newest.name} is whole: make room, then go on with training.resume=auto"
+        raise RunError(f"{path}: could not be written: {first_line(cause)}; {left}") from error
 
 
 @contextmanager
@@ -147,122 +166,112 @@ def _folder_for_all(path: Path) -> Generator[Path]:
 
 
 def _write(training: Training, folder: Path) -> None:
-    """Each process its shards, if there are any; the main one all the rest."""
-    states: dict[str, Any] = {"random": gather(_random_state())}
+    """Each process its part of the tensors; the main one all the rest."""
     # Of the optimizer its moments alone: learning rate and decay are configuration, and the rate
-    # follows from the step. Saved, they would overrule what a resumed run was told.
-    states |= {"moments": training.optimizer.state_dict()["state"]}
-    states |= {"scaler": training.scaler.state_dict()}
-    weights = {name: p.detach().contiguous() for name, p in training.trained().items()}
-    if any(isinstance(p, DTensor) for p in weights.values()):
-        moments = states.pop("moments")
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(_flat(weights, moments), storage_writer=writer)
-    elif is_main():
-        save_file(weights, folder / WEIGHTS)
-    if is_main():
-        torch.save(states, folder / MOMENTS)
-        record = {"state": asdict(training.state), "identity": training.identity}
-        (folder / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    # follows from the step. Saved, they would overrule the configuration of a resumed run.
+    for part, tensors in ((WEIGHTS, training.trained()), (MOMENTS, training.named_moments())):
+        files = {name: 1 + number // TENSORS_A_FILE for number, name in enumerate(tensors)}
+        writer = HuggingFaceStorageWriter(str(folder / part), files, save_distributed=True)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        with _one_process():
+            dcp.save(tensors, storage_writer=writer, no_dist=WORLD_SIZE == 1)
     # Each reads back its own files, as one process would take long to read all.
-    mine = [file for file in folder.iterdir() if file.match(SHARDS.format(f"{RANK + 1:05}"))]
+    mine = list(folder.rglob(f"shard-{RANK + 1:05}-*"))
+    record = {
+        "state": asdict(training.state),
+        "identity": training.identity,
+        "scaler": training.scaler.state_dict(),
+        "random": gather(_random_state()),
+    }
     if is_main():
-        mine += [file for file in folder.iterdir() if not file.match(SHARDS.format("*"))]
-    checksums = gather([(file.name, _sha256(file)) for file in mine])
+        mine.append(folder / RUN)
+        mine[-1].write_text(json.dumps(record), encoding="utf-8")
+    checksums = gather({str(file.relative_to(folder)): _sha256(file) for file in mine})
     if is_main():
-        manifest = dict(sorted(chain.from_iterable(checksums)))
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        manifest = json.dumps(dict(ChainMap(*checksums)), indent=2)
+        (folder / MANIFEST).write_text(manifest, encoding="utf-8")
 
 
-def _flat(weights: dict[str, Tensor], moments: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Both under names of one kind, as DCP keeps them in safetensors files."""
-    named = {f"moments/{n}/{key}": v for n, kept in moments.items() for key, v in kept.items()}
-    return {f"weights/{name}": weight for name, weight in weights.items()} | named
-
-
-@torch.no_grad()
 def load_weights(trained: dict[str, Tensor], path: Path) -> None:
     """Copy the weights of a checkpoint into these, whatever strategy saved it.
 
     Raises:
         UserError: it has others.
     """
-    if (path / WEIGHTS).exists():
-        saved = load_file(path / WEIGHTS)
-    else:
-        saved = {name.removeprefix("weights/") for name in _sharded(path, "weights/")}
-    if set(saved) != trained.keys():
+    if _sizes(path / WEIGHTS) != {name: weight.shape for name, weight in trained.items()}:
         raise UserError(f"{path}: its weights are not those of this model")
-    if isinstance(saved, set):
-        _load_shards(path, {f"weights/{name}": p.detach() for name, p in trained.items()})
-        return
-    for name, parameter in trained.items():
-        parameter.copy_(part_of(saved[name], parameter))
+    _load(path / WEIGHTS, trained)
 
 
-def _load_moments(path: Path, whole: dict[int, dict], optimized: list[Tensor]) -> dict[int, dict]:
-    """AdamW's moments as the optimizer's own parameters are sharded, or not."""
-    if names := _sharded(path, "moments/"):
-        moments = {
-            n: {"step": torch.zeros(()), **{key: torch.zeros_like(p) for key in ADAM}}
-            for n, p in enumerate(optimized)
-            if f"moments/{n}/step" in names
-        }
-        _load_shards(path, _flat({}, moments))
-        return moments
-    for n, kept in whole.items():
-        kept.update({key: part_of(kept[key], optimized[n]) for key in ADAM & kept.keys()})
-    return whole
+def _sizes(folder: Path) -> dict[str, torch.Size]:
+    """The shapes of the whole tensors that a folder of shards holds."""
+    found: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: tensor.size for name, tensor in found.items()}
 
 
-def _sharded(path: Path, prefix: str) -> set[str]:
-    """The names of what a checkpoint keeps in shards."""
-    if (path / WEIGHTS).exists():
-        return set()
-    names = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    return {name for name in names if name.startswith(prefix)}
+def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    reader = HuggingFaceStorageReader(str(folder))
+    with _one_process():
+        dcp.load(tensors, storage_reader=reader, no_dist=WORLD_SIZE == 1)
 
 
-def _load_shards(path: Path, tensors: dict[str, Tensor]) -> None:
-    alone = WORLD_SIZE == 1
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
+@contextmanager
+def _one_process() -> Generator[None]:
+    """Without DCP's warning that there is one process, which comes even where it is told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def load_checkpoint(training: Training, path: Path) -> None:
-    """Put everything back as `save_checkpoint` found it, the random generators included.
+    """Put everything back in place as `save_checkpoint` found it, random generators included.
 
     It may have been saved by more or fewer processes, and with another strategy.
     """
-    load_weights(training.trained(), path)
-    # weights_only: a checkpoint is data and must not be able to run code.
-    saved = torch.load(path / MOMENTS, map_location="cpu", weights_only=True)
-    moments = _load_moments(path, saved.get("moments", {}), training.optimized())
-    groups = training.optimizer.state_dict()["param_groups"]
-    training.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    if saved["scaler"]:  # empty where another dtype needed none: this run's scaler then starts anew
-        training.scaler.load_state_dict(saved["scaler"])
-    training.state = TrainState(**_record(path)["state"])
-    if len(saved["random"]) > RANK:  # a process that was not there keeps its seed
-        _set_random_state(saved["random"][RANK])
+    trained, optimizer, record = training.trained(), training.optimizer, _record(path)
+    # A step makes the moments, in the optimizer's own form. Then all that it changed is read.
+    for weight in trained.values():
+        weight.grad = torch.zeros_like(weight)
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    load_weights(trained, path)
+    saved, moments = _sizes(path / MOMENTS), training.named_moments()
+    if not saved.keys() <= moments.keys():
+        raise UserError(f"{path}: its moments are not those of this optimizer")
+    _load(path / MOMENTS, {name: moments[name] for name in saved})
+    for name, weight in trained.items():
+        if f"{name}/step" not in saved:  # it never had a gradient
+            del optimizer.state[weight]
+    if record["scaler"]:  # empty where another dtype needed none: this run's starts anew
+        training.scaler.load_state_dict(record["scaler"])
+    vars(training.state).update(record["state"])
+    if len(record["random"]) > RANK:  # a process that was not there keeps its seed
+        _set_random_state(record["random"][RANK])
 
 
-def find_checkpoint(wanted: str, folder: Path) -> tuple[Path | None, list[str]]:
+def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint that `training.resume` means, or None to start anew; and warnings.
 
     Raises:
-        UserError: the one that is named is damaged, or all that are under `folder`.
+        UserError: the one that is named is damaged, or all of a folder.
     """
-    if wanted == "never":
+    if resume == "never":
         return None, []
-    if wanted == "auto":
-        path, warnings = newest_checkpoint(folder)
-        if warnings and path is None:
-            anew = "training.resume=never with another output_dir starts anew"
-            raise UserError(f"training.resume: no checkpoint under {folder} is whole; {anew}")
-        return path, warnings
-    if damage := find_damage(from_root(wanted)):
-        raise UserError(f"training.resume: {wanted}: {damage}")
-    return from_root(wanted), []
+    named = checkpoints if resume == "auto" else from_root(resume)
+    for folder in (named, named / checkpoints.name):  # of checkpoints, or of a run
+        if any(folder.glob("step-*")):
+            path, warnings = newest_checkpoint(folder)
+            if path is None:
+                anew = "training.resume=never with another output_dir starts anew"
+                raise UserError(f"training.resume: no checkpoint under {folder} is whole; {anew}")
+            return path, warnings
+    if resume == "auto":
+        return None, []
+    if damage := find_damage(named):
+        raise UserError(f"training.resume: {resume}: {damage}")
+    return named, []
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -278,7 +287,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 def find_damage(path: Path, without: str = "") -> str | None:
     """What differs from the manifest: a missing, truncated or altered file; None if whole.
 
-    `without` is a file that nobody will read.
+    `without` is a folder that nobody will read.
 
     Checksums, because one flipped bit loads silently in safetensors' and torch's formats.
     """
@@ -287,7 +296,7 @@ def find_damage(path: Path, without: str = "") -> str | None:
     except (OSError, ValueError):
         return "no readable manifest"
     for name, checksum in manifest.items():
-        if name == without:
+        if Path(name).parts[0] == without:
             continue
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -326,7 +335,7 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    return json.loads((path / "run.json").read_text(encoding="utf-8"))
+    return json.loads((path / RUN).read_text(encoding="utf-8"))
 
 
 def _sha256(path: Path) -> str:
@@ -335,19 +344,22 @@ def _sha256(path: Path) -> str:
 
 
 def _random_state() -> dict[str, Any]:
+    """The states of all random generators of this process, as JSON takes them."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    # This process's GPU alone: asking the others would start a context on each of them.
+    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),  # weights_only loading accepts no numpy arrays
-        "torch": torch.get_rng_state(),
-        # This process's GPU alone: asking the others would start a context on each of them.
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": cuda,
     }
 
 
 def _set_random_state(saved: dict[str, Any]) -> None:
-    random.setstate(saved["python"])
-    np.random.set_state(saved["numpy"])  # noqa: NPY002
-    torch.set_rng_state(saved["torch"])
-    if isinstance(saved["cuda"], Tensor) and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["cuda"])
+    version, words, gauss = saved["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(saved["numpy"]))  # noqa: NPY002
+    torch.set_rng_state(torch.tensor(saved["torch"], dtype=torch.uint8))
+    if saved["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(saved["cuda"], dtype=torch.uint8))

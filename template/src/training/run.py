@@ -21,6 +21,7 @@ from src.training.checkpoint import (
     Training,
     TrainState,
     check_identity,
+    explain_failed_write,
     find_checkpoint,
     identify,
     load_checkpoint,
@@ -229,7 +230,7 @@ def _save_final(
         return  # nothing was left to train, so nothing has changed
     if final.exists():  # a finished run that goes on: its first result stays too
         final.rename(free_name(final.with_name(f"final-step-{resumed_at:08d}")))
-    with new_folder(final) as folder:
+    with explain_failed_write(final, final.with_name("checkpoints")), new_folder(final) as folder:
         save_model(training.model, tokenizer, folder, dtype, state)
         shutil.copy(final.with_name("config.yaml"), folder / RECIPE)
     report.draw_curves([final.parent], final.with_name("loss.png"))

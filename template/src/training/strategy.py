@@ -155,14 +155,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """Cut a whole tensor as another one is sharded; every process must have it."""
-    if not isinstance(like, DTensor):
-        return whole
-    whole = whole.to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-
 def gathered(model: PreTrainedModel) -> dict[str, Tensor]:
     """What is to be saved of a model; if it is sharded, in the main process's host memory alone."""
     saved = model.state_dict()

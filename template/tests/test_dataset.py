@@ -2,7 +2,9 @@
 
 import copy
 import errno
+import json
 import pickle
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -11,104 +13,103 @@ import pytest
 from conftest import chat, tokens
 from src.config import DataConfig
 from src.data import dataset
-from src.data.dataset import evaluation_limit, load_tokens
+from src.data.dataset import load_tokens, read_part
+from src.data.describe import data_notes
 from src.data.rows import FIRST_ROWS, check_source
 from src.utils.errors import RunError, UserError
 
 
-def test_truncation_is_counted_and_rows_without_labels_are_left_out(tokenizer, write_rows) -> None:
+def documents(data) -> list[list[int]]:
+    return [document.input_ids.tolist() for document in data[list(range(len(data)))]]
+
+
+@pytest.mark.parametrize(
+    ("too_long", "left_out", "note"),
+    [("cut", [3], "1 row left out: no answer within data.max_length=64"),
+     ("drop", [2, 3], "2 rows left out: longer than data.max_length=64")],
+)  # fmt: skip
+def test_longer_conversations_are_cut_or_left_out_and_counted(
+    tokenizer, write_rows, too_long: str, left_out: list[int], note: str
+) -> None:
     rows = [chat("q", "a"), chat("q", "word " * 60), chat("long " * 60, "a")]
-    data = tokens(write_rows(*rows), tokenizer, max_length=64)
-    assert (len(data), data.facts.truncated, data.facts.dropped) == (2, 2, 1)
-    assert data.lengths.tolist()[1] == 64
-    with pytest.raises(UserError, match=r"nothing to learn from: in all rows"):
-        tokens(write_rows(rows[2], name="long.jsonl"), tokenizer, max_length=64)
-
-
-def test_a_longer_conversation_is_left_out_if_wanted(tokenizer, write_rows) -> None:
-    file = write_rows(chat("q", "a"), chat("q", "word " * 60))
-    data = tokens(file, tokenizer, max_length=64, too_long="drop")
-    assert (len(data), data.facts.truncated) == (1, 1)
+    source, long = write_rows(*rows), write_rows(rows[2], name="long.jsonl")
+    data = tokens(source, tokenizer, max_length=64, too_long=too_long)
+    assert data.lengths.tolist()[1:] == [64] * (2 - len(left_out))
+    cut = "2 rows cut: longer than data.max_length=64"
+    assert list(data_notes(data.facts)) == ([cut, note] if too_long == "cut" else [note])
+    kept = [json.loads(line) for line in data.left_out.read_text().splitlines()]
+    assert [row["place"] for row in kept] == [f"{source}:{n}" for n in left_out]
+    reason = note.partition("left out: ")[2]
+    with pytest.raises(UserError, match=rf"no row can be used; {long}:1: {reason} \(\d+ tokens"):
+        tokens(long, tokenizer, max_length=64, too_long=too_long)
 
 
 def test_a_longer_text_becomes_documents_and_loses_nothing(tokenizer, write_rows) -> None:
     text = " ".join(f"word{n}" for n in range(100))
     data = tokens(write_rows({"text": text}, {"text": "short"}), tokenizer, max_length=64)
-    assert data.facts.split == 1
-    *pieces, short = data[list(range(len(data)))]
+    *pieces, short = documents(data)
+    assert list(data_notes(data.facts)) == ["1 row split: longer than data.max_length=64"]
     assert len(pieces) > 2
-    assert all(len(piece.input_ids) <= 64 for piece in pieces)
-    ids = [i for piece in pieces for i in piece.input_ids.tolist()]
-    assert tokenizer.decode(ids) == f"{text}<|end|>"
-    assert tokenizer.decode(short.input_ids.tolist()) == "short<|end|>"
+    assert max(map(len, pieces)) <= 64
+    assert tokenizer.decode([*chain.from_iterable(pieces)]) == f"{text}<|end|>"
+    assert tokenizer.decode(short) == "short<|end|>"
 
 
 def test_a_share_for_evaluation_is_chosen_by_content(tokenizer, write_rows) -> None:
     rows = [chat(f"q{n}", f"a{n}") for n in range(200)]
     file = write_rows(*rows, *rows[:50])  # with duplicates
     data = DataConfig(train=file, eval=0.2, max_length=64)
-
-    def contents(part) -> list[tuple]:
-        found = load_tokens(file, tokenizer, data, part=part)
-        return [tuple(d.input_ids.tolist()) for d in found[list(range(len(found)))]]
-
-    train, evaluation = contents("train"), contents("eval")
+    train, evaluation = (load_tokens(file, tokenizer, data, part=p) for p in ("train", "eval"))
     assert len(train) + len(evaluation) == 250
-    assert not set(train) & set(evaluation)
+    assert not {*map(tuple, documents(train))} & {*map(tuple, documents(evaluation))}
     assert 25 < len(evaluation) < 75
+    assert evaluation.facts.read_as == {"messages": len(evaluation)}, "not the rows of both parts"
     alone = write_rows(chat("q", "a"), name="alone.jsonl")
     with pytest.raises(UserError, match=r"data.eval=0.2 leaves too few rows"):
         [load_tokens(alone, tokenizer, data, part=part) for part in ("train", "eval")]
-    facts = load_tokens(file, tokenizer, data, part="eval").facts
-    assert facts.read_as == {"messages": len(evaluation)}, "and not the rows of both parts"
 
 
 @pytest.mark.parametrize(("rows", "share", "held"), [(60, 0.1, 6), (12, 0.1, 1), (3, 0.5, 2)])
-def test_a_share_of_few_rows_is_met_within_one_row(
-    tokenizer, write_rows, rows: int, share: float, held: int
-) -> None:
+def test_a_share_of_few_rows_is_met_within_one_row(write_rows, rows, share, held) -> None:
     file = write_rows(*[chat(f"q{n}", f"a{n}") for n in range(rows)])
-    data = DataConfig(train=file, eval=share, max_length=64)
-    parts = [len(load_tokens(file, tokenizer, data, part=part)) for part in ("train", "eval")]
-    assert parts == [rows - held, held]
+    data = DataConfig(train=file, eval=share)
+    assert len(list(read_part([file], data, "train"))) == rows - held
+    assert len(list(read_part([file], data, "eval"))) == held
 
 
 def test_rows_added_to_many_move_no_other_row_to_the_other_part(write_rows, monkeypatch) -> None:
     monkeypatch.setattr(dataset, "MANY", 50)
     rows = [chat(f"q{n}", f"a{n}") for n in range(80)]
-    few, more = (
-        write_rows(*rows),
-        write_rows(*[chat("new", f"{n}") for n in range(9)], *rows, name="m.jsonl"),
-    )
-    data = DataConfig(train=few, eval=0.2)
-    assert evaluation_limit([few], data) == evaluation_limit([more], data)
+    added = [chat("new", f"{n}") for n in range(9)]
+    few, more = write_rows(*rows), write_rows(*added, *rows, name="more.jsonl")
+    said = [
+        [row["messages"] for row in read_part([file], DataConfig(train=file, eval=0.2), "eval")]
+        for file in (few, more)
+    ]
+    assert said[0] == [messages for messages in said[1] if messages[0]["content"] != "new"]
 
 
 def test_several_sources_are_read_one_after_the_other(tokenizer, write_rows) -> None:
     one, two = write_rows(chat("q", "a")), write_rows(chat("r", "b"), name="two.jsonl")
     data = load_tokens([one, two], tokenizer, DataConfig(train=[one, two], max_length=64))
-    alone = tokens(two, tokenizer, max_length=64)
-    assert data[[1]][0].input_ids.tolist() == alone[[0]][0].input_ids.tolist()
+    assert documents(data)[1:] == documents(tokens(two, tokenizer, max_length=64))
 
 
-def test_rows_that_the_template_refuses_are_named_or_left_out(tokenizer, write_rows) -> None:
+def test_rows_that_the_template_refuses_are_named_once_or_left_out(tokenizer, write_rows) -> None:
     other = copy.deepcopy(tokenizer)
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     other.chat_template = refuse + tokenizer.chat_template
     system = {"messages": [{"role": "system", "content": "s"}, *chat("q", "a")["messages"]]}
-    file = write_rows(chat("q", "a"), system)
+    file = write_rows(chat("q", "a"), *[system] * 30)
     with pytest.raises(UserError) as error:
         tokens(file, other, max_length=64)
-    assert error.value.problems == (f"{file}:2: the chat template refuses it: no system",)
-    data = tokens(file, other, max_length=64, bad_rows="skip")
-    assert (len(data), data.facts.unusable) == (1, 1)
-    with pytest.raises(UserError) as error:
-        tokens(write_rows(*[system] * 30, name="all.jsonl"), other, max_length=64)
-    (problem,) = error.value.problems
-    assert problem.endswith(
-        "all.jsonl:1: the chat template refuses it: no system "
-        "(30 rows; data.bad_rows=skip leaves them out)"
+    assert error.value.problems == (
+        f"{file}:2: the chat template refuses it: no system "
+        "(30 rows; data.bad_rows=skip leaves them out)",
     )
+    data = tokens(file, other, max_length=64, bad_rows="skip")
+    assert len(data) == 1
+    assert "30 rows left out as unusable: left_out.jsonl says why" in list(data_notes(data.facts))
     assert f"{file}:2" in data.left_out.read_text()
 
 
@@ -121,8 +122,9 @@ def test_answers_that_the_generation_prompt_does_not_lead_to_are_counted(
         "{% if add_generation_prompt %}assistant: <think>{% endif %}"
     )
     file = write_rows(chat("q", "a"), chat("q", "<think>hm</think>a"))
-    assert tokens(file, other, max_length=64).facts.unprompted == 1
-    assert tokens(file, tokenizer, max_length=64).facts.unprompted == 0
+    (note,) = data_notes(tokens(file, other, max_length=64).facts)
+    assert note == "1 row answer without what the generation prompt ends with, e.g. <think>"
+    assert not list(data_notes(tokens(file, tokenizer, max_length=64).facts))
 
 
 def test_a_rows_labels_depend_on_nothing_but_the_row(tokenizer, write_rows) -> None:
@@ -133,7 +135,7 @@ def test_a_rows_labels_depend_on_nothing_but_the_row(tokenizer, write_rows) -> N
         assert together[[n]][0].labels.tolist() == alone[[0]][0].labels.tolist()
 
 
-def test_tokens_are_reused_until_rows_template_length_or_code_change(
+def test_tokens_are_reused_until_rows_template_eos_length_or_code_change(
     tokenizer, write_rows, monkeypatch
 ) -> None:
     calls = []
@@ -146,13 +148,18 @@ def test_tokens_are_reused_until_rows_template_length_or_code_change(
     write_rows(chat("q", "other"))
     tokens(file, tokenizer, max_length=64)
     assert len(calls) == 3
-    other = copy.copy(tokenizer)
+    other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("Assistant", "Answer")
+    other.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
     tokens(file, other, max_length=64)
     assert len(calls) == 4
+    other = copy.deepcopy(other)
+    other.eos_token = "<|eot|>"  # of one and the same tokenizer.json
+    tokens(file, other, max_length=64)
+    assert len(calls) == 5
     monkeypatch.setattr(dataset, "CODE", ("rows.py",))  # as if encoding.py had other lines
     tokens(file, tokenizer, max_length=64)
-    assert len(calls) == 5
+    assert len(calls) == 6
 
 
 def test_a_bad_row_that_no_early_check_reads_is_named_when_it_is_tokenised(
@@ -196,8 +203,7 @@ def test_workers_map_the_tokens_again(tokenizer, write_rows) -> None:
     data = tokens(write_rows(*[chat("q", "a " * 20)] * 500), tokenizer, max_length=64)
     pickled = pickle.dumps(data)
     assert len(pickled) < 1000, "a copy of all tokens for each worker"
-    again = pickle.loads(pickled)
-    for document, same in zip(data[[3, 7]], again[[3, 7]], strict=True):
+    for document, same in zip(data[[3, 7]], pickle.loads(pickled)[[3, 7]], strict=True):
         assert document.row == same.row
         assert (document.input_ids == same.input_ids).all()
         assert (document.labels == same.labels).all()
@@ -211,17 +217,21 @@ def test_rows_of_the_hub_are_tokenised_once_and_a_missing_dataset_is_one_line(
     rows = datasets.Dataset.from_list([chat("q", "a"), chat("r", "b")])
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or rows)
-    data = tokens("some/where:test", tokenizer, max_length=64)
-    assert len(data) == 2
-    assert asked[0] == (("some/where",), {"split": "test"})
-    tokens("some/where:main:test", tokenizer, max_length=64)
-    assert asked[-1] == (("some/where", "main"), {"split": "test"})
+    for source, names in (("some/where:test", ()), ("some/where:main:test", ("main",))):
+        assert len(tokens(source, tokenizer, max_length=64)) == 2
+        assert asked[-1] == (("some/where", *names), {"split": "test"})
     monkeypatch.setattr(dataset, "read_rows", None)
     assert len(tokens("some/where:test", tokenizer, max_length=64)) == 2
 
 
-def test_a_column_without_a_name_is_named_by_its_number(tmp_path, tokenizer) -> None:
+def test_columns_that_are_not_read_are_named(write_rows, tmp_path, tokenizer) -> None:
+    row = {"prompt": "q", "completion": "a", "ticket": 7, "created": "today", "label": True}
+    source = write_rows(row, chat("q", "a"))
+    facts = tokens(source, tokenizer).facts
+    assert facts.unread == {"ticket": 1, "created": 1}
+    assert "not read: ticket, created" in list(data_notes(facts))
+    mapped = tokens(source, tokenizer, columns={"system": "created"}, bad_rows="skip")
+    assert mapped.facts.unread == {"ticket": 1}
     table = tmp_path / "pandas.csv"
     table.write_text(",prompt,completion\n0,q,a\n")
-    facts = load_tokens(str(table), tokenizer, DataConfig(train=str(table))).facts
-    assert list(facts.unread) == ["(column 1)"]
+    assert list(tokens(str(table), tokenizer).facts.unread) == ["(column 1)"]

@@ -15,9 +15,9 @@ def test_a_look_at_the_data_tells_what_training_would_see(write_rows, tmp_path, 
     page = capsys.readouterr().out
     for line in (
         "data.train 10 documents, read 10 as messages",
-        "1 rows cut: longer than data.max_length=128",
-        "1 rows left out: nothing to learn from",
-        f"{train}:10: nothing to learn from: no assistant message with text",
+        "1 row cut: longer than data.max_length=128",
+        "1 row left out: nothing to learn from",
+        f"{train}:10: no assistant message with text",
         "1 documents repeat another one",
         "data.eval  2 documents, read 2 as messages",
         "1 documents are in data.train too",

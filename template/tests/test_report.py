@@ -39,7 +39,7 @@ def test_rows_that_were_cut_or_left_out_are_counted_before_step_1(train, write_r
     shown = capsys.readouterr().out
     assert "\n           read 3 as messages\n" in shown
     assert "\n           2 rows cut: longer than data.max_length=64\n" in shown
-    assert "\n           1 rows left out: nothing labelled remains of them\n" in shown
+    assert "\n           1 row left out: no answer within data.max_length=64\n" in shown
     train("data.eval=null", "training.max_steps=1", output="whole")
     shown = capsys.readouterr().out
     assert "rows cut" not in shown
@@ -53,14 +53,14 @@ def test_rows_that_were_left_out_as_unusable_are_kept_with_the_run(train, write_
     )
     shown = capsys.readouterr().out
     assert "2 rows left out as unusable: left_out.jsonl says why" in shown
-    assert "1 rows left out: nothing to learn from" in shown
+    assert "1 row left out: nothing to learn from" in shown
     half = train(
         f"data.train={rows}", "data.eval=0.5", "data.bad_rows=skip", "training.max_steps=1",
         output="half",
     )  # fmt: skip
     assert (half / "left_out.jsonl").read_bytes() == (folder / "left_out.jsonl").read_bytes()
     kept = [json.loads(line) for line in (folder / "left_out.jsonl").read_text().splitlines()]
-    assert [each["place"] for each in kept] == [f"{rows}:41", f"{rows}:43", f"{rows}:42"]
+    assert [each["place"] for each in kept] == [f"{rows}:41", f"{rows}:42", f"{rows}:43"]
 
 
 def test_a_run_whose_last_steps_were_all_skipped_ends_with_a_summary(train, monkeypatch, capsys):

@@ -4,7 +4,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import batched, chain, islice
 from pathlib import Path
@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from src.config import Config, DataConfig
 from src.data import IGNORE, Rejected
 from src.data.chat import knows_tools, types_token
-from src.data.encoding import encode
-from src.data.rows import Row, Tally, read_rows
+from src.data.encoding import Encoded, encode
+from src.data.rows import LeftOut, Row, check, no_rows, read_rows, reject
 from src.data.sources import expand, fingerprint
 from src.utils.environment import hf_home
 from src.utils.errors import RunError, UserError
@@ -26,8 +26,8 @@ from src.utils.files import new_folder, write_text
 
 MANY = 1000  # rows, from which on a share of their hashes is close to a share of the rows
 ROWS_AT_ONCE = 1000  # the tokenizer runs a list of texts in parallel
-IDS, LABELS, LENGTHS, FACTS = "input_ids.bin", "labels.bin", "lengths.bin", "facts.json"
-LEFT_OUT = "left_out.jsonl"
+TOKENS, LENGTHS, FACTS, LEFT_OUT = "tokens.bin", "lengths.bin", "facts.json", "left_out.jsonl"
+TOKEN = np.dtype([("input_ids", np.int32), ("labels", np.int32)])
 Part = Literal["all", "train", "eval"]
 # Who edits these makes other tokens: part of a cache's name, so that nobody has to empty it.
 CODE = ("sources.py", "rows.py", "chat.py", "encoding.py", "dataset.py")
@@ -46,15 +46,8 @@ class Facts:
     """What became of the rows that were read."""
 
     read_as: Counter[str] = field(default_factory=Counter)  # rows of each shape
-    empty: int = 0  # rows left out: nothing to learn from
-    unusable: int = 0  # rows left out with data.bad_rows=skip: see left_out.jsonl
     unread: Counter[str] = field(default_factory=Counter)  # columns that no token comes from
-    typed: int = 0  # rows whose text holds a token that the chat template writes
-    missing_tools: int = 0  # rows whose tools the chat template does not write
-    unprompted: int = 0  # rows that lack what the generation prompt writes
-    truncated: int = 0  # conversations cut at data.max_length, or left out: data.too_long
-    split: int = 0  # texts that became several documents
-    dropped: int = 0  # rows with no label left after that
+    notes: Counter[str] = field(default_factory=Counter)  # rows left out, changed or suspicious
     labelled_tokens: int = 0  # labels that carry loss, over all documents
     fingerprint: str = ""  # a hash of all tokens and labels
 
@@ -74,23 +67,22 @@ class TokenDataset:
         self.lengths = np.fromfile(folder / LENGTHS, np.int32)
         self._folder = folder
         self._bounds = np.concatenate([[0], self.lengths.cumsum(dtype=np.int64)])
-        tokens = int(self._bounds[-1])
-        # Given the shape, numpy refuses a file that is too short. As arrays: slices of memmaps
+        # Given the shape, numpy refuses a file that is too short. As an array: slices of memmaps
         # carry bookkeeping that takes longer than reading the tokens.
-        self._ids = np.asarray(np.memmap(folder / IDS, np.int32, "r", shape=(tokens,)))
-        self._labels = np.asarray(np.memmap(folder / LABELS, np.int32, "r", shape=(tokens,)))
+        self._tokens = np.asarray(np.memmap(folder / TOKENS, TOKEN, "r", shape=self._bounds[-1]))
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
-        # A loader's worker maps the files again; pickled memmaps would be copied whole.
+        # A loader's worker maps the file again; a pickled memmap would be copied whole.
         return type(self), (self._folder,)
 
     def __getitem__(self, rows: list[int]) -> list[Document]:
         """A whole batch at a time, as the sampler asks for it."""
-        spans = [(row, slice(self._bounds[row], self._bounds[row + 1])) for row in rows]
-        return [Document(row, self._ids[span], self._labels[span]) for row, span in spans]
+        tokens = [self._tokens[self._bounds[row] : self._bounds[row + 1]] for row in rows]
+        pairs = zip(rows, tokens, strict=True)
+        return [Document(row, some["input_ids"], some["labels"]) for row, some in pairs]
 
 
 def load_documents(
@@ -121,8 +113,7 @@ def load_tokens(
         tokenizer: a fast tokenizer with a chat template.
         data: how rows are read, and how long documents are.
         limit: use the first so many rows only.
-        part: of the rows, where `data.eval` is a share of them: by their content, so that equal
-            rows are never in both.
+        part: as `read_part` says.
 
     Raises:
         UserError: rows that cannot be used, or none from which anything can be learnt.
@@ -149,6 +140,35 @@ def load_tokens(
     return TokenDataset(folder)
 
 
+def read_part(
+    names: list[str], data: DataConfig, part: Part = "all", left_out: list[LeftOut] | None = None
+) -> Iterator[Row]:
+    """Return the usable rows of some sources, or of a part where `data.eval` is a share of them.
+
+    Rows are divided by their content, so that equal rows are never in both parts. Of up to MANY
+    rows the share is met as exactly as whole rows allow. Of more it is met on average, and rows
+    that are added later move no other row to the other part.
+    """
+    rows = chain.from_iterable(read_rows(name, data, left_out) for name in names)
+    if part == "all":
+        return rows
+    first, share = list(islice(rows, MANY + 1)), cast(float, data.eval)
+    limit = int(share * 2**64)  # rows with a hash below this are held out
+    if len(first) <= MANY:
+        hashes = sorted(map(_row_hash, first))
+        held_out = max(1, round(share * len(hashes)))
+        # The hash after the last row that is held out; equal rows stay together.
+        limit = next((h for h in hashes[held_out:] if h > hashes[0]), 0)
+    return (row for row in chain(first, rows) if (_row_hash(row) < limit) == (part == "eval"))
+
+
+def _row_hash(row: Row) -> int:
+    """Return 64 bits that depend on what a row says, and not on its place."""
+    said = [row.get(key) for key in ("messages", "tools", "text")]
+    content = json.dumps(said, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest())
+
+
 def _cache_folder(names: list[str], made_with: dict[str, object]) -> Path:
     """A folder named by a hash of all that its tokens are made from."""
     digest = hashlib.sha256(repr(made_with).encode())
@@ -163,95 +183,68 @@ def _tokenise(
     path: Path, names: list[str], tokenizer: Tokenizer, data: DataConfig, limit: int | None,
     part: Part,
 ) -> None:  # fmt: skip
-    """Write a folder of tokens, labels and lengths laid end to end, int32, and their facts."""
-    facts, tally, lengths, digest = Facts(), Tally(), array("i"), hashlib.sha256()
-    rows = chain.from_iterable(read_rows(name, data, tally) for name in names)
-    if part != "all":
-        limit_of_eval = evaluation_limit(names, data)
-        rows = (row for row in rows if (row_hash(row) < limit_of_eval) == (part == "eval"))
+    """Write a folder: tokens with their labels end to end, documents' lengths, and facts."""
+    facts, lengths, digest = Facts(), array("i"), hashlib.sha256()
+    left_out: list[LeftOut] = []
+    rows = islice(read_part(names, data, part, left_out), limit)
     with new_folder(path) as folder:
-        with (folder / IDS).open("wb") as ids_file, (folder / LABELS).open("wb") as labels_file:
-            for some in batched(islice(rows, limit), ROWS_AT_ONCE):
-                documents = list(_documents(list(some), tokenizer, data, facts, tally))
-                lengths.extend(len(ids) for ids, _ in documents)
-                for column, file in enumerate((ids_file, labels_file)):
-                    tokens = array("i", chain.from_iterable(pair[column] for pair in documents))
-                    tokens.tofile(file)
-                    digest.update(tokens)
-        tally.check()
+        with (folder / TOKENS).open("wb") as file:
+            for some in batched(rows, ROWS_AT_ONCE):
+                for tokens in _documents(some, tokenizer, data, facts, left_out):
+                    lengths.append(len(tokens))
+                    file.write(tokens.tobytes())
+                    digest.update(tokens.tobytes())
+        check(left_out, data)
         if not lengths:
-            reason = tally.reason_for_none() or (
-                f"nothing to learn from: in all rows the first {data.max_length} tokens hold no "
-                "assistant text; raise data.max_length"
-            )
-            if part != "all":
-                reason = f"data.eval={data.eval} leaves too few rows for one of the two parts"
-            raise UserError(f"{', '.join(names)}: {reason}")
+            few = f"data.eval={data.eval} leaves too few rows for one of the two parts"
+            raise UserError(f"{', '.join(names)}: {no_rows(left_out) if part == 'all' else few}")
         (folder / LENGTHS).write_bytes(lengths)
         digest.update(lengths)
-        facts.empty, facts.unusable = len(tally.empty), len(tally.unusable)
         facts.fingerprint = digest.hexdigest()[:32]
-        left_out = [*tally.unusable, *tally.empty, *tally.too_long]
-        lines = (json.dumps(each, default=str) + "\n" for each in left_out)
+        facts.notes.update(row.count_as for row in left_out)
+        lines = (json.dumps(row._asdict(), default=str) + "\n" for row in left_out)
         write_text(folder / LEFT_OUT, "".join(lines))
         write_text(folder / FACTS, json.dumps(vars(facts), indent=1))
 
 
 def _documents(
-    rows: list[Row], tokenizer: Tokenizer, data: DataConfig, facts: Facts, tally: Tally
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids and labels of documents, none longer than `data.max_length`."""
+    rows: Sequence[Row], tokenizer: Tokenizer, data: DataConfig, facts: Facts,
+    left_out: list[LeftOut],
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """Yield documents as arrays of TOKEN, none longer than `data.max_length`."""
     length = data.max_length
     for row, encoded in zip(rows, encode(rows, tokenizer), strict=True):
         if isinstance(encoded, Rejected):
-            tally.reject(encoded, row["place"], row, data)
+            reject(left_out, encoded, row["place"], row)
             continue
-        ids, labels, prompted = encoded
         facts.read_as[row["read_as"]] += 1
         facts.unread.update(row["unread"])
-        facts.unprompted += not prompted
-        too_long, starts = len(ids) > length, range(1)
-        if "text" in row:  # all of it is worth reading
-            facts.split += too_long
-            starts = range(0, len(ids), length)
-        else:
-            facts.truncated += too_long
-            facts.typed += types_token(row["messages"], tokenizer)
-            facts.missing_tools += bool(row["tools"]) and not knows_tools(tokenizer)
-            if too_long and data.too_long == "drop":
-                starts = range(0)
-        answered = False
-        for start in starts:
-            piece = labels[start : start + length]
-            labelled = len(piece) - piece.count(IGNORE)
-            facts.labelled_tokens += labelled
-            facts.dropped += not labelled
-            if labelled:
-                answered = True
-                yield ids[start : start + length], piece
-        if not answered:
-            reason = f"no answer in the first {length} of its {len(ids)} tokens (data.max_length)"
-            tally.too_long.append({"place": row["place"], "reason": reason})
+        facts.notes.update(_notes(row, encoded, tokenizer))
+        tokens = np.empty(len(encoded.ids), TOKEN)
+        tokens["input_ids"], tokens["labels"] = encoded.ids, encoded.labels
+        is_text = "text" in row  # all of it is worth reading; of a conversation, its beginning
+        too_long = f"longer than data.max_length={length}" if len(tokens) > length else ""
+        starts = range(0, len(tokens) if is_text else 1, length)
+        pieces = [tokens[start : start + length] for start in starts]
+        labels = [int((piece["labels"] != IGNORE).sum()) for piece in pieces]
+        reason = "" if any(labels) else f"no answer within data.max_length={length}"
+        if too_long and data.too_long == "drop" and not is_text:
+            reason = too_long
+        elif too_long:
+            facts.notes[f"{'split' if is_text else 'cut'}: {too_long}"] += 1
+        if reason:
+            more = f"{reason} ({len(tokens):,} tokens)"
+            left_out.append(LeftOut(f"left out: {reason}", row["place"], more))
+            continue
+        facts.labelled_tokens += sum(labels)
+        yield from (piece for piece, count in zip(pieces, labels, strict=True) if count)
 
 
-def evaluation_limit(names: list[str], data: DataConfig) -> int:
-    """Rows with a `row_hash` below this are held out: the share `data.eval` of all rows.
-
-    Of up to MANY rows the share is met as exactly as whole rows allow. Of more it is met on
-    average, and rows that are added later move no other row to the other part.
-    """
-    share = float(cast(float, data.eval))
-    rows = chain.from_iterable(read_rows(name, data) for name in names)
-    hashes = sorted(map(row_hash, islice(rows, MANY + 1)))
-    if len(hashes) > MANY:
-        return int(share * 2**64)
-    held_out = max(1, round(share * len(hashes)))
-    # The hash after the last row that is held out; equal rows stay together.
-    return next((h for h in hashes[held_out:] if h > hashes[0]), 0)
-
-
-def row_hash(row: Row) -> int:
-    """64 bits that depend on what a row says, and not on its place."""
-    said = [row.get(key) for key in ("messages", "tools", "text")]
-    content = json.dumps(said, sort_keys=True, default=str)
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest())
+def _notes(row: Row, encoded: Encoded, tokenizer: Tokenizer) -> Iterator[str]:
+    """Say what is suspicious about a row."""
+    if "messages" in row and types_token(row["messages"], tokenizer):
+        yield "hold a token of the chat template as text: it ends or opens a turn there"
+    if row.get("tools") and not knows_tools(tokenizer):
+        yield "list tools, which the chat template does not print"
+    if not encoded.prompted:
+        yield "answer without what the generation prompt ends with, e.g. <think>"

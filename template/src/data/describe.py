@@ -5,27 +5,14 @@ from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from src.config import DataConfig
 from src.data import IGNORE
 from src.data.dataset import Document, Facts
 
 
-def data_notes(facts: Facts, data: DataConfig) -> Iterator[str]:
+def data_notes(facts: Facts) -> Iterator[str]:
     """Say how many rows were changed, left out or suspicious, a line for each reason."""
-    too_long = f"longer than data.max_length={data.max_length}"
-    cut = "cut" if data.too_long == "cut" else "left out"
-    for count, text in (
-        (facts.truncated, f"{cut}: {too_long}"),
-        (facts.split, f"split: texts {too_long}"),
-        (facts.dropped, "left out: nothing labelled remains of them"),
-        (facts.empty, "left out: nothing to learn from"),
-        (facts.unusable, "left out as unusable: left_out.jsonl says why"),
-        (facts.typed, "hold a token of the chat template as text: it ends or opens a turn there"),
-        (facts.missing_tools, "list tools, which the chat template does not print"),
-        (facts.unprompted, "answer without what the generation prompt ends with, e.g. <think>"),
-    ):
-        if count:
-            yield f"{count:,} rows {text}"
+    for note, count in facts.notes.items():
+        yield f"{count:,} {'row' if count == 1 else 'rows'} {note}"
     if facts.unread:
         yield f"not read: {', '.join(facts.unread)}"
 

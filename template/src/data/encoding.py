@@ -1,5 +1,6 @@
 """A row becomes token ids and labels: what the assistant says carries loss, and nothing else."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -18,7 +19,7 @@ class Encoded(NamedTuple):
     prompted: bool  # whether each answer follows all that the generation prompt writes
 
 
-def encode(rows: list[Row], tokenizer: Tokenizer) -> list[Encoded | Rejected]:
+def encode(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Encoded | Rejected]:
     """Token ids and labels of each row; only what the assistant says carries a label.
 
     The whole conversation is tokenised once, as one text, because tokens of pieces need not be

@@ -2,81 +2,87 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from src.config import DataConfig
 from src.data import Rejected
 from src.data.sources import check_exists, is_file, raw_rows, reason_of
 from src.utils.errors import UserError
 
-MAX_PROBLEMS = 20  # different ones of a source: enough to see a pattern, few enough to read
-MAX_BAD_ROWS = 1000  # of a source: reading stops there
+MAX_PROBLEMS = 20  # that are printed: enough to see a pattern, few enough to read
+MANY_ROWS = 1000  # that are left out: reading stops there if they cannot be used
+EMPTY = "left out: nothing to learn from"
+UNUSABLE = "left out as unusable: left_out.jsonl says why"
 FIRST_ROWS = 100  # what is looked at before a start
 ROLES = {
-    **{name: name for name in ("system", "user", "assistant", "tool")},
-    **{"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"},
-    **{"function": "tool", "observation": "tool", "function_response": "tool"},
-    **{"function_call": "assistant"},
-}
-# Columns of a question and its answer, as datasets call them; the first pair that is there counts.
-PAIRS = (
-    *(("prompt", "completion"), ("prompt", "response"), ("question", "answer")),
-    *(("instruction", "output"), ("instruction", "response"), ("question", "response")),
-)
+    "system": "system", "developer": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+SHAREGPT = {"from": "role", "value": "content"}
+LOSS = ("weight", "train", "trainable")  # of a message: OpenAI's, axolotl's; 0 or false is no loss
+# The columns that a row is read from, as datasets call them; the first shape that is there counts.
+SHAPES = (
+    ("messages",), ("conversations",), ("conversation",),
+    ("prompt", "completion"), ("prompt", "response"), ("question", "answer"),
+    ("instruction", "output"), ("instruction", "response"), ("question", "response"), ("text",),
+)  # fmt: skip
 # Columns that continue a question: Alpaca's input, Dolly's and SQL sets' context.
 CONTINUED = {"instruction": ("input", "context"), "question": ("context",), "prompt": ("context",)}
-SYSTEM = ("system", "system_prompt")
-CONVERSATIONS = ("messages", "conversations", "conversation")
-SHAPES = "`messages`, `prompt` and `completion`, `instruction` and `output`, or `text`"
+EXPECTED = "`messages`, `prompt` and `completion`, `instruction` and `output`, or `text`"
 THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+KINDS = {
+    dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number",
+    float: "a number", type(None): "null or missing",
+}  # fmt: skip
 
 # A row as `read_rows` yields it: {"messages": [...], "tools": [...]} or {"text": "..."}, with its
 # "place", the shape that it was "read_as" and its "unread" columns, for messages to the user.
 Row = dict[str, Any]
 
 
-@dataclass
-class Tally:
-    """The rows that are left out, each with its reason."""
+class LeftOut(NamedTuple):
+    """A row that is left out: a line of `left_out.jsonl`."""
 
-    empty: list[dict[str, str]] = field(default_factory=list)  # nothing to learn from
-    unusable: list[dict[str, Any]] = field(default_factory=list)  # named, or left out: bad_rows
-    too_long: list[dict[str, str]] = field(default_factory=list)  # no answer within max_length
-    problems: dict[str, list[str]] = field(default_factory=dict)  # places of each, bad_rows=stop
+    count_as: str
+    place: str
+    reason: str
+    row: Any = None
 
-    def reject(self, error: Rejected, place: str, row: Any, data: DataConfig) -> None:
-        """Leave a row out.
 
-        Raises:
-            UserError: with data.bad_rows=stop, once there are too many of them.
-        """
-        if error.empty:
-            self.empty.append({"place": place, "reason": f"nothing to learn from: {error}"})
-            return
-        kept = {} if isinstance(row, Rejected) else {"row": row}
-        self.unusable.append({"place": place, "reason": str(error), **kept})
-        if data.bad_rows == "stop":
-            self.problems.setdefault(str(error), []).append(place)
-            if len(self.problems) >= MAX_PROBLEMS or len(self.unusable) >= MAX_BAD_ROWS:
-                self.check(f"stopped reading after {len(self.unusable):,} bad rows")
+def reject(left_out: list[LeftOut], error: Rejected, place: str, row: Any) -> None:
+    """Leave a row out that holds nothing to learn from, or cannot be used."""
+    row = row if isinstance(row, dict) else None
+    left_out.append(LeftOut(EMPTY if error.empty else UNUSABLE, place, str(error), row))
 
-    def check(self, *more: str) -> None:
-        """Raise a `UserError` if there are problems: each once, with its first place."""
-        lines = []
-        for reason, places in self.problems.items():
-            rows = f" ({len(places):,} rows; data.bad_rows=skip leaves them out)"
-            lines.append(f"{places[0]}: {reason}{rows if len(places) > 1 else ''}")
-        if lines:
-            raise UserError(*lines, *more)
 
-    def reason_for_none(self) -> str | None:
-        """Say that all rows are left out, with the first one's reason; None if none is."""
-        for first in self.unusable + self.empty:
-            return f"no row can be used; {first['place']}: {first['reason']}"
-        return None
+def check(left_out: list[LeftOut], data: DataConfig) -> None:
+    """Name the rows that cannot be used, unless `data.bad_rows` is `skip`.
+
+    Raises:
+        UserError: a line per problem, with its first place and how many rows have it.
+    """
+    problems: dict[str, list[str]] = {}
+    for row in left_out if data.bad_rows == "stop" else ():
+        if row.count_as == UNUSABLE:
+            # Equal but for numbers, such as that of a message, is the same problem.
+            kind = re.sub(r"\d+", "0", row.reason)
+            problems.setdefault(kind, []).append(f"{row.place}: {row.reason}")
+    if problems:
+        count = " ({:,} rows; data.bad_rows=skip leaves them out)"
+        lines = [rows[0] + count.format(len(rows)) * (len(rows) > 1) for rows in problems.values()]
+        raise UserError(*lines[:MAX_PROBLEMS])
+
+
+def no_rows(left_out: list[LeftOut]) -> str:
+    """Say why no row remains, with the first one's reason."""
+    for first in left_out:
+        return f"no row can be used; {first.place}: {first.reason}"
+    return f"no rows; at least one is needed, with {EXPECTED}"
 
 
 def adapt(raw: dict[str, Any]) -> dict[str, Any]:
@@ -100,37 +106,36 @@ def check_source(key: str, source: str, data: DataConfig) -> None:
         UserError: the file is missing or empty, or rows cannot be used: file, line and reason.
     """
     check_exists(key, source)
-    tally = Tally()
-    if not is_file(source):
-        return
-    rows = list(islice(read_rows(source, data, tally), FIRST_ROWS))
-    tally.check()
-    if not rows:
-        reason = tally.reason_for_none() or f"no rows; {key} needs at least one of {SHAPES}"
-        raise UserError(f"{source}: {reason}")
+    left_out: list[LeftOut] = []
+    if is_file(source):
+        rows = list(islice(read_rows(source, data, left_out), FIRST_ROWS))
+        check(left_out, data)
+        if not rows:
+            raise UserError(f"{source}: {no_rows(left_out)}")
 
 
-def read_rows(source: str, data: DataConfig, tally: Tally | None = None) -> Iterator[Row]:
+def read_rows(
+    source: str, data: DataConfig, left_out: list[LeftOut] | None = None
+) -> Iterator[Row]:
     """Yield the usable rows of a file or hub dataset, in order, one at a time.
-
-    Rows without anything to learn from are left out and counted.
 
     Args:
         source: one file or hub id.
         data: how rows are read: `columns`, `thinking`, `bad_rows`.
-        tally: counts what was left out.
+        left_out: takes the others.
 
     Raises:
-        UserError: after the last row, or after too many bad ones: a line per problem. Not with
-            `bad_rows: skip`, which puts them into the tally.
+        UserError: as `check`, after the last row, or after many that are left out.
     """
-    tally = tally or Tally()
+    left_out = [] if left_out is None else left_out
     for place, raw in raw_rows(source):
         try:
             yield _read(raw, data) | {"place": f"{source}{place}"}
         except Rejected as error:
-            tally.reject(error, f"{source}{place}", raw, data)
-    tally.check()
+            reject(left_out, error, f"{source}{place}", raw)
+            if len(left_out) % MANY_ROWS == 0:
+                check(left_out, data)
+    check(left_out, data)
 
 
 def read_question(raw: Any, data: DataConfig) -> Row:
@@ -146,7 +151,7 @@ def read_question(raw: Any, data: DataConfig) -> Row:
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
-        raise Rejected(f"has no question; a row needs {SHAPES.rpartition(',')[0]}")
+        raise Rejected(f"has no question; a row needs {EXPECTED.rpartition(',')[0]}")
     return {"messages": messages, "tools": row["tools"]}
 
 
@@ -164,113 +169,107 @@ def _read(raw: Any, data: DataConfig, answered: bool = True) -> Row:
     if isinstance(raw, Rejected):
         raise raw
     if not isinstance(raw, dict):
-        raise Rejected(f"a row is an object with {SHAPES}, not {_kind(raw)}")
+        raise Rejected(f"a row is an object with {EXPECTED}, not {_kind(raw)}")
     columns = data.columns or {}
     for ours, theirs in columns.items():
         if theirs not in raw:
             raise Rejected(f"data.columns.{ours}: no column `{theirs}`; it has {_names(raw)}")
-        raw = raw | {ours: raw[theirs]}
     try:
-        row = {key: value for key, value in adapt(raw).items() if not _is_absent(value)}
+        row = _present(adapt(raw | {ours: raw[theirs] for ours, theirs in columns.items()}))
     except Exception as error:  # noqa: BLE001 - the user's code, on this row
         raise Rejected(f"adapt() in src/data/rows.py: {type(error).__name__}: {error}") from None
-    if row.get("label") is False:  # KTO's
+    if row.pop("label", True) is False:  # KTO's
         raise Rejected("`label` is false: an answer that was rejected", empty=True)
     shape = _shape(row, answered)
-    used = {*shape, *columns.values(), *SYSTEM, "tools", "label"}
-    if shape == ("text",):
-        read: Row = {"text": _text(row, "text")}
-    else:
-        turns = row[shape[0]]
-        if len(shape) == 2:
-            turns = _turns(*shape, row, answered)
-            used |= {"history", *CONTINUED.get(shape[0], ())}
-        read = _conversation(" and ".join(shape), turns, row, data, answered)
-    _check_writable(read)
-    unread = [name for name in row if name not in used]
+    # What is read is taken out of the row: what remains is not read.
+    read = {"text": _text(row, "text")} if shape == ("text",) else _chat(shape, row, data, answered)
+    try:  # what no tokenizer or template can take, although JSON can hold it
+        json.dumps(read, ensure_ascii=False, default=str).encode()
+    except (ValueError, RecursionError) as error:
+        raise Rejected(f"holds {reason_of(error)}") from None
+    unread = [name for name in row if name not in columns.values()]
     return read | {"read_as": " and ".join(shape), "unread": unread}
 
 
 def _shape(row: Row, answered: bool) -> tuple[str, ...]:
     """Return the columns that a row is read from: a conversation, a pair, or a text."""
-    for key in CONVERSATIONS:
-        if key in row:
-            return (key,)
-    for asked, answer in PAIRS:
-        if asked in row and (answer in row or not answered):
-            return asked, answer
-    if "text" in row:
-        return ("text",)
-    for name, other in [*PAIRS, *(pair[::-1] for pair in PAIRS)]:
-        if name in row:
-            raise Rejected(f"`{other}` is missing; it has {_names(row)}")
-    names = "for other names set data.columns.prompt=… and data.columns.completion=…"
-    raise Rejected(f"has {_names(row)}; a row needs {SHAPES}; {names}")
+    half = ""
+    for shape in SHAPES:
+        missing = [name for name in shape[: 1 + answered] if name not in row]
+        if not missing:
+            return shape
+        if not half and row.keys() & {*shape}:
+            half = missing[0]
+    if half:
+        raise Rejected(f"`{half}` is missing; it has {_names(row)}")
+    texts = [name for name, cell in row.items() if isinstance(cell, str)]
+    keys = zip(("prompt", "completion"), [*texts, "COLUMN", "COLUMN"], strict=False)
+    hint = " ".join(shlex.quote(f"data.columns.{ours}={theirs}") for ours, theirs in keys)
+    raise Rejected(f"has {_names(row)}; a row needs {EXPECTED}; map yours, for example {hint}")
 
 
 def _text(row: Row, key: str) -> str:
-    if not isinstance(row[key], str):
-        raise Rejected(f"`{key}` must be text, not {_kind(row[key])}")
-    if not row[key].strip():
+    text = row.pop(key)
+    if not isinstance(text, str):
+        raise Rejected(f"`{key}` must be text, not {_kind(text)}")
+    if not text.strip():
         raise Rejected(f"`{key}` is empty", empty=True)
-    return row[key]
+    return text
 
 
-def _turns(asked: str, answer: str, row: Row, answered: bool) -> list[Any]:
-    """Return a question and its answer, each a text or a list of messages, as messages."""
-    turns: list[Any] = []
-    history = row.get("history") or []  # Alpaca's: pairs of a question and its answer
-    for earlier in history if isinstance(history, list) else [history]:
-        if not (isinstance(earlier, list) and [type(text) for text in earlier] == [str, str]):
-            raise Rejected("`history` must be a list of [question, answer]")
-        question, said = earlier
-        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
-    roles = {asked: "user", answer: "assistant"} if answered else {asked: "user"}
-    for key, role in roles.items():
-        if isinstance(row[key], list):
-            turns += row[key]
-            continue
-        text = _text(row, key)
-        for name in CONTINUED.get(key, ()):
-            more = row.get(name) or ""
-            if not isinstance(more, str):
-                raise Rejected(f"`{name}` must be text, not {_kind(more)}")
-            if more.strip():
-                text = f"{text}\n\n{more}"
-        turns.append({"role": role, "content": text})
-    return turns
-
-
-def _conversation(key: str, turns: Any, row: Row, data: DataConfig, answered: bool) -> Row:
+def _chat(shape: tuple[str, ...], row: Row, data: DataConfig, answered: bool) -> Row:
     """Return a row's messages, with its system prompt as the first of them, and its tools."""
+    turns = _turns(shape, row, answered)
     if not isinstance(turns, list) or not turns:
-        raise Rejected(f"`{key}` must be a list with at least one message")
+        raise Rejected(f"`{shape[0]}` must be a list with at least one message")
     messages = []
     for number, turn in enumerate(turns, 1):
         try:
             messages.append(read_message(turn, data))
         except Rejected as error:
             raise Rejected(f"message {number}: {error}") from None
-    for name in SYSTEM:
-        if isinstance(system := row.get(name), str) and system.strip():
-            first = messages[0]
-            if first["role"] != "system":
-                messages.insert(0, {"role": "system", "content": system})
-            elif first["content"] != system:
+    for name in ("system", "system_prompt"):
+        if isinstance(system := row.pop(name, None), str) and system.strip():
+            if messages[0]["role"] != "system":
+                messages.insert(0, _turn("system", system))
+            elif messages[0]["content"] != system:
                 raise Rejected(f"has both `{name}` and a system message; keep one of them")
     spoken = (m for m in messages if m["role"] == "assistant" and trains(m))
     if answered and not any(m["content"].strip() or m.get("tool_calls") for m in spoken):
         raise Rejected("no assistant message with text", empty=True)
-    tools = _parsed("`tools`", row.get("tools"))
-    if not isinstance(tools, list | None) or not all(isinstance(t, dict) for t in tools or ()):
+    tools = _parsed("`tools`", row.pop("tools", None)) or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Rejected(f"`tools` must be a list of objects, not {_kind(tools)}")
     return {"messages": messages, "tools": tools or None}
 
 
+def _turns(shape: tuple[str, ...], row: Row, answered: bool) -> Any:
+    """Return a conversation; a question and its answer, each a text or messages, as one."""
+    if len(shape) == 1:
+        return _parsed(f"`{shape[0]}`", row.pop(shape[0]))
+    turns: list[Any] = []
+    history = _parsed("`history`", row.pop("history", None)) or []  # Alpaca's
+    for pair in history if isinstance(history, list) else [history]:
+        if not (isinstance(pair, list) and [type(text) for text in pair] == [str, str]):
+            raise Rejected("`history` must be a list of [question, answer]")
+        turns += map(_turn, ("user", "assistant"), pair)
+    for key, role in zip(shape[: 1 + answered], ("user", "assistant"), strict=False):
+        if isinstance(row[key], list):
+            turns += row.pop(key)
+            continue
+        text = _text(row, key)
+        for name in CONTINUED.get(key, ()):
+            more = row.pop(name, None) or ""
+            if not isinstance(more, str):
+                raise Rejected(f"`{name}` must be text, not {_kind(more)}")
+            text += f"\n\n{more}" * bool(more.strip())
+        turns.append(_turn(role, text))
+    return turns
+
+
 def trains(message: dict[str, Any]) -> bool:
-    """Whether an assistant's message carries loss: OpenAI's `weight`, axolotl's `train`."""
-    off = (message.get("train"), message.get("trainable"))
-    return message.get("weight") != 0 and False not in off
+    """Whether an assistant's message carries loss."""
+    return 0 not in (message.get(name) for name in LOSS)
 
 
 def read_message(turn: Any, data: DataConfig) -> dict[str, Any]:
@@ -281,16 +280,15 @@ def read_message(turn: Any, data: DataConfig) -> dict[str, Any]:
     """
     if not isinstance(turn, dict):
         raise Rejected(f"must be an object with `role` and `content`, not {_kind(turn)}")
-    turn = {k: v for k, v in turn.items() if not _is_absent(v)}  # Parquet fills what a row lacks
-    for key in ("weight", "train", "trainable"):
+    # Parquet fills in what a row lacks.
+    turn = {SHAREGPT.get(key, key): cell for key, cell in _present(turn).items()}
+    for key in LOSS:
         if turn.get(key, 1) not in (0, 1):  # true and false equal them
             raise Rejected(f"`{key}` must be 0 or 1, or true or false, not {turn[key]!r}"[:120])
-    sharegpt = turn.pop("from", None)  # ShareGPT's names
-    name = turn.get("role", sharegpt)
+    name, content = turn.get("role"), turn.get("content")
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise Rejected(f"`role` is {repr(name)[:80]}, not {' | '.join(list(ROLES)[:4])}")
-    content = turn.get("content", turn.pop("value", None))
+        raise Rejected(f"`role` is {repr(name)[:80]}, not system, user, assistant or tool")
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
@@ -304,12 +302,11 @@ def read_message(turn: Any, data: DataConfig) -> dict[str, Any]:
     if calls:
         turn["tool_calls"], content = _calls(calls), content or ""
     if not isinstance(content, str):
-        wrong = "is missing" if content is None else f"must be text, not {_kind(content)}"
-        raise Rejected(f"`content` {wrong}")
+        raise Rejected(f"`content` must be text, not {_kind(content)}")
     if data.thinking == "drop" and role == "assistant":
         content = THINKING.sub("", content)
         turn = {k: v for k, v in turn.items() if k not in {"reasoning_content", "thinking"}}
-    return turn | {"role": role, "content": content}
+    return turn | _turn(role, content)
 
 
 def _calls(calls: Any) -> list[dict[str, Any]]:
@@ -322,13 +319,12 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             seen = json.dumps(call, default=str)[:80]
             raise Rejected(f"a call of a tool needs `name` and `arguments`, and is {seen}")
-        name = function["name"]
-        arguments = _parsed(f"the arguments of `{name}`", function.get("arguments"))
-        if not isinstance(arguments, dict | None):
-            raise Rejected(f"the arguments of `{name}` must be an object, not {_kind(arguments)}")
+        what = f"the arguments of `{function['name']}`"
+        arguments = _parsed(what, function.get("arguments")) or {}
+        if not isinstance(arguments, dict):
+            raise Rejected(f"{what} must be an object, not {_kind(arguments)}")
         kept = around if "function" in around else {}
-        function = {**function, "arguments": arguments or {}}
-        read.append({"type": "function", **kept, "function": function})
+        read.append({"type": "function", **kept, "function": {**function, "arguments": arguments}})
     return read
 
 
@@ -342,17 +338,13 @@ def _parsed(what: str, value: Any) -> Any:
         raise Rejected(f"{what}: {reason_of(error)}; it is {value[:80]}") from None
 
 
-def _check_writable(row: Row) -> None:
-    """Raise `Rejected` for what no tokenizer or template can take, although JSON can hold it."""
-    try:
-        json.dumps(row, ensure_ascii=False, default=str).encode()
-    except (ValueError, RecursionError) as error:
-        raise Rejected(f"holds {reason_of(error)}") from None
+def _turn(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
-def _is_absent(value: Any) -> bool:
-    """Whether a cell is empty: pandas writes NaN where it has nothing."""
-    return value is None or (isinstance(value, float) and value != value)
+def _present(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without its empty cells: pandas writes NaN where it has nothing."""
+    return {k: v for k, v in row.items() if v is not None and v == v}
 
 
 def _names(row: dict[str, Any]) -> str:
@@ -360,5 +352,5 @@ def _names(row: dict[str, Any]) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number")
+    name = type(value).__name__
+    return KINDS.get(type(value), f"{name}, which adapt() in src/data/rows.py can turn into text")

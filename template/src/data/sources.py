@@ -8,8 +8,9 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from glob import glob
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 Places = Iterator[tuple[str, Any]]  # pairs of a place in the file (":3" is its line) and a raw row
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-# What libraries raise for a damaged file: json's and Arrow's errors are ValueErrors.
-UNREADABLE = (OSError, EOFError, ValueError, OverflowError, RecursionError)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")  # org/name[:configuration][:split]
 
 
@@ -35,13 +34,16 @@ def expand(sources: str | list[str]) -> list[str]:
     """
     names: list[str] = []
     for source in [sources] if isinstance(sources, str) else sources:
-        if from_root(source).exists() or not any(sign in source for sign in "*?["):
+        path = from_root(source)
+        if path.exists() or not any(sign in source for sign in "*?["):
             names.append(source)
             continue
-        paths = sorted(glob(str(from_root(source)), recursive=True))
-        if not paths:
+        # A folder that exists is no pattern, whatever its name holds.
+        folder = next(parent for parent in path.parents if parent.exists())
+        files = sorted(glob(str(path.relative_to(folder)), root_dir=folder, recursive=True))
+        if not files:
             raise UserError(f"{source}: no file fits this pattern")
-        names += [to_root(Path(path)) for path in paths]
+        names += [to_root(folder / file) for file in files]
     return names
 
 
@@ -78,7 +80,9 @@ def raw_rows(source: str) -> Places:
         raise UserError(f"{source}: {path.suffix or 'this'} is not one of {', '.join(READERS)}")
     try:
         yield from reader(path) if reader else _hub(source)
-    except UNREADABLE as error:
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a library raises for a damaged file
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{source}{line}: cannot be read: {reason_of(error)}") from None
 
@@ -153,10 +157,6 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _numbered(rows: Iterable[Any]) -> Places:
-    return ((f": row {number}", row) for number, row in enumerate(rows, 1))
-
-
 def _jsonl(path: Path) -> Places:
     # As bytes: one that is not UTF-8 then names its own line, not the whole file.
     with _open(path) as lines:
@@ -180,14 +180,18 @@ def _json(path: Path) -> Places:
             raise
         yield from _jsonl(path)  # a row a line, whatever the file's name says
         return
-    yield from _numbered(rows if isinstance(rows, list) else [rows])
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        yield f": row {number}", row
 
 
 def _csv(path: Path) -> Places:
     csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        sign = next((sign for sign in ",;\t" if sign in header), ",")
         # strict: else a quote that is never closed swallows the rest of the file.
-        reader, began = csv.DictReader(file, strict=True), 1
+        reader = csv.DictReader(chain([header], file), delimiter=sign, strict=True)
+        began = 1
         try:
             names = [name or f"(column {n})" for n, name in enumerate(reader.fieldnames or (), 1)]
             if double := [name for name in names if names.count(name) > 1]:
@@ -204,20 +208,17 @@ def _csv(path: Path) -> Places:
 
 
 def _hub(source: str) -> Places:
-    rows = load_hub(source)
-    return _numbered({k: _without_nulls(v) for k, v in row.items()} for row in rows)
+    for number, row in enumerate(load_hub(source), 1):
+        yield f": row {number}", {name: _without_nulls(cell) for name, cell in row.items()}
 
 
 def _parquet(path: Path) -> Places:
     import pyarrow.parquet as pq
 
-    def rows() -> Iterator[dict[str, Any]]:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-            columns = map(_cells, batch.columns)
-            for cells in zip(*columns, strict=True):
-                yield dict(zip(batch.schema.names, cells, strict=True))
-
-    return _numbered(rows())
+    numbers = count(1)
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+        for cells in zip(*map(_cells, batch.columns), strict=True):
+            yield f": row {next(numbers)}", dict(zip(batch.schema.names, cells, strict=True))
 
 
 def _cells(column: Any) -> list[Any]:

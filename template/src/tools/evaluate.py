@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config, changed
 from src.data.batching import padded_loader
+from src.data.dataset import read_part
 from src.data.sources import expand
 from src.models.generation import generate
 from src.models.model import position_limit
@@ -39,7 +40,8 @@ def compare_with_base(
     """
     longest = min(config.data.max_length, position_limit(model) or config.data.max_length)
     config = changed(config, f"data.max_length={longest}")
-    pairs = questions(expand(config.data.train), config, samples, tokenizer)
+    rows = read_part(expand(config.data.train), config.data)
+    pairs = questions(rows, samples, tokenizer)
     results = {"model": _score(model, tokenizer, config, pairs, max_length)}
     if hasattr(model, "peft_config"):
         adapted: Any = model

@@ -44,7 +44,7 @@ def _describe(name: str, dataset: TokenDataset, data: DataConfig) -> Iterator[st
     yield f"{name:<10} {len(dataset):,} documents, read {shapes}"
     yield f"tokens     {tokens:,}, of which {labelled:,} labelled ({labelled / tokens:.0%})"
     yield f"lengths    median {median:,}, 90 % up to {high:,}, longest {lengths.max():,}"
-    for note in data_notes(facts, data):
+    for note in data_notes(facts):
         yield f"           {note}"
     with dataset.left_out.open(encoding="utf-8") as file:
         for line in islice(file, REASONS):

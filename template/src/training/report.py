@@ -66,7 +66,7 @@ def describe(
         say(f"           {len(evaluation.dataset):,} rows to evaluate on")
     shapes = [f"{count:,} as {shape}" for shape, count in data.facts.read_as.items()]
     say(f"           read {', '.join(shapes)}")
-    for note in data_notes(data.facts, config.data):
+    for note in data_notes(data.facts):
         say(f"           {note}")
     world = distributed.WORLD_SIZE
     say(f"batch      {rows} x {length} tokens, {fill}; accumulation {window}, processes {world}")

@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
 from src.data.chat import render
-from src.data.dataset import evaluation_limit, row_hash
+from src.data.dataset import read_part
 from src.data.encoding import stop_token_ids
-from src.data.rows import Row, read_rows, trains
+from src.data.rows import Row, trains
 from src.data.sources import expand
 from src.models.generation import Prompt, generate
 from src.training.checkpoint import TrainState
@@ -34,34 +33,29 @@ def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
     if config.evaluation.prompts:
         return list(config.evaluation.prompts)
     if isinstance(data.eval, str | list) and overfit is None:
-        sources, below = expand(data.eval), None
+        rows = read_part(expand(data.eval), data)
     else:
-        sources = expand(data.train)
-        below = None if overfit else evaluation_limit(sources, data)
-    asked = questions(sources, config, config.evaluation.samples, tokenizer, below)
+        rows = read_part(expand(data.train), data, "all" if overfit else "eval")
+    asked = questions(rows, config.evaluation.samples, tokenizer)
     return [row for row, _ in asked]
 
 
-def questions(
-    sources: list[str], config: Config, limit: int, tokenizer: Tokenizer, below: int | None = None
-) -> list[tuple[Row, str]]:
+def questions(rows: Iterable[Row], limit: int, tokenizer: Tokenizer) -> list[tuple[Row, str]]:
     """The first rows that ask something, up to their first answer that trains; and that answer.
 
     Args:
-        sources: files or hub datasets.
-        config: its `data` says how rows are read.
+        rows: as `read_part` returns them.
         limit: rows at most.
         tokenizer: its template says what belongs to an answer, such as calls of tools.
-        below: only rows with a `row_hash` below this: those that are held out.
     """
     asked: list[tuple[Row, str]] = []
-    for row in chain.from_iterable(read_rows(name, config.data) for name in sources):
+    for row in rows:
         if len(asked) == limit:
             break
         messages = row.get("messages", [])
         turns = enumerate(messages)
         at = next((n for n, m in turns if n and m["role"] == "assistant" and trains(m)), None)
-        if at is None or (below is not None and row_hash(row) >= below):
+        if at is None:
             continue
         try:
             rendered = render(messages[: at + 1], row["tools"], tokenizer)
@@ -113,7 +107,8 @@ def check_overfit(
     Raises:
         RunError: it gives another answer.
     """
-    for row, expected in questions(expand(config.data.train), config, 1, tokenizer):
+    rows = read_part(expand(config.data.train), config.data)
+    for row, expected in questions(rows, 1, tokenizer):
         room = len(tokenizer(expected)["input_ids"]) + 20  # to run on, if nothing stops it
         answer = str(generate(model, tokenizer, row, max_length=room, dtype=dtype))
         if answer.strip() != expected:

@@ -4,7 +4,7 @@ Prints in which settings, data, code and versions the runs differ and what each 
 and draws the loss curves of all of them in one picture.
 """
 
-from src.preflight import find_runs
+from src.trained import find_runs
 from src.utils.environment import from_root, to_root
 from src.utils.errors import UserError
 from src.utils.script import make_parser, run_script

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from src.preflight import find_trained, trained_config
+from src.trained import find_trained, load_trained, trained_config
 from src.utils.script import make_parser, run_script
 
 
@@ -33,7 +33,6 @@ def main(arguments: list[str]) -> None:
     config = Config(output_dir=str(folder), model=ModelConfig(name=name), data=data)
 
     from src.tools.evaluate import compare_with_base, write_evaluation
-    from src.trained import load_trained
     from src.training.tracking import send_evaluation
     from src.utils.device import pick_device
 

@@ -8,7 +8,7 @@ with base and adapter on the run's own rows: if more than rounding changed, noth
 import argparse
 from pathlib import Path
 
-from src.preflight import find_trained, trained_config
+from src.trained import find_trained, trained_config
 from src.utils.errors import UserError
 from src.utils.files import RECIPE, new_folder
 from src.utils.script import make_parser, run_script

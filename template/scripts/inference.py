@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from src.preflight import find_trained, trained_config
+from src.trained import find_trained, load_trained, trained_config
 from src.utils.errors import UserError
 from src.utils.script import make_parser, quick_imports, run_script
 
@@ -36,7 +36,6 @@ def main(arguments: list[str]) -> None:
     with quick_imports():
         from src.models.generation import generate
         from src.models.model import stops_of
-        from src.trained import load_trained
         from src.utils.device import pick_device
         from src.utils.seed import set_seed
 

@@ -4,7 +4,7 @@ RUN is the output folder of a run that has ended, such as outputs/train. Numbers
 that MLflow has already are not sent again. Training prints this command when a server is down.
 """
 
-from src.preflight import find_runs
+from src.trained import find_runs
 from src.utils.errors import RunError, UserError
 from src.utils.script import run_script
 

@@ -1,17 +1,26 @@
-"""Check files, folders and first rows of a run before anything heavy is imported."""
+"""Check files, folders and first rows of a run before torch is imported."""
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
-from src.config import Config, ModelConfig, load_config
+from safetensors import SafetensorError, safe_open
+
+from src.config import Config, ModelConfig
 from src.data.rows import check_source
 from src.data.sources import expand
 from src.utils.environment import from_root, hf_home
 from src.utils.errors import UserError
-from src.utils.files import ADAPTER, RECIPE, RECORD, write_problem
+from src.utils.files import ADAPTER, write_problem
 
-TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+INDEX = "model.safetensors.index.json"  # names the shards of a large model
+MODEL_FILES = (
+    *(ADAPTER, "config.json", "generation_config.json", INDEX, *TOKENIZER_FILES),
+    *("chat_template.jinja", "model.safetensors", "adapter_model.safetensors"),
+)
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 TRACES = ("metrics.jsonl", "checkpoints", "final")  # that a run leaves in its folder
 
 
@@ -23,7 +32,7 @@ def check_run(config: Config, output: bool = True) -> None:
         output: whether a run will write into the output folder.
 
     Raises:
-        UserError: with all problems that were found.
+        UserError: with a line for each problem.
     """
     problems = list(_model_problems(config.model))
     if config.lora and config.lora.adapter:
@@ -42,76 +51,47 @@ def check_run(config: Config, output: bool = True) -> None:
         raise UserError(*problems)
 
 
-def find_trained(name: str, base: str | None = None) -> str:
-    """The folder or hub id that a script's MODEL means, checked before anything is loaded.
+def folder_problems(folder: Path, key: str) -> Iterator[str]:
+    """Yield what is wrong with the files of a saved model or adapter, a line for each file.
 
     Args:
-        name: a run's folder, its `final/`, a checkpoint, any saved model, a hub id, or an MLflow
-            URI (`models:/...`, `runs:/...`), whose files are fetched.
-        base: the adapter's base model, if it has moved.
-
-    Raises:
-        UserError: it is no saved model, or lacks its tokenizer or its base.
+        folder: that exists.
+        key: the key or option that named it, and its name.
     """
-    if name.startswith(("models:/", "runs:/")):
-        name = _from_mlflow(name)
-    folder = from_root(name)
-    if not folder.is_dir():
-        if _is_local(name):
-            raise UserError(f"{name}: no such folder; training prints where its model is")
-        return name
-    files = {path.name for path in folder.iterdir()}
-    if not files & {"config.json", ADAPTER, "run.json"} and (folder / "final").is_dir():
-        folder = folder / "final"
-        files = {path.name for path in folder.iterdir()}
-    if "run.json" in files:  # a checkpoint
-        return str(folder)
-    if not files & {"config.json", ADAPTER}:
-        raise UserError(f"{folder}: no config.json or {ADAPTER}: not a saved model")
-    if not files & TOKENIZER_FILES:
-        raise UserError(f"{folder}: no tokenizer in it; save one with tokenizer.save_pretrained")
-    if ADAPTER in files:
-        described = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-        origin = Path(base or described.get("base_model_name_or_path", ""))
-        if origin.is_absolute() and not origin.is_dir():
-            gone = f"its base model was at {origin}, and is not now; give --base"
-            raise UserError(f"{folder}: {gone}")
-    return str(folder)
+    names = [name for name in MODEL_FILES if (folder / name).is_file()]
+    if (folder / ADAPTER).is_file() and not any(folder.glob("adapter_model.*")):
+        names.append("adapter_model.safetensors")  # is missing
+    problems = {name: damage for name in names if (damage := _damage(folder / name))}
+    if INDEX in names and not problems:
+        shards = json.loads((folder / INDEX).read_bytes()).get("weight_map", {}).values()
+        problems = {name: damage for name in {*shards} if (damage := _damage(folder / name))}
+    for name, damage in sorted(problems.items()):
+        yield f"{key}/{name}: {damage}"
 
 
-def trained_config(folder: str) -> Config | None:
-    """Read the config that a saved model was trained with; None if it is not the result of a run.
-
-    Args:
-        folder: what `find_trained` returned.
-    """
-    path = Path(folder) / RECIPE
-    return load_config(path)[0] if path.is_file() else None
-
-
-def find_runs(names: list[str]) -> list[Path]:
-    """Return the output folders of runs.
-
-    Raises:
-        UserError: a folder holds no run.
-    """
-    folders = [from_root(name) for name in names]
-    if unknown := [folder for folder in folders if not (folder / RECORD).is_file()]:
-        raise UserError(*(f"{folder}: no {RECORD} in it: not a run's folder" for folder in unknown))
-    return folders
-
-
-def _from_mlflow(uri: str) -> str:
-    import mlflow
-
-    from src.training.tracking import connect, tracking_uri
-
-    connect()
-    mlflow.set_tracking_uri(tracking_uri())
+def _damage(file: Path) -> str:
+    """What is wrong with a file of a model, and what to do; empty if nothing is."""
     try:
-        return mlflow.artifacts.download_artifacts(uri)
-    except Exception as error:  # noqa: BLE001 - whatever its store raises
-        raise UserError(f"{uri}: {str(error).splitlines()[0]}") from None
+        with file.open("rb") as opened:
+            start = opened.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            return "is a Git LFS pointer and not the file: run `git lfs pull` where you cloned it"
+        if not start.strip():
+            return "is empty: fetch it again"
+        if file.suffix == ".safetensors":
+            with safe_open(file, "numpy"):  # reads the header, and compares it with the size
+                return ""
+        text = file.read_bytes().strip() if file.suffix == ".json" else b"{}"
+        # A large tokenizer.json takes half a second to parse: only its ends are looked at.
+        whole = {text[:1], text[-1:]} == {b"{", b"}"} if len(text) > 2**20 else json.loads(text)
+        if whole is not True and not isinstance(whole, dict):
+            return "is cut short, or is no JSON object: fetch it again"
+    except (OSError, ValueError, SafetensorError) as error:
+        return f"cannot be read ({error}): fetch it again"
+    unread = file.name == "tokenizer.model" and not file.with_name("tokenizer.json").is_file()
+    if unread and find_spec("sentencepiece") is None:
+        return "is read by a package that is not installed: uv add sentencepiece"
+    return ""
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:
@@ -119,7 +99,7 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         yield f"model.chat_template: {model.chat_template}: no such file"
     folder, name = from_root(model.name), f"model.name: {model.name}"
     if not folder.is_dir():
-        if _is_local(model.name):
+        if is_local(model.name):
             yield f"{name}: no such folder, and not a hub id (org/name)"
         elif model.init == "random":
             yield f"model.init: random needs a local folder with a config.json, not {model.name}"
@@ -127,40 +107,43 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
     if (folder / ADAPTER).is_file():
         yield f"{name}: an adapter; name its base model here, and the adapter as lora.adapter"
         return
-    try:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    yield from (problems := [*folder_problems(folder, name)])
+    if not (folder / "config.json").is_file():
         yield f"{name}: no config.json in this folder"
-        return
-    except ValueError as error:
-        yield f"{name}/config.json: not valid JSON ({error})"
-        return
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+    elif not problems:
+        described = json.loads((folder / "config.json").read_bytes())
+        method = (described.get("quantization_config") or {}).get("quant_method")
+        if model.quantization != "none" and method not in {None, "bitsandbytes"}:
+            yield (
+                f"model.quantization: {model.name} is quantized already ({method}) and cannot be "
+                f"quantized to {model.quantization}; use model.quantization=none or the original"
+            )
+    if not has_tokenizer(folder):
         yield f"{name}: no tokenizer in this folder; save it there with tokenizer.save_pretrained"
     if model.init == "pretrained" and not any(folder.glob("*.safetensors")):
         yield (
             f"{name}: no safetensors weights in this folder; model.init=random builds fresh ones "
             "(pickled ones can run code when they are read: convert them)"
         )
-    method = described.get("quantization_config", {}).get("quant_method")
-    if model.quantization != "none" and method not in {None, "bitsandbytes"}:
-        yield (
-            f"model.quantization: {model.name} is quantized already ({method}) and cannot be "
-            f"quantized to {model.quantization}; use model.quantization=none or the original"
-        )
 
 
 def _adapter_problems(name: str) -> Iterator[str]:
     folder, key = from_root(name), f"lora.adapter: {name}"
-    if not folder.is_dir():
-        if _is_local(name):
-            yield f"{key}: no such folder, and not a hub id (org/name)"
-    elif not (folder / ADAPTER).is_file():
+    if (folder / ADAPTER).is_file():
+        yield from folder_problems(folder, key)
+    elif folder.is_dir():
         hint = f"; did you mean {name}/final?" if (folder / "final" / ADAPTER).is_file() else ""
         yield f"{key}: no {ADAPTER} in this folder: not a saved adapter{hint}"
+    elif is_local(name):
+        yield f"{key}: no such folder, and not a hub id (org/name)"
 
 
-def _is_local(name: str) -> bool:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether one of the files that hold a vocabulary is there."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def is_local(name: str) -> bool:
     """Whether a name cannot be a hub id."""
     return name.startswith((".", "/", "~", "configs/", "outputs/")) or name.count("/") > 1
 

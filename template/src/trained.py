@@ -1,33 +1,122 @@
-"""Find and load what training made: a run, its result, a checkpoint; or a model of others."""
+"""Find and load what training made: a run, its result, a checkpoint; or another saved model."""
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
-import yaml
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.utils import logging
+from typing import TYPE_CHECKING, Any
 
 from src.config import Config, ModelConfig, load_config
-from src.models.adapters import load_adapters
-from src.models.model import build_model, explained, load_tokenizer, read_weights
-from src.training.checkpoint import MOMENTS, find_damage, load_weights
-from src.utils.device import pick_dtype
+from src.preflight import folder_problems, has_tokenizer, is_local
+from src.utils.environment import from_root
 from src.utils.errors import UserError
-from src.utils.files import ADAPTER, RECIPE
+from src.utils.files import ADAPTER, RECIPE, RECORD
+
+if TYPE_CHECKING:  # only loading needs torch
+    import torch
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+CHECKPOINT = "run.json"  # is in every checkpoint
+
+
+def find_trained(name: str, base: str | None = None) -> str:
+    """The folder or hub id that a script's MODEL means, checked before anything is loaded.
+
+    Args:
+        name: a run's folder, its `final/`, a checkpoint, any saved model, a hub id, or an MLflow
+            URI (`models:/...`, `runs:/...`), whose files are fetched.
+        base: the base of an adapter or a checkpoint, if it has moved.
+
+    Raises:
+        UserError: it is no saved model, lacks its tokenizer or its base, or a file is damaged.
+    """
+    if name.startswith(("models:/", "runs:/")):
+        name = _from_mlflow(name)
+    folder = from_root(name)
+    if not folder.is_dir():
+        if is_local(name):
+            raise UserError(f"{name}: no such folder; training prints where its model is")
+        return name
+    kinds = (CHECKPOINT, ADAPTER, "config.json")
+    places = [p for p in (folder, folder / "final") if any((p / kind).is_file() for kind in kinds)]
+    if not places:
+        raise UserError(f"{folder}: no config.json or {ADAPTER}: not a saved model")
+    folder = places[0]
+    if not (folder / CHECKPOINT).is_file():  # whose files have checksums
+        _require_whole(folder)
+        if not has_tokenizer(folder):
+            raise UserError(f"{folder}: no tokenizer; save one with tokenizer.save_pretrained")
+    source = _source(folder, base)
+    if from_root(source).is_dir():
+        _require_whole(from_root(source))
+    elif is_local(source):
+        raise UserError(f"{folder}: its base model is not at {source}; give its place with --base")
+    return str(folder)
+
+
+def _require_whole(folder: Path) -> None:
+    if problems := [*folder_problems(folder, str(folder))]:
+        raise UserError(*problems)
+
+
+def _source(folder: Path, base: str | None) -> str:
+    """The model whose weights are read first: the base of an adapter or checkpoint, or itself."""
+    if (folder / CHECKPOINT).is_file():
+        return base or _checkpoint_config(folder).model.name
+    if (folder / ADAPTER).is_file():
+        described = json.loads((folder / ADAPTER).read_bytes())
+        return base or described.get("base_model_name_or_path") or ""
+    return str(folder)
+
+
+def _checkpoint_config(folder: Path) -> Config:
+    own = folder / "config.yaml"  # in one that MLflow kept
+    return load_config(own if own.is_file() else folder.parent.parent / "config.yaml")[0]
+
+
+def trained_config(folder: str) -> Config | None:
+    """Read the config that a saved model was trained with; None if it is not the result of a run.
+
+    Args:
+        folder: what `find_trained` returned.
+    """
+    path = Path(folder) / RECIPE
+    return load_config(path)[0] if path.is_file() else None
+
+
+def find_runs(names: list[str]) -> list[Path]:
+    """Return the output folders of runs.
+
+    Raises:
+        UserError: a folder holds no run.
+    """
+    folders = [from_root(name) for name in names]
+    if unknown := [folder for folder in folders if not (folder / RECORD).is_file()]:
+        raise UserError(*(f"{folder}: no {RECORD} in it: not a run's folder" for folder in unknown))
+    return folders
+
+
+def _from_mlflow(uri: str) -> str:
+    import mlflow
+
+    from src.training.tracking import connect, tracking_uri
+
+    connect()
+    mlflow.set_tracking_uri(tracking_uri())
+    try:
+        return mlflow.artifacts.download_artifacts(uri)
+    except Exception as error:  # noqa: BLE001 - whatever its store raises
+        raise UserError(f"{uri}: {str(error).splitlines()[0]}") from None
 
 
 def load_trained(
-    name: str | Path, device: torch.device, base: str | None = None, quantization: Any = None
-) -> tuple[PreTrainedModel, Tokenizer]:
-    """Load a full model, or an adapter on its base, to ask it.
+    name: str | Path, device: "torch.device", base: str | None = None, quantization: Any = None
+) -> "tuple[PreTrainedModel, Tokenizer]":
+    """Load a full model, an adapter on its base, or a checkpoint, to generate with it.
 
     Args:
-        name: what `src.preflight.find_trained` returned: a folder or a hub id.
+        name: what `find_trained` returned: a folder or a hub id.
         device: where the model goes.
-        base: the adapter's base model, if it is not where it was.
+        base: the base model, if it is not where it was.
         quantization: of the base; None: what the adapter was trained on, because it learnt to
             make up for that rounding too.
 
@@ -35,47 +124,50 @@ def load_trained(
         The model in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: the base is absent or gated, or a file is damaged.
+        UserError: the base is absent, gated or another one, or a file is damaged.
     """
-    logging.disable_progress_bar()  # of loading: answers are all that is printed
-    folder = Path(name)
-    if (folder / "run.json").is_file():
-        return _load_checkpoint(folder, device)
-    adapter, recipe = folder / ADAPTER, folder / RECIPE
-    trained = yaml.safe_load(recipe.read_text("utf-8"))["model"] if recipe.is_file() else {}
-    name = str(folder.resolve()) if folder.is_dir() else str(name)
-    if adapter.is_file():
-        name = base or json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
-        quantization = quantization or trained.get("quantization")
-    trust = trained.get("trust_remote_code", False)
-    config = ModelConfig(name=name, quantization=quantization or "none", trust_remote_code=trust)
-    # In the attention that transformers picks: it understands padding and a cache.
-    model = read_weights(config, device, pick_dtype("auto", device))
-    if folder.is_dir():
-        config = config.model_copy(update={"name": str(folder.resolve())})
-    tokenizer = load_tokenizer(config)  # as training does: with a template in any case
-    if adapter.is_file():
-        with explained(str(folder)):
-            model = load_adapters(model, folder)
+    from transformers.utils import logging
+
+    from src.models.adapters import load_adapters
+    from src.models.model import load_tokenizer, read_weights
+    from src.utils.device import pick_dtype
+
+    logging.disable_progress_bar()  # of loading: only answers are printed
+    folder, dtype = Path(name), pick_dtype("auto", device)
+    source = _source(folder, base)
+    if (folder / CHECKPOINT).is_file():
+        return _load_checkpoint(folder, device, dtype, source, quantization)
+    trained, is_adapter = trained_config(str(folder)), (folder / ADAPTER).is_file()
+    if trained and is_adapter:
+        quantization = quantization or trained.model.quantization
+    config = ModelConfig(
+        name=source, quantization=quantization or "none",
+        trust_remote_code=trained is not None and trained.model.trust_remote_code,
+    )  # fmt: skip
+    # With the attention that transformers picks, which supports padding and a cache.
+    model = read_weights(config, device, dtype)
+    tokenizer = load_tokenizer(config.model_copy(update={"name": str(folder)}))
+    if is_adapter:
+        model = load_adapters(model, folder)
     return model.eval(), tokenizer
 
 
-def _load_checkpoint(path: Path, device: torch.device) -> tuple[PreTrainedModel, Tokenizer]:
+def _load_checkpoint(
+    folder: Path, device: "torch.device", dtype: "torch.dtype", source: str, quantization: Any
+) -> "tuple[PreTrainedModel, Tokenizer]":
     """The weights of a checkpoint, in the model that its run's config describes."""
-    own = (path / "config.yaml").is_file()  # one that MLflow kept
-    config, dtype = config_of(path if own else path.parent.parent), pick_dtype("auto", device)
-    if damage := find_damage(path, without=MOMENTS):
-        raise UserError(f"{path}: {damage}")
-    tokenizer = load_tokenizer(config.model)
-    model = build_model(config.model, config.lora, tokenizer, device, dtype, trained_in=dtype)
-    load_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, path)
+    from src.models.loading import explained
+    from src.models.model import build_model, load_tokenizer
+    from src.training.checkpoint import MOMENTS, find_damage, load_weights
+
+    if damage := find_damage(folder, without=MOMENTS):
+        raise UserError(f"{folder}: {damage}")
+    config = _checkpoint_config(folder)
+    settings = config.model.model_copy(
+        update={"name": source, "quantization": quantization or config.model.quantization}
+    )
+    tokenizer = load_tokenizer(settings)
+    model = build_model(settings, config.lora, tokenizer, device, dtype, trained_in=dtype)
+    with explained(str(folder), settings.name):
+        load_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, folder)
     return model.eval(), tokenizer
-
-
-def config_of(run: Path) -> Config:
-    """The config of a run's folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    return load_config(run / "config.yaml")[0]

@@ -6,46 +6,163 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import scripts.train
 from conftest import SMOKE, chat
+from src.config import Config, DataConfig, LoraConfig, ModelConfig
 from src.data.rows import FIRST_ROWS
+from src.models.model import build_model, load_tokenizer
+from src.preflight import check_run
+from src.trained import find_trained, load_trained
+from src.utils.errors import UserError
 
+CPU = torch.device("cpu")
 # So that LoRA, which the smoke config does without, can be asked for at all.
 PRETRAINED = ["model.init=pretrained", "model.name=some-org/absent-model"]
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 33\n"
+DAMAGES = {
+    "absent": lambda _: None,
+    "empty": lambda _: b"",
+    "cut": lambda whole: whole[: len(whole) // 2],
+    "a pointer": lambda _: POINTER,
+    "a list": lambda _: b"[1, 2]",
+}
+MODEL = (
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+# transformers has defaults for these, and half a template is a template.
+HARMLESS = {
+    *((file, "absent") for file in ("generation_config.json", "chat_template.jinja")),
+    *(("chat_template.jinja", how) for how in ("cut", "a list")),
+}
 
 
-def broken(saved_model: Path, tmp_path: Path, remove: str = "", **config: object) -> Path:
-    folder = tmp_path / "broken"
-    shutil.copytree(saved_model, folder)
-    for file in folder.glob(remove or "nothing"):
-        file.unlink()
-    if config:
-        described = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(described | config))
+def damage(whole: Path, folder: Path, file: str, how: str) -> Path:
+    shutil.copytree(whole, folder)
+    content = DAMAGES[how]((folder / file).read_bytes())
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(content)
     return folder
 
 
-@pytest.mark.parametrize(
-    ("remove", "config", "override", "expected"),
-    [
-        ("token*", {}, "lora.r=4", "no tokenizer in this folder"),
-        ("*.safetensors", {}, "lora.r=4", "no safetensors weights in this folder; model.init=random"),
-        ("config.json", {}, "lora.r=4", "no config.json in this folder"),
-        ("", {"quantization_config": {"quant_method": "gptq"}}, "model.quantization=4bit", "is quantized already (gptq)"),
-    ],
-)  # fmt: skip
-def test_a_model_folder_that_lacks_something_is_refused_before_loading(
-    saved_model, tmp_path, refused, remove, config, override, expected
-) -> None:  # fmt: skip
-    folder = broken(saved_model, tmp_path, remove, **config)
-    output = tmp_path / "run"
-    lines = refused(
-        scripts.train.main, SMOKE, f"model.name={folder}", "model.init=pretrained", "lora.r=4",
-        override, f"output_dir={output}",
+def train_on(model: Path, adapter: Path | None = None) -> None:
+    """Check and load what a run would."""
+    lora = LoraConfig(adapter=str(adapter)) if adapter else None
+    config = Config(
+        output_dir="outputs/never", model=ModelConfig(name=str(model)), lora=lora,
+        data=DataConfig(train="data/sample.jsonl"),
     )  # fmt: skip
-    assert expected in lines[0]
-    assert not output.exists()
+    check_run(config, output=False)
+    tokenizer = load_tokenizer(config.model)
+    build_model(config.model, lora, tokenizer, CPU, torch.float32)
+
+
+def ask(model: Path) -> None:
+    load_trained(find_trained(str(model)), CPU)
+
+
+@pytest.fixture(scope="module")
+def adapter(saved_model: Path, tokenizer, tmp_path_factory) -> Path:
+    model = build_model(
+        ModelConfig(name=str(saved_model)), LoraConfig(), tokenizer, CPU, torch.float32
+    )
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("file", MODEL)
+def test_a_damaged_file_of_a_model_is_one_line_with_its_name(
+    saved_model: Path, tmp_path: Path, file: str, how: str
+) -> None:
+    folder = damage(saved_model, tmp_path / "model", file, how)
+    for load in (train_on, ask):
+        if (file, how) in HARMLESS:
+            load(folder)
+            continue
+        with pytest.raises(UserError, match=str(folder)) as error:
+            load(folder)
+        (line,) = error.value.problems
+        assert "\n" not in line
+        part = file if how != "absent" else file.partition("_")[0].removeprefix("model.")
+        assert part in line
+        assert ("git lfs pull" in line) == (how == "a pointer")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("file", ADAPTER)
+def test_a_damaged_file_of_an_adapter_is_one_line_with_its_name(
+    saved_model: Path, adapter: Path, tmp_path: Path, file: str, how: str
+) -> None:
+    folder = damage(adapter, tmp_path / "adapter", file, how)
+    for load in (ask, lambda folder: train_on(saved_model, folder)):
+        with pytest.raises(UserError, match=f"{folder}.*{file}") as error:
+            load(folder)
+        (line,) = error.value.problems
+        assert "\n" not in line
+        assert ("git lfs pull" in line) == (how == "a pointer")
+
+
+def test_a_shard_that_is_missing_or_cut_is_named(saved_model: Path, tmp_path: Path) -> None:
+    folder = damage(saved_model, tmp_path / "model", "model.safetensors", "absent")
+    save_file({"one": torch.ones(9)}, folder / "shard-1.safetensors")
+    (folder / "shard-2.safetensors").write_bytes((folder / "shard-1.safetensors").read_bytes()[:-1])
+    shards = {str(n): f"shard-{n}.safetensors" for n in (1, 2, 3)}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(UserError) as error:
+        train_on(folder)
+    cut, missing = error.value.problems
+    assert cut.startswith(f"model.name: {folder}/shard-2.safetensors: cannot be read")
+    assert missing.startswith(f"model.name: {folder}/shard-3.safetensors: ")
+
+
+def test_a_tokenizer_that_this_library_cannot_read_says_what_helps(
+    saved_model: Path, tmp_path: Path
+) -> None:
+    folder = damage(saved_model, tmp_path / "model", "tokenizer.json", "absent")
+    described = json.loads((saved_model / "tokenizer.json").read_text())
+    described["model"]["merges"] = 5
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"has a tokenizer.json that this version of tokenizers"):
+        train_on(folder)
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(UserError, match=r"tokenizer.model: .*: uv add sentencepiece"):
+        train_on(folder)
+
+
+def test_a_quantized_model_is_not_quantized_again(saved_model: Path, tmp_path: Path) -> None:
+    folder = damage(saved_model, tmp_path / "model", "config.json", "absent")
+    described = json.loads((saved_model / "config.json").read_text())
+    described["quantization_config"] = {"quant_method": "gptq"}
+    (folder / "config.json").write_text(json.dumps(described))
+    model = ModelConfig(name=str(folder), quantization="4bit")
+    config = Config(output_dir="-", model=model, data=DataConfig(train="data/sample.jsonl"))
+    with pytest.raises(UserError, match=r"is quantized already \(gptq\)"):
+        check_run(config, output=False)
+
+
+def test_a_base_that_moved_is_named_with_the_option_that_helps(
+    saved_model: Path, tmp_path: Path, train
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(saved_model, tmp_path / "base")
+    run = train(
+        f"model.name={tmp_path / 'base'}", "model.init=pretrained", "lora.r=4",
+        "training.epochs=1", "training.max_steps=1", "evaluation.samples=0",
+    )  # fmt: skip
+    (tmp_path / "base").rename(moved)
+    for folder in (run / "final", run / "checkpoints/step-00000001"):
+        with pytest.raises(UserError, match=f"is not at {tmp_path / 'base'}; .* --base"):
+            find_trained(str(folder))
+        name = find_trained(str(folder), str(moved))
+        assert load_trained(name, CPU, str(moved))[0].name_or_path == str(moved)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +215,8 @@ def test_a_bad_row_that_is_found_while_tokenising_is_one_line_too(
     assert not output.exists()
 
 
-def test_a_second_run_in_the_same_folder_is_refused(smoke: Path, refused) -> None:
-    before = {p: p.stat().st_mtime_ns for p in smoke.rglob("*")}
-    (line,) = refused(scripts.train.main, SMOKE, f"output_dir={smoke}")
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, refused) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (line,) = refused(scripts.train.main, SMOKE, f"output_dir={tmp_path}")
     assert "holds a run already" in line
-    assert {p: p.stat().st_mtime_ns for p in smoke.rglob("*")} == before
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["{}\n"]

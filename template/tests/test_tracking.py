@@ -21,7 +21,7 @@ import scripts.inference
 import scripts.train
 from conftest import ROOT, SMOKE, metrics
 from src.config import load_config
-from src.preflight import find_trained
+from src.trained import find_trained
 from src.training import tracking
 from src.training.record import Record
 from src.training.report import Recorder

@@ -27,12 +27,13 @@ ADVICE = {
     "offline": ABSENT,
     "not a valid model": ABSENT,
     "can't find 'adapter_config.json'": ABSENT,
+    "the backend tokenizer": "has no tokenizer.json: fetch it; for a tokenizer.model, uv add "
+    "sentencepiece",
     "untagged enum": "has a tokenizer.json that this version of tokenizers cannot read: fetch it "
     "again, or save it with tokenizer.save_pretrained of a current transformers",
     "ignore_mismatched_sizes": "has weights of other sizes than its config.json: fetch both again",
     "size mismatch": ANOTHER,
     "not found in the base model": ANOTHER,
-    "missing adapter keys": ANOTHER,
     "must match": ANOTHER,
 }
 

@@ -190,10 +190,12 @@ def _tokenise(
     with new_folder(path) as folder:
         with (folder / TOKENS).open("wb") as file:
             for some in batched(rows, ROWS_AT_ONCE):
-                for tokens in _documents(some, tokenizer, data, facts, left_out):
-                    lengths.append(len(tokens))
-                    file.write(tokens.tobytes())
-                    digest.update(tokens.tobytes())
+                documents = list(_documents(some, tokenizer, data, facts, left_out))
+                lengths.extend(map(len, documents))
+                tokens = np.concatenate([np.empty(0, TOKEN), *documents])
+                tokens.tofile(file)
+                for column in ("input_ids", "labels"):
+                    digest.update(tokens[column].tobytes())
         check(left_out, data)
         if not lengths:
             few = f"data.eval={data.eval} leaves too few rows for one of the two parts"

@@ -1,17 +1,11 @@
-"""Plan a run before you pay for a GPU: `uv run scripts/plan.py [CONFIG] [key=value ...]`.
+"""Plan a run before you pay for a GPU.
 
 Runs the training step on tensors without data. It needs no GPU and no weights, only the model's
 config.json; for steps, tokens and hours also its tokenizer and the rows. CONFIG and keys are those
-of scripts/train.py. Further options:
-  --gpu 24GB       the GPU to plan for: a size, or h100, h200, a100, l40s, l4, a10, t4, 4090 and
-                   others; without it the GPU of this machine
-  --mfu 0.4        the share of that GPU's peak speed that training uses, for the hours
+of scripts/train.py (default: configs/train.yaml).
 """
 
-import argparse
-from collections.abc import Iterator
-from typing import Any
-
+from src.config import Config, from_command_line
 from src.utils.errors import UserError
 from src.utils.script import make_parser, run_script
 
@@ -25,9 +19,13 @@ GPUS = {
 
 def main(arguments: list[str]) -> None:
     """Read the config first, then import torch."""
-    options, rest = _parse(arguments)
-    from src.config import from_command_line
-
+    parser = make_parser(__doc__)
+    parser.usage = "%(prog)s [CONFIG] [key=value ...] [--gpu GPU] [--mfu SHARE]"
+    sizes = f"24GB, or one of {', '.join(GPUS)} (default: the GPU of this machine)"
+    parser.add_argument("--gpu", help=f"the GPU to plan for: its memory, such as {sizes}")
+    text = "share of the GPU's peak speed that training uses (default: %(default)s)"
+    parser.add_argument("--mfu", metavar="SHARE", type=float, default=0.4, help=text)
+    options, rest = parser.parse_known_args(arguments)
     config, _ = from_command_line(rest)
     total, tflops = _size(options.gpu) if options.gpu else (None, None)
 
@@ -40,36 +38,34 @@ def main(arguments: list[str]) -> None:
     if total is None and torch.cuda.is_available():
         total = gpu_memory()["total"]
         tflops = matmul_rate(torch.device("cuda"), torch.bfloat16) / 1e12
-    for line in _describe_memory(config, total):
-        print(line)
+    _print_memory(config, total)
     print(_describe_cost(config, tflops, options.mfu))
 
 
-def _describe_memory(config: Any, total: float | None) -> Iterator[str]:
-    """Yield the peak and its parts, what `auto` means for it, and whether it fits."""
-    from src.training.plan import (
-        MAX_BATCH,
-        cannot_plan,
-        cheapest_that_fits,
-        largest_batch,
-        plan_for,
-    )
-
+def _size(text: str) -> tuple[float, float | None]:
+    """GiB and TFLOP/s of `24GB`, `24` or `h100`; of a size alone the speed is not known."""
+    name = text.lower()
     try:
-        settled, planned = plan_for(config, float("inf") if total is None else total)
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 - operators that do not work without data
-        raise UserError(cannot_plan(config, error)) from None
+        return GPUS.get(name) or (float(name.removesuffix("gb").removesuffix("gib")), None)
+    except ValueError:
+        names = ", ".join(GPUS)
+        raise UserError(f"--gpu {text}: neither a size such as 24GB nor one of {names}") from None
+
+
+def _print_memory(config: Config, total: float | None) -> None:
+    """Print the peak and its parts, what `auto` means for it, and whether it fits."""
+    from src.training.plan import MAX_BATCH, cheapest_that_fits, largest_batch, plan_for
+
+    settled, planned = plan_for(config, float("inf") if total is None else total)
     for part, gib in vars(planned).items():
-        yield f"{part.removesuffix('_gib'):<12} {gib:8.2f} GiB"
+        print(f"{part.removesuffix('_gib'):<12} {gib:8.2f} GiB")
     if config.model.gradient_checkpointing == "auto":
         recomputed = "no layer" if settled == config else "every layer"
         text = f"planned with {recomputed} recomputed; training recomputes as few as needed"
-        yield f"model.gradient_checkpointing=auto: {text}"
+        print(f"model.gradient_checkpointing=auto: {text}")
     if config.model.compile is not False:
         text = "compiled layers take less (40 for 62 GiB, 8B LoRA): this is an upper bound"
-        yield f"model.compile={str(config.model.compile).lower()}: {text}"
+        print(f"model.compile={str(config.model.compile).lower()}: {text}")
     if total is None:
         return
     size, fits = largest_batch(config, total), planned.peak_gib <= total
@@ -78,12 +74,12 @@ def _describe_memory(config: Any, total: float | None) -> Iterator[str]:
         largest = f"training.batch_size={size} fits; nothing larger was tried"
     elif size == 0:
         largest = "no training.batch_size does"
-    yield f"{'fits' if fits else 'does not fit'} in {total:g} GiB; {largest}"
+    print(f"{'fits' if fits else 'does not fit'} in {total:g} GiB; {largest}")
     if not fits and (change := cheapest_that_fits(settled, total)):
-        yield f"try {change[0]}: {change[1]:.2f} GiB, as planned with it"
+        print(f"try {change[0]}: {change[1]:.2f} GiB, as planned with it")
 
 
-def _describe_cost(config: Any, tflops: float | None, mfu: float) -> str:
+def _describe_cost(config: Config, tflops: float | None, mfu: float) -> str:
     """Return the steps, tokens and hours of the run, or the reason why they are not known."""
     from src.data.dataset import load_documents
     from src.models.model import load_tokenizer
@@ -100,23 +96,6 @@ def _describe_cost(config: Any, tflops: float | None, mfu: float) -> str:
     hours = flops / (tflops * 1e12 * mfu) / 3600
     time = f"{hours:.3g} hours" if hours >= 0.02 else "about a minute or less"
     return f"{text}; {time} at {mfu:.0%} of {tflops:,.0f} TFLOP/s"
-
-
-def _size(text: str) -> tuple[float, float | None]:
-    """GiB and TFLOP/s of `24GB`, `24` or `h100`; of a size alone the speed is not known."""
-    digits = text.lower().removesuffix("gb").removesuffix("gib").strip()
-    try:
-        return GPUS[text.lower()] if text.lower() in GPUS else (float(digits), None)
-    except ValueError:
-        names = ", ".join(GPUS)
-        raise UserError(f"--gpu {text}: neither a size such as 24GB nor one of {names}") from None
-
-
-def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = make_parser(__doc__)
-    parser.add_argument("--gpu", help="GPU to plan for")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of its speed that is used")
-    return parser.parse_known_args(arguments)
 
 
 if __name__ == "__main__":

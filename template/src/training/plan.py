@@ -8,10 +8,11 @@ Layers repeat. So models of a few layers are measured, and the figures are extra
 """
 
 import weakref
-from collections import Counter
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from src.config import Config, changed
 from src.data.batching import TokenBudgetSampler, full_batch
@@ -33,7 +37,7 @@ from src.training.optimizer import MOMENTS, count_steps, dtype_of_trained
 from src.training.speed import count_flops
 from src.training.trainer import train_step
 from src.utils.device import DTYPES
-from src.utils.errors import first_line
+from src.utils.errors import UserError, first_line
 from src.utils.memory import GIB
 
 CPU = torch.device("cpu")  # device of the fake tensors: autocast works there without a GPU
@@ -50,18 +54,22 @@ class Plan:
     gradients: float
     moments: float  # of the optimizer
     activations: float  # what else lives at the peak: saved for the backward pass, logits, copies
-    overhead: float = OVERHEAD  # not counted but allowed for
-    peak_gib: float = 0.0  # all of them
+    overhead: float = OVERHEAD  # an allowance: it is not counted
+    peak_gib: float = 0.0  # the sum
 
     def __post_init__(self) -> None:
-        parts = asdict(self)
-        self.peak_gib = sum(v for k, v in parts.items() if k != "peak_gib")
+        self.peak_gib = sum(asdict(self).values())
+
+
+class CannotPlan(UserError):
+    """An operator of this model does not work on tensors without data."""
 
 
 class Tracker(TorchDispatchMode):
     """Counts the bytes of all storages that operators make, while they live.
 
     Attributes:
+        now: bytes that live.
         peaks: the most bytes up to the last layer's backward pass, and after it. Each is linear in
             the number of layers: the first grows by what a layer saves, the second by that or by
             its gradients. Their maximum is not.
@@ -104,38 +112,50 @@ def plan(config: Config) -> Plan:
 
     Raises:
         UserError: there is no such model, or it has too few positions.
-        ValueError: it knows none of these attentions.
+        CannotPlan: 8-bit weights.
+        ValueError: the model supports none of these attentions.
     """
     check_positions(config.model, config.data.max_length)
-    dtype = DTYPES.get(config.model.dtype, torch.bfloat16)
-    batch = full_batch(config.training.batch_size, config.data.max_length, True, labelled=0.5)
-    # In the order of `set_attention`. The kernel takes half precision only.
-    packs = config.data.packing and dtype != torch.float32
-    for attention in ["varlen_kernel"] * packs + ["sdpa"]:
+    if config.model.quantization == "8bit":
+        less = "plan 4bit: 8bit takes 3.2 GiB more for 8B"
+        raise CannotPlan(f"8-bit weights cannot be planned; {less}")
+    # In the order of `set_attention`. The kernel has half precision only.
+    packs = config.data.packing and _dtype(config) != torch.float32
+    names = ["varlen_kernel"] * packs + ["sdpa"]
+    if config.model.attention in {"sdpa", "eager"}:
+        names = [config.model.attention]
+    for attention in names:
         with suppress(ValueError):  # dropout in attention, or a cap on its scores
-            return plan_batch(config, dtype, batch, attention, CHUNK)
-    return plan_batch(config, dtype, batch, "eager", CHUNK)
+            return _plan_attention(config, attention)
+    return _plan_attention(config, "eager")
 
 
-def plan_batch(
-    config: Config, dtype: torch.dtype, batch: dict[str, Any], attention: str, chunk: int
-) -> Plan:
-    """Plan a step with this batch, attention and chunk of logits."""
+def _sdpa_without_dropout(*arguments: Any, dropout: float, **options: Any) -> Any:
+    """`sdpa` for a plan: a GPU's kernels keep no probabilities for dropout, a CPU's keep all."""
+    return sdpa_attention_forward(*arguments, **options)
 
-    def measure(model: nn.Module) -> np.ndarray:
-        return measure_step(model, config, dtype, batch, attention, chunk)
 
-    *parts, first, second = (extrapolate(config, dtype, measure) / GIB).tolist()
+AttentionInterface.register("planned_sdpa", _sdpa_without_dropout)
+AttentionMaskInterface.register("planned_sdpa", sdpa_mask)
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return DTYPES.get(config.model.dtype, torch.bfloat16)
+
+
+def _plan_attention(config: Config, attention: str) -> Plan:
+    measure = partial(measure_step, config=config, attention=attention)
+    *parts, first, second = (extrapolate(config, measure) / GIB).tolist()
     return Plan(*parts, activations=max(first, second) - sum(parts))
 
 
-def measure_step(
-    model: Any, config: Config, dtype: torch.dtype, batch: dict[str, Any], attention: str,
-    chunk: int,
-) -> np.ndarray:  # fmt: skip
+def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
     """Run a step on fake tensors: bytes of weights, gradients and moments, and two peaks."""
     model.set_attn_implementation(attention)
+    if attention == "sdpa":  # and the model supports it
+        model.set_attn_implementation("planned_sdpa")
     mode, tracker, settings = FakeTensorMode(allow_non_fake_inputs=True), Tracker(), config.training
+    batch = full_batch(settings.batch_size, config.data.max_length, packing=True, labelled=0.5)
     batch = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
     if layers := layers_of(model):
         layers[-1].register_forward_pre_hook(tracker.watch)
@@ -144,7 +164,7 @@ def measure_step(
         weights, tracker.peaks = tracker.now, [0, 0]  # of the step, not of making the weights
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         head = head_of(base)
-        plain = PlainHead(base.base_model, head, chunk) if type(head) is nn.Linear else None
+        plain = PlainHead(base.base_model, head, CHUNK) if type(head) is nn.Linear else None
         trained = [p for p in model.parameters() if p.requires_grad]
         if settings.gradient_accumulation_steps > 1:
             for p in trained:  # the microbatch before has left gradients
@@ -152,7 +172,7 @@ def measure_step(
         # Moments are counted by their formula: 8-bit AdamW asks the host. This steps on nothing.
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], fused=True)
         train_step(
-            Objective(model, plain), [batch], optimizer, None, CPU, dtype=dtype,
+            Objective(model, plain), [batch], optimizer, None, CPU, dtype=_dtype(config),
             max_grad_norm=settings.max_grad_norm,
         )  # fmt: skip
     moments = sum(p.numel() for p in trained) * MOMENTS[settings.optimizer]
@@ -160,32 +180,28 @@ def measure_step(
     return np.array([weights, gradients, moments, *peaks])
 
 
-def extrapolate(
-    config: Config, dtype: torch.dtype, measure: Callable[[nn.Module], np.ndarray]
-) -> np.ndarray:
+def extrapolate(config: Config, measure: Callable[[nn.Module], np.ndarray]) -> np.ndarray:
     """Measure shallow models, and extrapolate each figure to the layers of the whole one.
 
     The first has one layer of each kind below the last layer. Each other one has one more of one
     kind, and the difference is what a layer of that kind adds.
     """
-    kinds = [_kind(layer) for layer in layers_of(without_weights(config.model)) or ()]
-    counts = Counter(kinds)
-    least = {kind: 1 + (kind == kinds[-1]) for kind in counts}
-    if sum(least.values()) * (1 + len(counts)) + len(counts) >= len(kinds):
-        return measure(build(config, dtype))  # the whole model is as quick
+    places = defaultdict(list)  # of each kind
+    layers = layers_of(without_weights(config.model)) or ()
+    for place, layer in enumerate(layers):
+        places[_kind(layer)].append(place)
+    least = {kind: 1 + (len(layers) - 1 in where) for kind, where in places.items()}
+    if sum(least.values()) * (1 + len(least)) + len(least) >= len(layers):
+        return measure(build(config))  # the whole model is as quick
 
-    def measure_with(kept: dict[Any, int]) -> np.ndarray:
-        places: list[int] = []
-        for place in (0, *range(len(kinds) - 1, 0, -1)):  # the backward pass ends and begins so
-            if sum(kinds[other] == kinds[place] for other in places) < kept[kinds[place]]:
-                places.append(place)
-        return measure(build(config, dtype, sorted(places)))
+    def measure_with(counts: dict[Any, int]) -> np.ndarray:
+        kept = [place for kind, count in counts.items() for place in places[kind][-count:]]
+        return measure(build(config, sorted(kept)))
 
     total = first = measure_with(least)
     for kind, count in least.items():
-        if counts[kind] > count:
-            added = measure_with(least | {kind: count + 1}) - first
-            total = total + (counts[kind] - count) * added
+        if more := len(places[kind]) - count:
+            total = total + more * (measure_with(least | {kind: count + 1}) - first)
     return total
 
 
@@ -214,19 +230,21 @@ def plan_for(config: Config, gib: float) -> tuple[Config, Plan]:
 
     Returns:
         The config, which says so, and its plan.
+
+    Raises:
+        CannotPlan: an operator does not work without data.
+        UserError: as `plan`.
     """
-    planned = plan(config)
-    if planned.peak_gib > gib and config.model.gradient_checkpointing == "auto":
-        config = changed(config, "model.gradient_checkpointing=true")
+    try:
         planned = plan(config)
+        if planned.peak_gib > gib and config.model.gradient_checkpointing == "auto":
+            config = changed(config, "model.gradient_checkpointing=true")
+            planned = plan(config)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - each operator has its own
+        raise CannotPlan(f"{config.model.name} cannot be planned: {first_line(error)}") from None
     return config, planned
-
-
-def cannot_plan(config: Config, error: Exception) -> str:
-    """Why a model cannot be planned, where an operator does not work without data."""
-    if config.model.quantization == "8bit":
-        return "8-bit weights cannot be planned; plan 4bit: 8bit takes 3.2 GiB more for 8B"
-    return f"{config.model.name} cannot be planned: {first_line(error)}"
 
 
 def largest_batch(config: Config, gib: float) -> int:
@@ -251,18 +269,21 @@ def cheapest_that_fits(config: Config, gib: float) -> tuple[str, float] | None:
     Returns:
         The keys, for a command line, and the peak then in GiB; None if nothing fits.
     """
-    options = next_settings(config)
-    for keys, _ in options:  # one change alone
+    for keys in _changes(config):
         if (peak := plan(changed(config, keys)).peak_gib) <= gib:
             return keys, peak
-    values: dict[str, str] = {}
-    while options:  # or several, in their order
+    return None
+
+
+def _changes(config: Config) -> Iterator[str]:
+    """Yield keys for a command line: of one change alone, then of several in their order."""
+    options, values = next_settings(config), {}
+    yield from (keys for keys, _ in options)
+    while options:
         values |= dict(pair.split("=", 1) for pair in options[0][0].split())
         keys = " ".join(f"{key}={value}" for key, value in values.items())
-        if (peak := plan(changed(config, keys)).peak_gib) <= gib:
-            return keys, peak
+        yield keys
         options = next_settings(changed(config, keys))
-    return None
 
 
 def cost(config: Config, data: TokenDataset) -> tuple[int, int, float]:
@@ -274,27 +295,31 @@ def cost(config: Config, data: TokenDataset) -> tuple[int, int, float]:
     """
     settings = config.training
     sampler = TokenBudgetSampler(
-        data.lengths, config.data.max_length, settings.batch_size, config.data.packing,
-        config.seed, shuffle=True,
-    )  # fmt: skip
+        data.lengths, config.data.max_length, settings.batch_size, config.data.packing, config.seed
+    )
     steps = count_steps(settings, len(sampler))
     epochs = steps * settings.gradient_accumulation_steps / len(sampler)
     per_token, per_label = extrapolate(
-        config, torch.bfloat16, lambda model: np.array(count_flops(model, data.lengths))
+        config, lambda model: np.array(count_flops(model, data.lengths))
     )
     tokens, labelled = int(data.lengths.sum()), data.facts.labelled_tokens
     return steps, int(epochs * tokens), epochs * (per_token * tokens + per_label * labelled)
 
 
-def build(config: Config, dtype: torch.dtype, kept: list[int] | None = None) -> nn.Module:
+def build(config: Config, kept: list[int] | None = None) -> nn.Module:
     """Build the model as it would be loaded, without weights; `kept`: with these layers only."""
-    settings = config.model
+    settings, dtype = config.model, _dtype(config)
     stored = dtype_of_trained(config.training, dtype) if config.lora is None else dtype
     model = without_weights(settings, stored)
     if kept is not None:
         _keep_layers(model, kept)
-    if settings.quantization != "none":
-        _quantize(model, settings.quantization, dtype)
+    if settings.quantization == "4bit":
+        from transformers import BitsAndBytesConfig
+        from transformers.integrations import replace_with_bnb_linear
+
+        four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+        replace_with_bnb_linear(model, ["lm_head"], quantization_config=four_bit)
+        setattr(model, "is_loaded_in_4bit", True)  # noqa: B010
     if config.lora is not None:
         model = add_adapters(model, config.lora.model_copy(update={"adapter": None}))
     if settings.gradient_checkpointing is True:
@@ -314,35 +339,27 @@ def _keep_layers(model: Any, kept: list[int]) -> None:
     config.num_hidden_layers = len(kept)
 
 
-def _quantize(model: Any, kind: str, dtype: torch.dtype) -> None:
-    from transformers import BitsAndBytesConfig
-    from transformers.integrations import replace_with_bnb_linear
-
-    settings = BitsAndBytesConfig(**{f"load_in_{kind}": True}, bnb_4bit_compute_dtype=dtype)
-    replace_with_bnb_linear(model, ["lm_head"], quantization_config=settings)
-    setattr(model, f"is_loaded_in_{kind}", True)
-
-
 def _make_fake(model: nn.Module) -> None:
-    """Replace every tensor by a fake one; ties stay ties."""
-    fakes: dict[Tensor, Tensor] = {}  # by the real ones, which hash by identity
+    """Replace every tensor by a fake one; tied weights stay tied."""
+    fakes: dict[Tensor | None, Tensor | None] = {None: None}  # tensors hash by identity
     for module in model.modules():
         tables: Any = (module._parameters, module._buffers)
         for table in tables:
             for name, real in table.items():
-                if real is None:
-                    continue
                 if real not in fakes:
                     new = torch.empty(real.shape, dtype=real.dtype, device=CPU)
-                    parameter = isinstance(real, nn.Parameter)
-                    fakes[real] = nn.Parameter(new, real.requires_grad) if parameter else new
+                    weight = isinstance(real, nn.Parameter)
+                    fakes[real] = nn.Parameter(new, real.requires_grad) if weight else new
                 table[name] = fakes[real]
         if hasattr(module, "quant_state"):
             _pack(module)
 
 
 def _pack(layer: Any) -> None:
-    """Make a 4-bit weight: half a byte each, a byte for 64 of them, four bytes for 256 of those."""
+    """Make a 4-bit weight: half a byte each, a byte for 64 of them, four bytes for 256 of those.
+
+    Not by bitsandbytes' own function, which would keep a fake table for real weights later.
+    """
     from bitsandbytes.functional import QuantState
 
     count, shape = layer.weight.numel(), layer.weight.shape
@@ -355,4 +372,3 @@ def _pack(layer: Any) -> None:
     weight: Any = nn.Parameter(torch.empty((count + 1) // 2, 1, dtype=torch.uint8), False)
     weight.quant_state = layer.quant_state = state
     layer.weight = weight
-    layer.support_avx512bf16_for_cpu = False

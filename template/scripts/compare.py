@@ -4,7 +4,9 @@ Prints in which settings, data, code and versions the runs differ and what each 
 and draws the loss curves of all of them in one picture.
 """
 
+from src.tools.compare import compare
 from src.trained import find_runs
+from src.training.metrics import draw_curves
 from src.utils.environment import from_root, to_root
 from src.utils.errors import UserError
 from src.utils.script import make_parser, run_script
@@ -13,7 +15,7 @@ MAX_WIDTH = 40  # characters of a cell; the rest is cut off
 
 
 def main(arguments: list[str]) -> None:
-    """Check the folders first, then import torch."""
+    """Print both tables and draw the curves."""
     parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder: outputs/train")
     default, text = "outputs/comparison.png", "the picture (default: %(default)s)"
@@ -22,9 +24,6 @@ def main(arguments: list[str]) -> None:
     folders, picture = find_runs(options.runs), from_root(options.output)
     if len(folders) < 2:
         raise UserError(f"{options.runs[0]}: only one run; give two or more to compare")
-
-    from src.tools.compare import compare
-    from src.training.report import draw_curves
 
     names = [to_root(folder) for folder in folders]
     differences, results = compare(folders)

@@ -1,64 +1,82 @@
 """Two runs side by side: what differs, what each reached, and one picture."""
 
 import json
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import scripts.compare
+from conftest import ROOT
+from src.config import load_config
 from src.tools.compare import compare
+from src.training.metrics import even_losses
+from src.training.record import Record
 
 
 @pytest.fixture
-def other(smoke: Path, tmp_path) -> Path:
-    """The smoke run once more, as if with another rate, library, commit and rows."""
-    copy = Path(shutil.copytree(smoke, tmp_path / "other"))
-    config = (copy / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(
-        config.replace("learning_rate: 0.003", "learning_rate: 0.001").replace(
-            f"output_dir: {smoke}", f"output_dir: {copy}"
-        )
-    )
-    record = json.loads((copy / "record.json").read_text())
-    record["tags"] |= {"torch": "2.0", "fingerprint.train": "0", "command": "other"}
-    record["tags"]["mlflow.source.git.commit"] = "0123abc"
-    (copy / "record.json").write_text(json.dumps(record | {"status": "KILLED"}))
-    (copy / "uncommitted.diff").write_text("+1")
-    return copy
+def runs(tmp_path: Path) -> list[Path]:
+    """Two runs of other rates, library, rows, commit and lora, of which one was evaluated."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder, lora in zip(folders, (None, {"r": 8}), strict=True):
+        folder.mkdir()
+        _, config = load_config(ROOT / "configs/smoke.yaml", [f"output_dir={folder}"])
+        (folder / "config.yaml").write_text(json.dumps(config | {"lora": lora}))
+        numbers = {"learning_rate": 1, "tokens_per_second": 2e3, "eval_loss": 0.25}
+        lines = [{"step": step, "loss": 1 / step} | numbers for step in (10, 20, 23, 30)]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        tags = {"torch": "2.1" if lora else "2.0", "command": str(folder), "git.dirty": "true"}
+        Record(folder, {"key": "0"}).update(tags=tags, status="KILLED" if lora else "FINISHED")
+    (folders[1] / "uncommitted.diff").write_text("+1")
+    report = {"data": "a.jsonl", "scores": {"model": {"exact": 0.5}}}
+    (folders[1] / "evaluation.json").write_text(json.dumps(report))
+    return folders
 
 
-def test_what_differs_is_named_and_nothing_else(smoke: Path, other: Path) -> None:
-    different, _ = compare([smoke, other])
-    assert different.keys() == {
-        "training.learning_rate", "torch", "fingerprint.train", "mlflow.source.git.commit",
-        "uncommitted.diff",
-    }  # fmt: skip
-    assert different["training.learning_rate"] == ["0.003", "0.001"]
+def test_what_differs_is_named_in_a_line_each_and_what_was_reached(runs: list[Path]) -> None:
+    different, reached = compare(runs)
+    assert different.keys() == {"lora", "torch", "uncommitted.diff"}
+    assert different["lora"] == ["None", "{'r': 8}"]
     assert different["uncommitted.diff"][0] == "-"
+    assert reached == {
+        "status": ["FINISHED", "KILLED"],
+        "steps": ["30", "30"],
+        "loss": ["0.03333", "0.03333"],
+        "best evaluation": ["0.25", "0.25"],
+        "tokens per second": ["2,000", "2,000"],
+        "exact on a.jsonl": ["-", "0.5"],
+    }
 
 
-def test_the_script_prints_both_and_draws_their_curves(smoke, other, tmp_path, capsys) -> None:
+def test_the_script_prints_both_and_draws_their_curves_without_torch(runs, tmp_path) -> None:
     from matplotlib.image import imread
 
-    picture = tmp_path / "curves.png"
-    scripts.compare.main([str(smoke), str(other), "--output", str(picture)])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["training.learning_rate", "0.003", "0.001"] in rows
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "loss": null}\n')
+    picture = tmp_path / "new/curves.png"
+    command = [sys.executable, "-X", "importtime", ROOT / "scripts/compare.py", *runs]
+    done = subprocess.run(
+        [*command, "--output", picture], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "| torch" not in done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["torch", "2.0", "2.1"] in rows
     assert ["status", "FINISHED", "KILLED"] in rows
-    assert ["steps", "160", "160"] in rows
+    assert ["loss", "0.03333", "not", "finite"] in rows
     assert imread(picture).shape[:2] == (540, 960)
-    scripts.compare.main([str(smoke), str(smoke), "--output", str(picture)])
+
+
+def test_equal_runs_differ_in_nothing_and_what_is_no_run_is_refused(
+    runs, tmp_path, refused, capsys
+) -> None:
+    scripts.compare.main([*map(str, [runs[0], runs[0]]), "--output", str(tmp_path / "curves.png")])
     assert capsys.readouterr().out.splitlines()[1] == "nothing"
+    assert "not a run's folder" in refused(scripts.compare.main, str(runs[0]), str(tmp_path))[0]
+    assert "give two or more to compare" in refused(scripts.compare.main, str(runs[0]))[0]
 
 
-def test_what_is_no_run_is_refused(smoke, tmp_path, refused) -> None:
-    assert "not a run's folder" in refused(scripts.compare.main, str(smoke), str(tmp_path))[0]
-    assert "give two or more to compare" in refused(scripts.compare.main, str(smoke))[0]
-
-
-def test_a_loss_that_was_not_finite_is_named(smoke, other) -> None:
-    line = json.loads((other / "metrics.jsonl").read_text().splitlines()[-1])
-    with (other / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line | {"step": 161, "loss": None}) + "\n")
-    assert compare([smoke, other])[1]["loss"][1] == "not finite"
+def test_a_line_of_fewer_steps_is_drawn_with_its_neighbour() -> None:
+    steps, losses = (10, 20, 23, 30, 40, 41), (3.0, 2.0, 8.0, 1.0, None, 1.0)
+    rows = [{"step": s, "loss": x} for s, x in zip(steps, losses, strict=True)]
+    assert even_losses(rows) == [(10, 3.0), (20, 2.0), (30, 3.1), (40, None)]

@@ -9,8 +9,8 @@ import scripts.inference
 from conftest import SMOKE, chat, metrics
 from src.config import load_config
 from src.training import loss as loss_module
-from src.training.record import rewind_metrics
-from src.training.report import draw_curves, summarise
+from src.training.metrics import draw_curves, rewind_metrics
+from src.training.report import summarise
 
 
 def test_a_run_leaves_what_it_promises(smoke: Path) -> None:

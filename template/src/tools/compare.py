@@ -1,16 +1,15 @@
 """Compare runs: where config, data, code and versions differ, and what each run reached."""
 
 import json
-from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import yaml
 
-from src.config import flatten
-from src.training.report import read_metrics
-from src.utils.files import RECORD
+from src.training.metrics import read_metrics
+from src.utils.files import METRICS, RECORD
 
 IGNORED_TAGS = {"command", "config"}  # they differ always, or repeat what the config says
 
@@ -19,32 +18,41 @@ def compare(folders: list[Path]) -> tuple[dict[str, list[str]], dict[str, list[s
     """Return two tables of the runs, each with a value for each run by its name.
 
     The first has the settings that are not the same in all runs: configuration, fingerprints of
-    the data, commit and versions. The second has status, steps, losses, speed and memory.
+    the data, commit and versions. The second has status, steps, losses, speed, memory and what
+    scripts/evaluate.py measured.
     """
-    settings = _by_name(map(_settings, folders))
-    different = {name: values for name, values in settings.items() if len(set(values)) > 1}
-    return different, _by_name(map(_result, folders))
+    results = list(map(_result, folders))
+    names = dict.fromkeys(name for result in results for name in result)
+    reached = {name: [result.get(name, "-") for result in results] for name in names}
+    return _differences([_settings(folder) for folder in folders]), reached
 
 
-def _by_name(columns: Iterable[dict[str, str]]) -> dict[str, list[str]]:
-    runs = list(columns)
-    names = dict.fromkeys(name for run in runs for name in run)
-    return {name: [run.get(name, "-") for run in runs] for name in names}
+def _differences(settings: list[Any], name: str = "") -> dict[str, list[str]]:
+    """Return what is not equal, by its name with dots; a section that a run lacks is one line."""
+    if all(value == settings[0] for value in settings):
+        return {}
+    if not all(isinstance(value, dict) for value in settings):
+        return {name: [str(value) for value in settings]}
+    different = {}
+    for key in dict.fromkeys(key for section in settings for key in section):
+        inner = f"{name}.{key}" if name else key
+        different |= _differences([section.get(key, "-") for section in settings], inner)
+    return different
 
 
-def _settings(folder: Path) -> dict[str, str]:
+def _settings(folder: Path) -> dict[str, Any]:
     config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    del config["output_dir"]
     tags = json.loads((folder / RECORD).read_text("utf-8"))["tags"]
-    settings = flatten(config) | {k: v for k, v in tags.items() if k not in IGNORED_TAGS}
+    settings = config | {k: v for k, v in tags.items() if k not in IGNORED_TAGS}
+    del settings["output_dir"]
     if (changes := folder / "uncommitted.diff").is_file():
         settings["uncommitted.diff"] = sha256(changes.read_bytes()).hexdigest()[:16]
-    return {name: str(value) for name, value in settings.items()}
+    return settings
 
 
 def _result(folder: Path) -> dict[str, str]:
     status = json.loads((folder / RECORD).read_text("utf-8"))["status"]
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_metrics(folder / METRICS)
     result = {"status": status, "steps": str(lines[-1]["step"] if lines else 0)}
     for name, key, summarize in (
         ("loss", "loss", lambda values: values[-1]),
@@ -56,4 +64,9 @@ def _result(folder: Path) -> dict[str, str]:
             result[name] = f"{summarize(values):,.4g}"
     if lines and lines[-1]["loss"] is None:
         result["loss"] = "not finite"
+    for report in (folder / "evaluation.json", folder / "final/evaluation.json"):
+        if report.is_file():
+            measured = json.loads(report.read_text("utf-8"))
+            for name, figure in measured["scores"]["model"].items():
+                result[f"{name} on {measured['data']}"] = f"{figure:,.4g}"
     return result

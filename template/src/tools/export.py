@@ -24,8 +24,8 @@ from src.models.model import (
     set_generation_config,
 )
 from src.trained import load_trained
+from src.training.metrics import read_metrics
 from src.training.record import Record
-from src.training.report import read_metrics
 from src.training.trainer import evaluate
 from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError

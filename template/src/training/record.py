@@ -137,24 +137,6 @@ def git(root: Path, *words: str) -> str | None:
     return None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a file of JSON lines; a crash may have cut the last one."""
-    lines = []
-    # Not splitlines(): an answer may have a separator that ends a line for Python, not for JSON.
-    for line in path.read_text("utf-8").split("\n") if path.exists() else []:
-        with suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
-
-
-def rewind_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`: a resumed run takes those steps again."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-    if path.exists():
-        write_text(path, text)
-
-
 def _template_version() -> str | None:
     """The template's version that rendered this project; None where no file says it."""
     with suppress(OSError, yaml.YAMLError):  # no such file, or one with conflict markers

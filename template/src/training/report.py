@@ -22,8 +22,9 @@ from src.models.adapters import adapted_names, frozen_experts
 from src.models.model import count_parameters
 from src.training.checkpoint import TrainState
 from src.training.fit import gib_held
+from src.training.metrics import read_metrics, rewind_metrics
 from src.training.optimizer import rate_factor
-from src.training.record import Record, read_metrics, rewind_metrics
+from src.training.record import Record
 from src.training.speed import Speed
 from src.training.tracking import Tracker, where_to_look
 from src.training.trainer import StepResult
@@ -324,26 +325,6 @@ class Recorder:
 def _loss(value: float | None) -> str:
     """A loss of `metrics.jsonl`, where null stands for NaN and infinity."""
     return "not finite" if value is None else f"{value:.4f}"
-
-
-def draw_curves(folders: Sequence[Path], picture: Path) -> None:
-    """Draw the training and evaluation loss of one run or several over their steps."""
-    from matplotlib.figure import Figure  # not pyplot, which looks for a display
-
-    canvas = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = canvas.subplots()
-    for number, folder in enumerate(folders):
-        rows = read_metrics(folder / "metrics.jsonl")
-        for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o--")):
-            points = [(row["step"], row[key]) for row in rows if key in row]  # null leaves a gap
-            if points:
-                label = f"{folder.name}: {label}"
-                axes.plot(*zip(*points, strict=True), style, label=label, color=f"C{number}")
-    axes.set(xlabel="optimizer step", ylabel="loss per labelled token (nats)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    canvas.savefig(picture, dpi=120, format="png")
 
 
 def summarise(config: Config, result: str, only_text: bool) -> None:

@@ -30,6 +30,7 @@ from src.training.checkpoint import (
 )
 from src.training.fit import check_feasible, choose_strategy, explain_out_of_memory
 from src.training.loss import find_plain_head
+from src.training.metrics import draw_curves
 from src.training.optimizer import (
     count_steps,
     dtype_of_trained,
@@ -233,4 +234,4 @@ def _save_final(
     with explain_failed_write(final, final.with_name("checkpoints")), new_folder(final) as folder:
         save_model(training.model, tokenizer, folder, dtype, state)
         shutil.copy(final.with_name("config.yaml"), folder / RECIPE)
-    report.draw_curves([final.parent], final.with_name("loss.png"))
+    draw_curves([final.parent], final.with_name("loss.png"))

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from src.config import flatten, load_config
-from src.training.record import Record, hide, lock_hash, read_metrics
+from src.training.metrics import read_metrics
+from src.training.record import Record, hide, lock_hash
 from src.utils.environment import PROJECT_ROOT, to_root
 from src.utils.memory import GIB
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,6 +25,14 @@ _HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ["HF_HOME"] = _HF_HOME.name
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = str(ROOT / "configs/smoke.yaml")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+RUNS = """
+import scripts.train
+from src.utils import distributed
+for arguments in {commands}:
+    scripts.train.main(arguments)
+    distributed.RESTARTS += 1  # the next run's names in the store that all of them share
+"""
 
 
 def chat(question: str, answer: str) -> dict:
@@ -35,6 +44,20 @@ def chat(question: str, answer: str) -> dict:
 def metrics(folder: Path) -> list[dict]:
     """What a run has logged; unlike src's own reader, no broken line is passed over."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_in_processes(processes: int, *commands: list[str]) -> str:
+    """Train several runs in one start of torchrun, which imports torch in each process."""
+    launcher = [*TORCHRUN, "--standalone", f"--nproc-per-node={processes}"]
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(RUNS.format(commands=commands))
+        script.flush()
+        done = subprocess.run(
+            [*launcher, script.name], cwd=ROOT, capture_output=True, text=True, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def run_tool(name: str, *arguments: str) -> bool:
@@ -108,17 +131,17 @@ def load_model(config, lora, tokenizer, device, dtype, packing: bool = True, **t
     return model
 
 
+def write_lines(path: Path, *rows: dict | str) -> str:
+    """Write rows as JSONL and return the path; text goes in as it is."""
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., str]:
-    """Write rows as JSONL and return the path: `write_rows(row, row, …)`; text goes in as it is."""
-
-    def write(*rows: dict | str, name: str = "rows.jsonl") -> str:
-        path = tmp_path / name
-        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        return str(path)
-
-    return write
+    """Write rows as JSONL and return the path: `write_rows(row, row, …)`."""
+    return lambda *rows, name="rows.jsonl": write_lines(tmp_path / name, *rows)
 
 
 @pytest.fixture

@@ -65,10 +65,10 @@ def test_a_checkpoint_brings_back_everything_random_generators_included(training
     elif kind == "a weight without moments":
         del training.optimizer.state[next(iter(training.trained().values()))]
     path = save(training, tmp_path, 7)
-    kept = [training.model.state_dict(), training.named_moments()]
+    kept = [training.model.state_dict(), training.moments()]
     expected = [{k: v.clone() for k, v in tensors.items()} for tensors in kept]
     drawn = draw()
-    for tensors in [training.trained(), training.named_moments()]:
+    for tensors in [training.trained(), training.moments()]:
         for tensor in tensors.values():
             tensor.data.add_(1)
     state, state.step = training.state, 99
@@ -77,7 +77,7 @@ def test_a_checkpoint_brings_back_everything_random_generators_included(training
     assert state.step == 7
     assert draw() == drawn
     for tensors, saved in zip(
-        [training.model.state_dict(), training.named_moments()], expected, strict=True
+        [training.model.state_dict(), training.moments()], expected, strict=True
     ):
         assert tensors.keys() == saved.keys()
         assert all(torch.equal(tensor, saved[name]) for name, tensor in tensors.items())

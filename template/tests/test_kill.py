@@ -2,13 +2,14 @@
 
 import json
 import os
-import pickle
 import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,55 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_weights(tmp_path)
         assert result["kills_that_found_a_half_written_folder"] > 0, "no kill hit a save"
 
 
+class Batches:
+    """A loader and its sampler: batches from a position on."""
+
+    epoch, position, batches = 0, 0, STEPS
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.ids, self.sampler = ids, self
+
+    def __iter__(self):
+        for batch in self.ids[self.position :]:
+            yield {"input_ids": batch, "labels": batch}
+
+
+def train_child(model: LlamaForCausalLM, ids: torch.Tensor, output: Path) -> None:
+    """Go on from the newest checkpoint to the end; write down how far it came and what it repeats."""
+    options = [f"output_dir={output}", f"training.save_every={SAVE_EVERY}"]
+    quiet = ["training.log_every=100", "tracking.enabled=false"]
+    config, written = load_config(SMOKE, [*options, *quiet])
+    optimizer, scaler = make_optimizer(model, config.training), torch.amp.GradScaler(enabled=False)
+    training = Training(model, optimizer, scaler, identify(config, Facts()))
+    torch.manual_seed(1)
+    path, _ = find_checkpoint("auto", output / "checkpoints")
+    if path:
+        load_checkpoint(training, path)
+    done = os.open(output.with_suffix(".done"), os.O_RDWR | os.O_CREAT)
+    last = int(os.pread(done, 9, 0) or 0)
+    with output.with_suffix(".repeated").open("a") as repeated:
+        repeated.write(f"{last - training.state.step}\n")
+    training_steps = run.training_steps
+
+    def watched(*args, **options):
+        for step in training_steps(*args, **options):
+            try:
+                yield step
+            finally:  # the run has done all that is due after this step, saving included
+                os.pwrite(done, f"{training.state.step:09d}".encode(), 0)
+
+    run.training_steps = watched
+    data: Any = SimpleNamespace(left_out=Path(os.devnull), facts=Facts())
+    loader: Any = Batches(ids)
+    with Recorder(config, written, training.state, STEPS, (data, None)) as recorder:
+        parts = run.Run(
+            config=config, tokenizer=data, objective=model, training=training, train=loader, evaluation=None,
+            dtype=torch.float32, speed=Speed(1, 1, 1), total_steps=STEPS, recorder=recorder,
+        )  # fmt: skip
+        with StopSignal([]) as stop:
+            run._train(parts, stop, lambda: None)
+
+
 def crash_harness(folder: Path) -> None:
     """Train in forked children, kill each after a random time, resume until the end, compare."""
     torch.set_num_threads(1)
@@ -55,77 +105,28 @@ def crash_harness(folder: Path) -> None:
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, attention_dropout=0.1,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    ids = torch.randint(0, 64, (STEPS, 2, 16))
-
-    class Loader:
-        """Batches by position, as the sampler of the real loader walks them."""
-
-        epoch, position, batches = 0, 0, STEPS
-
-        def __len__(self) -> int:
-            return STEPS
-
-        def __iter__(self):
-            for batch in ids[self.position :]:
-                yield {"input_ids": batch, "labels": batch}
-
-        @property
-        def sampler(self):
-            return self
-
-    loader = Loader()
-
-    def child(output: Path) -> None:
-        quiet = ["training.log_every=100", "tracking.enabled=false"]
-        saving = [f"output_dir={output}", f"training.save_every={SAVE_EVERY}"]
-        settings, written = load_config(SMOKE, [*saving, *quiet])
-        optimizer = make_optimizer(model, settings.training)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        training = Training(model, optimizer, scaler, identify(settings, Facts()))
-        torch.manual_seed(1)
-        path, _ = find_checkpoint("auto", output / "checkpoints")
-        if path:
-            load_checkpoint(training, path)
-        done = os.open(output.with_suffix(".done"), os.O_RDWR | os.O_CREAT)
-        last = int(os.pread(done, 9, 0) or 0)
-        repeated = os.open(output.with_suffix(".repeated"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.write(repeated, f"{last - training.state.step}\n".encode())
-        training_steps = run.training_steps
-
-        def watched(*args, **options):
-            for step in training_steps(*args, **options):
-                try:
-                    yield step
-                finally:  # the run has done all that is due after this step, saving included
-                    os.pwrite(done, f"{training.state.step:09d}".encode(), 0)
-
-        run.training_steps = watched
-        recorder = Recorder(settings, written, training.state, STEPS, Speed(1.0, 1.0, 1.0))
-        with StopSignal([]) as stop, recorder:
-            run._train(model, training, loader, None, settings, recorder, stop, lambda: None)
-
-    def weights_of(output: Path) -> bytes:
-        (file,) = (output / f"checkpoints/step-{STEPS:08d}/weights").iterdir()
-        return pickle.dumps(sorted((k, w.tolist()) for k, w in load_file(file).items()))
+    model, ids = LlamaForCausalLM(config), torch.randint(0, 64, (STEPS, 2, 16))
 
     def start(output: Path) -> int:
         if pid := os.fork():
             return pid
         code = 1
         try:
-            child(output)
+            train_child(model, ids, output)
             code = 0
         finally:
             os._exit(code)
+
+    def result(output: Path) -> dict[str, torch.Tensor]:
+        (file,) = (output / f"checkpoints/step-{STEPS:08d}/weights").iterdir()
+        return load_file(file)
 
     # The first step imports half of torch: pay for it once, before the forks.
     warm = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     train_epoch(model, [{"input_ids": ids[0], "labels": ids[0]}], warm, None, "cpu")
     began = time.perf_counter()
     assert os.waitpid(start(folder / "straight"), 0)[1] == 0
-    seconds = time.perf_counter() - began
-    expected = weights_of(folder / "straight")
+    seconds, expected = time.perf_counter() - began, result(folder / "straight")
 
     rng = random.Random(0)
     kills = runs = different = half_written = 0
@@ -144,19 +145,16 @@ def crash_harness(folder: Path) -> None:
             assert os.WIFSIGNALED(status), "a restart failed"
             kills += 1
             half_written += any((output / "checkpoints").glob(".*.tmp"))
-        different += weights_of(output) != expected
+        weights = result(output)
+        different += not all(weights[name].equal(weight) for name, weight in expected.items())
     repeated = [int(n) for f in folder.glob("*.repeated") for n in f.read_text().split()]
-    print(
-        json.dumps(
-            {
-                "runs": runs,
-                "kills": kills,
-                "different_ends": different,
-                "most_steps_repeated": max(repeated),
-                "kills_that_found_a_half_written_folder": half_written,
-            }
-        )
-    )
+    figures = {
+        "kills": kills,
+        "different_ends": different,
+        "most_steps_repeated": max(repeated),
+        "kills_that_found_a_half_written_folder": half_written,
+    }
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -6,24 +6,20 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import ROOT, SMOKE, chat, metrics
+import scripts.train
+from conftest import ROOT, SMOKE, TORCHRUN, chat, metrics, train_in_processes, write_lines
 
 pytestmark = pytest.mark.slow  # each start imports torch once a process
 
-RUN = ["-m", "torch.distributed.run"]
-TORCHRUN = [*RUN, "--standalone", "--nproc-per-node=2"]
-FOUR = [*RUN, "--standalone", "--nproc-per-node=4"]
 FAIL_ON_RANK_1 = """
 import os, sys
 sys.argv = ["scripts/train.py", *sys.argv[1:]]
@@ -59,47 +55,61 @@ with process_group(cpu, 60):
 """
 
 
-@pytest.fixture
-def start(tmp_path: Path, write_rows) -> Callable[..., subprocess.Popen]:
-    """Start a run: `start(name, launcher, **training)`; 24 rows, of which a step sees four."""
-    rows = write_rows(*[chat("why? " * (n % 5), "because " * (1 + n % 7)) for n in range(27)])
-    base = yaml.safe_load(Path(SMOKE).read_text())
-    base["data"] |= {"train": rows, "eval": rows, "max_length": 64}
-    base["training"] |= {"log_every": 1, "warmup_steps": 0, "batch_size": 1, "epochs": 2}
-    base["tracking"] = {"enabled": False}
-
-    def begin(
-        name: str, launcher: list[str], script: str = "", sections: dict | None = None, **training
-    ) -> subprocess.Popen:  # fmt: skip
-        config = base | {"output_dir": str(tmp_path / name)} | (sections or {})
-        config["training"] = base["training"] | training
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
-        script = script or str(ROOT / "scripts/train.py")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(
-            [sys.executable, *launcher, script, str(tmp_path / f"{name}.yaml"), "device=cpu"],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
-    return begin
+LONG = ["training.epochs=12", "training.save_every=5"]  # long enough to be killed in the middle
 
 
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+def options(folder: Path) -> list[str]:
+    """Of a run in `folder`, on 27 rows beside it, of which a step sees four."""
+    rows = folder.with_name("rows.jsonl")
+    write_lines(rows, *[chat("why? " * (n % 5), "because " * (1 + n % 7)) for n in range(27)])
+    return [
+        SMOKE, f"output_dir={folder}", f"data.train={rows}", f"data.eval={rows}", "device=cpu",
+        "data.max_length=64", "tracking.enabled=false", "training.log_every=1",
+        "training.warmup_steps=0", "training.batch_size=1", "training.epochs=2",
+    ]  # fmt: skip
 
 
-def weights(folder: Path) -> dict:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, saved_model: Path) -> Path:
+    """A folder of runs that all do the same, with one process or several; or end as another one."""
+    folder = tmp_path_factory.mktemp("runs")
+    lora = [f"model.name={saved_model}", "lora.r=4", "model.gradient_checkpointing=true"]
+
+    def command(name: str, window: int, *more: str) -> list[str]:
+        saved = ["training.save_every=3", "training.keep_checkpoints=99"]
+        window_size = f"training.gradient_accumulation_steps={window}"
+        return [*options(folder / name), *saved, window_size, *more]
+
+    def go_on(name: str, start: str, window: int, *more: str) -> list[str]:
+        """As if the run `start` had been killed after its third step."""
+        shutil.copytree(folder / start, folder / name)
+        shutil.rmtree(folder / name / "final")
+        for path in (folder / name / "checkpoints").glob("step-*"):
+            if path.name > "step-00000003":
+                shutil.rmtree(path)
+        return command(name, window, "training.resume=auto", *more)
+
+    fsdp = "training.strategy=fsdp"
+    scripts.train.main(command("one", 4))
+    scripts.train.main(command("lora", 4, *lora))
+    printed = train_in_processes(
+        2,
+        command("ddp", 2),
+        command("fsdp", 2, fsdp),
+        command("lora-fsdp", 2, fsdp, *lora),
+        go_on("one-to-fsdp", "one", 2, fsdp),
+        [*options(folder / "undisturbed"), *LONG],
+    )
+    assert "strategy   fsdp: as training.strategy says" in printed
+    printed += train_in_processes(4, go_on("fsdp-to-four", "fsdp", 1, fsdp))
+    assert printed.count("resume     step-00000003") == 2
+    scripts.train.main(go_on("ddp-to-one", "ddp", 4))
+    scripts.train.main(go_on("fsdp-to-one", "fsdp", 4))
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next((folder / "final").glob("*.safetensors")))
-
-
-def rewind(folder: Path, step: str) -> None:
-    """As if the run had been killed right after this checkpoint."""
-    for path in (folder / "checkpoints").glob("step-*"):
-        if path.name > step:
-            shutil.rmtree(path)
-    shutil.rmtree(folder / "final")
 
 
 def assert_same(folder: Path, other: Path) -> None:
@@ -110,76 +120,76 @@ def assert_same(folder: Path, other: Path) -> None:
         assert (a["tokens"], a["step"], a["epoch"]) == (b["tokens"], b["step"], b["epoch"])
         assert a.get("eval_loss", 0) == pytest.approx(b.get("eval_loss", 0), rel=1e-5)
     one, two = weights(folder), weights(other)
+    assert one.keys() == two.keys()
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
 
 
-def test_two_processes_train_as_one_and_either_goes_on_where_the_other_stopped(tmp_path, start):
-    finish(start("one", [], gradient_accumulation_steps=4))
-    assert len(metrics(tmp_path / "one")) % 2 == 0
-    finish(start("two", TORCHRUN, gradient_accumulation_steps=2))
-    assert_same(tmp_path / "two", tmp_path / "one")
-    total = len(metrics(tmp_path / "one"))
-    half = {"save_every": 3, "keep_checkpoints": 99}
-    finish(start("mixed", TORCHRUN, gradient_accumulation_steps=2, **half))
-    rewind(tmp_path / "mixed", "step-00000003")
-    output = finish(start("mixed", [], gradient_accumulation_steps=4, resume="auto", **half))
-    assert "resume     step-00000003" in output
-    assert metrics(tmp_path / "mixed")[-1]["step"] == total
-    assert_same(tmp_path / "mixed", tmp_path / "one")
+@pytest.mark.parametrize(
+    "name", ["ddp", "fsdp", "one-to-fsdp", "fsdp-to-four", "ddp-to-one", "fsdp-to-one"]
+)
+def test_any_strategy_trains_as_one_process_and_its_checkpoints_fit_any_other(runs, name) -> None:
+    assert len(metrics(runs / "one")) % 2 == 0
+    assert_same(runs / name, runs / "one")
+    parts = (runs / "fsdp/checkpoints/step-00000003/weights").iterdir()
+    assert {"shard-00001", "shard-00002"} == {path.name[:11] for path in parts}
 
 
-def test_a_sharded_run_equals_one_process_and_its_checkpoints_fit_any_strategy(tmp_path, start):
-    half = {"save_every": 3, "keep_checkpoints": 99}
-    finish(start("one", [], gradient_accumulation_steps=4, **half))
-    output = finish(start("two", TORCHRUN, strategy="fsdp", gradient_accumulation_steps=2, **half))
-    assert "strategy   fsdp" in output
-    assert_same(tmp_path / "two", tmp_path / "one")
-    parts = (tmp_path / "two/checkpoints/step-00000003/weights").iterdir()
-    names = {path.name[:11] for path in parts}
-    assert {"shard-00001", "shard-00002"} <= names
-    for name, of, launcher, strategy, window in (
-        ("to-one", "two", [], "auto", 4),
-        ("to-four", "two", FOUR, "fsdp", 1),
-        ("from-one", "one", TORCHRUN, "fsdp", 2),
-    ):
-        shutil.copytree(tmp_path / of, tmp_path / name)
-        rewind(tmp_path / name, "step-00000003")
-        more = {"strategy": strategy, "gradient_accumulation_steps": window, "resume": "auto"}
-        assert "resume     step-00000003" in finish(start(name, launcher, **more, **half))
-        assert_same(tmp_path / name, tmp_path / "one")
+def test_a_sharded_adapter_equals_one_process(runs) -> None:
+    assert (runs / "lora-fsdp/final/adapter_model.safetensors").is_file()
+    assert_same(runs / "lora-fsdp", runs / "lora")
 
 
-def test_a_sharded_adapter_equals_one_process(tmp_path, start, saved_model):
-    lora = {"model": {"name": str(saved_model)}, "lora": {"r": 4}}
-    lora["model"]["gradient_checkpointing"] = True
-    options = {"sections": lora, "eval_every": 3}
-    finish(start("one", [], gradient_accumulation_steps=4, **options))
-    finish(start("two", TORCHRUN, strategy="fsdp", gradient_accumulation_steps=2, **options))
-    assert (tmp_path / "two/final/adapter_model.safetensors").is_file()
-    assert_same(tmp_path / "two", tmp_path / "one")
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., subprocess.Popen]:
+    """Start torchrun: `start(name, launcher, *overrides)`."""
+
+    def begin(
+        name: str, launcher: list[str], *more: str, script: Path = ROOT / "scripts/train.py"
+    ) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*TORCHRUN, *launcher, script, *options(tmp_path / name), *more], cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    return begin
 
 
-def test_two_machines_shard_within_and_copy_between(tmp_path, start):
-    finish(start("one", [], gradient_accumulation_steps=4))
-    port = [
-        "--nnodes=2",
-        "--nproc-per-node=2",
-        "--master-addr=127.0.0.1",
-        f"--master-port={free()}",
-    ]
-    agents = [start("four", [*RUN, *port, f"--node-rank={n}"], strategy="hsdp") for n in (0, 1)]
-    for agent in agents:
-        finish(agent)
-    assert_same(tmp_path / "four", tmp_path / "one")
+TWO = ["--standalone", "--nproc-per-node=2"]
 
 
-def free() -> int:
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def workers(agent: subprocess.Popen) -> list[int]:
+    """The processes that train, by rank."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    ranks = {}
+    for pid in children:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks |= {int(v[5:]): int(pid) for v in variables if v.startswith(b"RANK=")}
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def test_two_machines_shard_within_and_copy_between(runs, tmp_path, start) -> None:
     with socket.socket() as some:
         some.bind(("127.0.0.1", 0))
-        return some.getsockname()[1]
+        port = some.getsockname()[1]
+    place = ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    launcher = ["--nnodes=2", "--nproc-per-node=2", *place]
+    agents = [
+        start("four", [*launcher, f"--node-rank={n}"], "training.strategy=hsdp") for n in (0, 1)
+    ]
+    for agent in agents:
+        output, _ = agent.communicate(timeout=300)
+        assert agent.returncode == 0, output
+    assert_same(tmp_path / "four", runs / "one")
 
 
-def test_loading_takes_the_memory_of_one_model_and_not_of_each_process(tmp_path, tokenizer):
+def test_loading_takes_the_memory_of_one_model_and_not_of_each_process(tmp_path, tokenizer) -> None:
     config = AutoConfig.from_pretrained(
         ROOT / "configs/tiny", hidden_size=1024, intermediate_size=4096, num_hidden_layers=9
     )
@@ -189,8 +199,9 @@ def test_loading_takes_the_memory_of_one_model_and_not_of_each_process(tmp_path,
     tokenizer.save_pretrained(tmp_path / "model")
     assert size > 400
     (tmp_path / "load.py").write_text(LOAD)
+    four = ["--standalone", "--nproc-per-node=4"]
     output = subprocess.run(
-        [sys.executable, *FOUR, tmp_path / "load.py", tmp_path / "model"], check=True, cwd=ROOT,
+        [*TORCHRUN, *four, tmp_path / "load.py", tmp_path / "model"], check=True, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,
     ).stdout  # fmt: skip
@@ -200,11 +211,10 @@ def test_loading_takes_the_memory_of_one_model_and_not_of_each_process(tmp_path,
     assert peaks[0] < 2 * size, (size, peaks)
 
 
-def test_a_process_that_hangs_is_named(tmp_path, start):
-    process = start("hung", TORCHRUN, epochs=2000, save_every=5, timeout=5)
-    while not (tmp_path / "hung/checkpoints/step-00000005").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+def test_a_process_that_hangs_is_named(tmp_path, start) -> None:
+    options = ["training.epochs=2000", "training.save_every=5", "training.timeout=5"]
+    process = start("hung", TWO, *options)
+    wait_for(tmp_path / "hung/checkpoints/step-00000005", process)
     worker = workers(process)[1]
     os.kill(worker, signal.SIGSTOP)
     lines = iter(process.stdout)
@@ -214,34 +224,20 @@ def test_a_process_that_hangs_is_named(tmp_path, start):
     assert process.returncode != 0
 
 
-def workers(agent: subprocess.Popen) -> list[int]:
-    """The processes that train, by rank."""
-    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-    found = {}
-    for pid in children:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        found |= {int(v[5:]): int(pid) for v in variables if v.startswith(b"RANK=")}
-    return [found[rank] for rank in sorted(found)]
-
-
-def test_a_killed_worker_restarts_the_group_from_the_newest_checkpoint(tmp_path, start):
-    finish(start("undisturbed", TORCHRUN, epochs=12, save_every=5))
-    disturbed = start("killed", [*TORCHRUN, "--max-restarts=1"], epochs=12, save_every=5)
-    saved = tmp_path / "killed/checkpoints/step-00000005"
-    while not saved.exists():
-        assert disturbed.poll() is None
-        time.sleep(0.01)
-    os.kill(workers(disturbed)[1], signal.SIGKILL)
-    assert "resume     step-" in finish(disturbed)
-    one, two = weights(tmp_path / "undisturbed"), weights(tmp_path / "killed")
+def test_a_killed_worker_restarts_the_group_from_the_newest_checkpoint(runs, tmp_path, start):
+    process = start("killed", [*TWO, "--max-restarts=1"], *LONG)
+    wait_for(tmp_path / "killed/checkpoints/step-00000005", process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "resume     step-" in output
+    one, two = weights(runs / "undisturbed"), weights(tmp_path / "killed")
     assert all(one[name].equal(two[name]) for name in one)
 
 
-def test_a_signal_to_torchrun_saves_on_all_and_is_told_once(tmp_path, start):
-    process = start("stopped", TORCHRUN, epochs=200, save_every=5)
-    while not (tmp_path / "stopped/checkpoints/step-00000005").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+def test_a_signal_to_torchrun_saves_on_all_and_is_told_once(tmp_path, start) -> None:
+    process = start("stopped", TWO, "training.epochs=200", "training.save_every=5")
+    wait_for(tmp_path / "stopped/checkpoints/step-00000005", process)
     process.terminate()
     output, _ = process.communicate(timeout=120)
     assert output.count("stopped by SIGTERM after step") == 1
@@ -249,20 +245,16 @@ def test_a_signal_to_torchrun_saves_on_all_and_is_told_once(tmp_path, start):
     assert (tmp_path / f"stopped/checkpoints/step-{last:08d}/manifest.json").is_file()
 
 
-def test_a_bad_key_is_named_once(start):
-    process = start("bad", TORCHRUN, learning_rte=1)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert output.count("unknown key; did you mean training.learning_rate?") == 1
-    assert "exitcode  : 2" in output
-    ours = output[: output.index("torch/distributed")]
-    assert "Traceback" not in ours
-
-
-def test_an_error_of_one_process_ends_all_and_is_shown_once(tmp_path, start):
+def test_an_error_of_one_process_ends_all_and_is_shown_once(tmp_path, start) -> None:
     (tmp_path / "fail.py").write_text(FAIL_ON_RANK_1)
-    process = start("fail", TORCHRUN, script=str(tmp_path / "fail.py"))
+    process = start("fail", TWO, script=tmp_path / "fail.py")
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert output.count("[rank 1] ZeroDivisionError: on one rank alone") == 1
     assert "closed by peer" not in output
+    process = start("bad", TWO, "training.learning_rte=1")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert output.count("unknown key; did you mean training.learning_rate?") == 1
+    assert "exitcode  : 2" in output
+    assert "Traceback" not in output[: output.index("torch/distributed")]

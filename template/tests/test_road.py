@@ -6,9 +6,6 @@ all ways, evaluated, exported, and asked again.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 import scripts.inference
 import scripts.train
-from conftest import ROOT, SMOKE, chat, metrics, run_tool
+from conftest import ROOT, SMOKE, chat, metrics, run_tool, train_in_processes
 from src.training.signals import StopSignal
 from src.utils.errors import Interrupted, RunError
 
@@ -53,25 +50,8 @@ ROADS: dict[str, tuple[str, list[str]]] = {
 }  # fmt: skip
 
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
-# Several runs in one start of torchrun, as each start imports torch twice.
-RUNS = """
-import json, sys
-import scripts.train
-from src.utils import distributed
-for arguments in json.load(open(sys.argv[1])):
-    scripts.train.main(arguments)
-    distributed.RESTARTS += 1  # the next run's names in the store that all of them share
-"""
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])]
 
 
 @pytest.fixture(scope="session")
@@ -194,15 +174,7 @@ def test_two_processes_walk_the_road_in_either_strategy(base, rows, tmp_path, mo
         for run, options in runs.items()
         for steps, more in ((2, []), (3, ["training.resume=auto"]))
     ]
-    (tmp_path / "runs.py").write_text(RUNS)
-    (tmp_path / "runs.json").write_text(json.dumps(commands))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, tmp_path / "runs.py", tmp_path / "runs.json"], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    train_in_processes(2, *commands)
     for run in runs:
         assert [line["step"] for line in metrics(run)] == [1, 2, 3]
         folder = tmp_path / f"{run.name}-walked"

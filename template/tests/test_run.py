@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from filelock import FileLock
 
 import scripts.inference
@@ -19,10 +18,9 @@ from src.training import loss as loss_module
 from src.training import run, trainer
 from src.utils.errors import RunError
 
-QUESTION, ANSWER = (
-    "What does LoRA train?",
-    "Two small matrices per layer, whose product is added to the frozen weight.",
-)
+QUESTION = "What does LoRA train?"
+ANSWER = "Two small matrices per layer, whose product is added to the frozen weight."
+NO_EVAL = "data.eval=null"
 
 
 def test_the_smoke_run_memorises_its_sample_and_answers(smoke: Path, capsys) -> None:
@@ -30,13 +28,11 @@ def test_the_smoke_run_memorises_its_sample_and_answers(smoke: Path, capsys) -> 
     assert capsys.readouterr().out.splitlines() == [ANSWER, "Hello! I am a very small model."]
 
 
-def test_qlora_on_a_saved_model_trains_and_its_adapter_answers(
-    smoke, train, capsys, write_rows
-) -> None:
+def test_qlora_on_a_saved_model_trains_and_its_adapter_answers(smoke, train, capsys, write_rows):
     rows = write_rows(*[chat(f"What is the code of {n}?", "It is seven.") for n in "abcd"])
     folder = train(
         f"model.name={smoke / 'final'}", "model.init=pretrained", "model.quantization=4bit",
-        "model.dtype=bf16", "lora.r=8", f"data.train={rows}", "data.eval=null",
+        "model.dtype=bf16", "lora.r=8", f"data.train={rows}", NO_EVAL,
         "training.learning_rate=1e-2", "training.epochs=30", "training.batch_size=1",
     )  # fmt: skip
     assert metrics(folder)[-1]["loss"] < 0.1 * metrics(folder)[0]["loss"]
@@ -46,22 +42,25 @@ def test_qlora_on_a_saved_model_trains_and_its_adapter_answers(
     assert capsys.readouterr().out.strip() == "It is seven."
 
 
-@pytest.mark.parametrize("what", ["all weights", "8-bit AdamW", "lora"])
-def test_a_stopped_run_ends_in_the_same_weights_as_one_that_was_not(smoke, train, what):
+# 8-bit AdamW's weights are bf16, rounded stochastically.
+RESUMED = {
+    "all weights": [],
+    "8-bit AdamW": ["training.optimizer=adamw8bit", "model.dtype=bf16"],
+    "lora": ["model.name={smoke}/final", "model.init=pretrained", "lora.dropout=0.1"],
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_stopped_run_ends_in_the_same_weights_as_one_that_was_not(smoke, train, kind) -> None:
     options = ["training.max_steps=10", "training.save_every=5", "training.log_every=5"]
-    lora = what == "lora"
-    if what == "8-bit AdamW":  # whose weights are bf16, rounded stochastically
-        options += ["training.optimizer=adamw8bit", "model.dtype=bf16"]
-    if lora:
-        options += [f"model.name={smoke / 'final'}", "model.init=pretrained", "lora.dropout=0.1"]
-    straight = train(*options, output="straight")
-    twice = train(*options, output="twice")
+    options += [option.format(smoke=smoke) for option in RESUMED[kind]]
+    straight, twice = train(*options, output="straight"), train(*options, output="twice")
     # As if the run had died after its first checkpoint.
     shutil.rmtree(twice / "checkpoints/step-00000010")
     shutil.rmtree(twice / "final")
     train(*options, "training.resume=auto", output="twice")
-    name = "final/adapter_model.safetensors" if lora else "final/model.safetensors"
-    assert (straight / name).read_bytes() == (twice / name).read_bytes()
+    (one,), (other,) = (list((f / "final").glob("*.safetensors")) for f in (straight, twice))
+    assert one.read_bytes() == other.read_bytes()
     keys = ("step", "loss", "learning_rate", "grad_norm", "tokens")
     first, second = ([{k: m[k] for k in keys} for m in metrics(f)] for f in (straight, twice))
     assert first == second
@@ -70,10 +69,8 @@ def test_a_stopped_run_ends_in_the_same_weights_as_one_that_was_not(smoke, train
 @pytest.fixture
 def poisoned(monkeypatch, write_rows, tokenizer) -> str:
     """Rows of which row 3 makes the loss of its batch NaN."""
-    marker, loss = (
-        tokenizer("~", add_special_tokens=False)["input_ids"][-1],
-        loss_module.summed_loss,
-    )
+    marker = tokenizer("~", add_special_tokens=False)["input_ids"][-1]
+    loss = loss_module.summed_loss
 
     def poison(model, batch, head):
         found = (batch["input_ids"] == marker).any()
@@ -84,7 +81,7 @@ def poisoned(monkeypatch, write_rows, tokenizer) -> str:
     return f"data.train={write_rows(*rows)}"
 
 
-def test_a_nan_stops_before_the_step_and_names_the_rows(train, poisoned, monkeypatch):
+def test_a_nan_stops_before_the_step_and_names_the_rows(train, poisoned, monkeypatch) -> None:
     take, weights_after_each = trainer.train_step, []
 
     def watch(model, *args, **options):
@@ -107,8 +104,8 @@ def test_a_nan_stops_before_the_step_and_names_the_rows(train, poisoned, monkeyp
     assert all(torch.equal(weights, good[-1]) for weights in bad), "none of them was taken"
 
 
-def test_a_nan_can_be_skipped_and_is_counted(train, poisoned):
-    folder = train(poisoned, "training.on_non_finite=skip", "training.epochs=2", "data.eval=null")
+def test_a_nan_can_be_skipped_and_is_counted(train, poisoned) -> None:
+    folder = train(poisoned, "training.on_non_finite=skip", "training.epochs=2", NO_EVAL)
     last = metrics(folder)[-1]
     assert last["skipped_steps"] == 2, "once an epoch"
     assert last["loss"] is not None
@@ -119,53 +116,50 @@ def test_an_epoch_is_logged_as_one_where_processes_outnumber_its_batches(
 ) -> None:
     monkeypatch.setattr(run, "WORLD_SIZE", 2)  # of which the second gets a batch of filler
     row = f"data.train={write_rows(chat('q', 'a'))}"
-    folder = train(row, "data.eval=null", "training.epochs=3", "training.log_every=1")
+    folder = train(row, NO_EVAL, "training.epochs=3", "training.log_every=1")
     assert [(line["step"], line["epoch"]) for line in metrics(folder)] == [(1, 1), (2, 2), (3, 3)]
 
 
-def test_early_stopping_ends_the_run_and_the_best_checkpoint_stays(train, monkeypatch):
-    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(
-        "src.training.run.evaluate", lambda *_: trainer.EvalResult(next(losses), 1.0, 1)
-    )
-    folder = train(
-        "training.eval_every=2", "training.patience=2", "training.max_steps=20",
-        "training.keep_checkpoints=1",
-    )  # fmt: skip
+def test_early_stopping_ends_the_run_and_the_best_checkpoint_stays(train, monkeypatch, capsys):
+    losses = iter([3.0, 2.0, 2.5, 2.6, 9.0])
+    monkeypatch.setattr(run, "evaluate", lambda *_: trainer.EvalResult(next(losses), 1.0, 1))
+    options = ["training.eval_every=2", "training.patience=2", "training.keep_checkpoints=1"]
+    folder = train(*options, "training.max_steps=20")
     assert metrics(folder)[-1]["step"] == 8
     kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert kept == ["step-00000004", "step-00000008"], "the best, and the last"
     assert (folder / "final").is_dir()
+    # In another folder the best one is the best of that folder.
+    longer = ["training.patience=9", "training.max_steps=10", f"training.resume={folder}"]
+    train(*options, *longer, output="other")
+    assert "other/final: step 10 of 10, the best evaluation\n" in capsys.readouterr().out
 
 
-def test_a_finished_run_can_be_extended_and_its_first_result_stays(train, capsys):
-    cosine = ["training.scheduler=cosine", "training.warmup_steps=0"]
-    folder = train("data.eval=null", *cosine, "training.max_steps=4")
+def test_a_finished_run_can_be_extended_and_its_first_result_stays(train, capsys) -> None:
+    cosine = [NO_EVAL, "training.scheduler=cosine", "training.warmup_steps=0"]
+    folder = train(*cosine, "training.max_steps=4")
     first = (folder / "final/model.safetensors").read_bytes()
     for name in ("final-step-00000004", "final-step-00000004.2"):  # and .1 its owner has deleted
         (folder / name).mkdir()
         (folder / name / "kept").touch()
-    train("data.eval=null", *cosine, "training.max_steps=4", "training.resume=auto")
+    train(*cosine, "training.max_steps=4", "training.resume=auto")
     assert (folder / "final/model.safetensors").read_bytes() == first, "nothing left to do"
     assert "learning rate jumps" not in capsys.readouterr().out
-    train("data.eval=null", *cosine, "training.max_steps=8", "training.resume=auto")
+    train(*cosine, "training.max_steps=8", "training.resume=auto")
     assert "after step 4 the learning rate jumps from 0 to" in capsys.readouterr().out
     assert (folder / "final-step-00000004.1/model.safetensors").read_bytes() == first
     assert (folder / "final/model.safetensors").read_bytes() != first
 
 
-def test_two_runs_in_one_folder_are_refused_while_the_first_lives(train, refused, tmp_path):
+def test_two_runs_in_one_folder_are_refused_while_the_first_lives(train, refused, tmp_path) -> None:
     with FileLock(tmp_path / ".run.lock"):
         arguments = (SMOKE, f"output_dir={tmp_path / 'run'}", "tracking.enabled=false")
         (line,) = refused(scripts.train.main, *arguments)
     assert "another run is writing to" in line
-    train(
-        "training.max_steps=1", "data.eval=null"
-    )  # the lock of a run that is gone holds nobody back
 
 
-def test_overfitting_a_few_rows_proves_mask_template_and_stop_token(train, capsys):
-    four_rows = ["training.overfit=4", "training.batch_size=2", "data.eval=null"]
+def test_overfitting_a_few_rows_proves_mask_template_and_stop_token(train, capsys) -> None:
+    four_rows = ["training.overfit=4", "training.batch_size=2", NO_EVAL]
     train(*four_rows, "training.epochs=120", "training.learning_rate=5e-3")
     assert "overfit    passed" in capsys.readouterr().out
     with pytest.raises(RunError, match=r"overfit not passed: row 1 says 'Two small matrices"):
@@ -174,24 +168,14 @@ def test_overfitting_a_few_rows_proves_mask_template_and_stop_token(train, capsy
 
 @pytest.mark.slow
 def test_sigterm_saves_the_step_and_says_how_to_resume(tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    config = yaml.safe_load((ROOT / "configs/smoke.yaml").read_text())
-    config["output_dir"] = str(output)
-    config["tracking"] = {"enabled": False}
-    config["training"] |= {
-        "epochs": 10000,
-        "save_every": 100000,
-        "log_every": 1,
-        "scheduler": "constant",
-    }
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    output, endless = tmp_path / "run", ["training.epochs=10000", "training.save_every=100000"]
+    arguments = [SMOKE, f"output_dir={output}", "device=cpu", "tracking.enabled=false", *endless]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts/train.py"), str(tmp_path / "c.yaml"), "device=cpu"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        [sys.executable, str(ROOT / "scripts/train.py"), *arguments, "training.log_every=1"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT,
     )  # fmt: skip
     while process.poll() is None and not (output / "metrics.jsonl").exists():
         time.sleep(0.1)
-    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
@@ -202,12 +186,12 @@ def test_sigterm_saves_the_step_and_says_how_to_resume(tmp_path: Path) -> None:
     assert [p.name for p in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"]
 
 
-def test_seeds_are_set_before_anything_can_start_cuda(train, monkeypatch):
+def test_seeds_are_set_before_anything_can_start_cuda(train, monkeypatch) -> None:
     # cuBLAS reads its setting for `deterministic` once, when CUDA starts: asking for a dtype does.
     order = []
-    for name in ("set_seed", "pick_device", "pick_dtype", "build_model"):
+    for name in ("set_seed", "pick_device", "pick_dtype", "load_tokenizer"):
         real = getattr(run, name)
         spy = lambda *a, _r=real, _n=name, **k: order.append(_n) or _r(*a, **k)  # noqa: E731
         monkeypatch.setattr(run, name, spy)
-    train("training.max_steps=1", "data.eval=null")
+    train("training.max_steps=1", NO_EVAL)
     assert order[0] == "set_seed"

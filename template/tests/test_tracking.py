@@ -23,8 +23,8 @@ from conftest import ROOT, SMOKE, metrics
 from src.config import load_config
 from src.trained import find_trained
 from src.training import tracking
+from src.training.checkpoint import TrainState
 from src.training.record import Record
-from src.training.report import Recorder
 from src.training.tracking import Sender, Tracker, connect
 from src.utils.errors import Interrupted
 
@@ -168,20 +168,20 @@ def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(tmp_path, monkeypatch
         SMOKE, f"output_dir={folder}", "device=cpu", "data.eval=null",
         "training.max_steps=12", "training.log_every=2",
     ]  # fmt: skip
-    counted = Recorder.add
+    counted = TrainState.count
 
-    def interrupt(self, step):
-        counted(self, step)
-        if self.state.step == 8:
+    def interrupt(self, *numbers):
+        counted(self, *numbers)
+        if self.step == 8:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Recorder, "add", interrupt)
+    monkeypatch.setattr(TrainState, "count", interrupt)
     with pytest.raises(Interrupted, match=r"stopped by SIGINT after step 8 of 12") as stopped:
         scripts.train.main(arguments)
     assert stopped.value.exit_code == 130
     (run,) = runs()
     assert run.info.status == "KILLED"
-    monkeypatch.setattr(Recorder, "add", counted)
+    monkeypatch.setattr(TrainState, "count", counted)
     scripts.train.main([*arguments, "training.resume=auto", "training.learning_rate=1e-3"])
     (run,) = runs()
     assert run.info.status == "FINISHED"

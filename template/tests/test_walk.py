@@ -7,8 +7,6 @@ CUDA tensors the forward pass runs, and without a GPU neither autocast nor `back
 `pytest -m gpu` shows what is left: that the kernels themselves agree.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -30,11 +28,7 @@ from src.training.trainer import as_objective, train_step
 from src.utils.device import autocast
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-KINDS = {
-    "full": {},
-    "lora": {"lora": True},
-    "4bit": {"lora": True, "quantization": "4bit"},
-}
+KINDS = {"full": {}, "lora": {"lora": True}, "4bit": {"lora": True, "quantization": "4bit"}}
 MATMULS = {"mm", "addmm", "bmm", "baddbmm", "_varlen_attn", "linear"}
 
 
@@ -45,7 +39,8 @@ def without_data(model, mode: FakeTensorMode, device: torch.device) -> None:
     def fake(real: torch.Tensor) -> torch.Tensor:
         if id(real) not in fakes:
             made = torch.empty(real.shape, dtype=real.dtype, device=device)
-            made = torch.nn.Parameter(made, real.requires_grad) if is_parameter(real) else made
+            if isinstance(real, torch.nn.Parameter):
+                made = torch.nn.Parameter(made, real.requires_grad)
             if (state := getattr(real, "quant_state", None)) is not None:
                 made.quant_state = state
                 fake_state(state)
@@ -67,10 +62,6 @@ def without_data(model, mode: FakeTensorMode, device: torch.device) -> None:
                 module.quant_state = module.weight.quant_state
 
 
-def is_parameter(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch.nn.Parameter)
-
-
 class Watch(TorchDispatchMode):
     """Remembers the dtypes that matrix products take, and the devices of all results."""
 
@@ -89,12 +80,15 @@ class Watch(TorchDispatchMode):
         return out
 
 
-@contextmanager
-def on_kernel(model) -> Iterator[None]:
-    """Let the model attend by the CUDA kernel on any device."""
-    AttentionInterface.register("kernel", partial(varlen_attention, kernel=attend_by_kernel))
+def use_attention(model, kernel) -> None:
+    """Let the model attend by this kernel on any device."""
+    AttentionInterface.register("kernel", partial(varlen_attention, kernel=kernel))
     model.set_attn_implementation("kernel")
-    yield
+
+
+def fake_batch(data, mode: FakeTensorMode) -> dict:
+    batch = packed(data, [0, 1, 2, 3])
+    return {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def walk(make_model, data, dtype: torch.dtype, **options) -> Watch:
@@ -102,9 +96,9 @@ def walk(make_model, data, dtype: torch.dtype, **options) -> Watch:
     model, mode, watch = make_model(dtype=dtype, **options).train(), FakeTensorMode(), Watch()
     objective = as_objective(model, CPU, dtype)
     assert objective.head is not None
-    batch = packed(data, [0, 1, 2, 3])
-    batch = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in batch.items()}
-    with on_kernel(model), without_input_casts(model):
+    batch = fake_batch(data, mode)
+    use_attention(model, attend_by_kernel)
+    with without_input_casts(model):
         without_data(model, mode, CPU)
         optimizer = make_optimizer(model, TrainingConfig())
         with mode, watch:
@@ -157,11 +151,9 @@ def forward_on_gpu(model, data) -> Watch:
     mode, watch = FakeTensorMode(allow_non_fake_inputs=True), Watch()
     head = find_plain_head(model, CPU, torch.float32)
     stand_in = lambda q, k, v, *_: q.transpose(1, 2) + v[:, :1, :1, :1]  # noqa: E731
-    AttentionInterface.register("stand_in", partial(varlen_attention, kernel=stand_in))
-    model.set_attn_implementation("stand_in")
+    use_attention(model, stand_in)
     without_data(model, mode, GPU)
-    batch = packed(data, [0, 1, 2])
-    batch = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in batch.items()}
+    batch = fake_batch(data, mode)
     with mode, torch.no_grad(), watch:
         summed_loss(model, to_device(batch, GPU), head)
     return watch
@@ -184,6 +176,7 @@ def test_a_compiled_layer_is_one_graph_on_the_gpus_way(make_model, data, lora: b
     batch = packed(data, [0, 1, 2])
     inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
     refused = pytest.raises(BackendCompilerFailed, match="Traced")  # a graph break raises another
-    with on_kernel(model), without_input_casts(model), autocast(CPU, torch.bfloat16), refused:
+    use_attention(model, attend_by_kernel)
+    with without_input_casts(model), autocast(CPU, torch.bfloat16), refused:
         model(**inputs, use_cache=False)
     assert len(traced) == 1

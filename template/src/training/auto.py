@@ -227,5 +227,5 @@ def memory_limit(device: torch.device) -> float:
 def _gib_of_missing_moments(config: Config, training: Training) -> float:
     """GiB that the optimizer allocates in its first step."""
     weights = sum(strategy.local(p).numel() for p in training.trained().values())
-    moments = sum(strategy.local(t).nbytes for t in training.moments())
+    moments = sum(strategy.local(t).nbytes for t in training.moments().values())
     return max(weights * MOMENTS[config.training.optimizer] - moments, 0) / GIB

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 
-from src.config import Config, LoraConfig, flatten
+from src.config import Config, LoraConfig, TrainingConfig, flatten
 from src.data.dataset import Facts
 from src.utils.distributed import RANK, WORLD_SIZE, barrier, from_main, gather, is_main, on_main
 from src.utils.environment import from_root
@@ -67,6 +67,10 @@ class TrainState:
         self.position += microbatches
         self.tokens += tokens
 
+    def is_due(self, every: int | None) -> bool:
+        """Whether something happens after this step that happens every so many steps."""
+        return every is not None and self.step % every == 0
+
     def is_best(self, loss: float) -> bool:
         """Remember an evaluation; whether it is better than all before."""
         self.evaluations_without_gain += 1
@@ -93,20 +97,16 @@ class Training:
         """The weights that train, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def named_moments(self) -> dict[str, Tensor]:
+    def moments(self) -> dict[str, Tensor]:
         """What the optimizer keeps for each of them, by the weight's name and its own."""
-        named = {}
+        moments = {}
         for weight_name, weight in self.trained().items():
             for key, kept in self.optimizer.state.get(weight, {}).items():
                 name = f"{weight_name}/{key}"
                 # Moments of 8 bits are one tensor to the optimizer, and several to a file.
                 parts = getattr(kept, "tensor_attrs", ())
-                named |= {f"{name}/{part}": getattr(kept, part) for part in parts} or {name: kept}
-        return named
-
-    def moments(self) -> list[Tensor]:
-        """The same without names."""
-        return list(self.named_moments().values())
+                moments |= {f"{name}/{part}": getattr(kept, part) for part in parts} or {name: kept}
+        return moments
 
 
 def identify(config: Config, data: Facts) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _write(training: Training, folder: Path) -> None:
     """Each process its part of the tensors; the main one all the rest."""
     # Of the optimizer its moments alone: learning rate and decay are configuration, and the rate
     # follows from the step. Saved, they would overrule the configuration of a resumed run.
-    for part, tensors in ((WEIGHTS, training.trained()), (MOMENTS, training.named_moments())):
+    for part, tensors in ((WEIGHTS, training.trained()), (MOMENTS, training.moments())):
         files = {name: 1 + number // TENSORS_A_FILE for number, name in enumerate(tensors)}
         writer = HuggingFaceStorageWriter(str(folder / part), files, save_distributed=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -185,7 +185,8 @@ def _write(training: Training, folder: Path) -> None:
     }
     if is_main():
         mine.append(folder / RUN)
-        mine[-1].write_text(json.dumps(record), encoding="utf-8")
+        text = json.dumps(record, default=lambda state: state.tolist())
+        mine[-1].write_text(text, encoding="utf-8")
     checksums = gather({str(file.relative_to(folder)): _sha256(file) for file in mine})
     if is_main():
         manifest = json.dumps(dict(ChainMap(*checksums)), indent=2)
@@ -198,22 +199,23 @@ def load_weights(trained: dict[str, Tensor], path: Path) -> None:
     Raises:
         UserError: it has others.
     """
-    if _sizes(path / WEIGHTS) != {name: weight.shape for name, weight in trained.items()}:
-        raise UserError(f"{path}: its weights are not those of this model")
     _load(path / WEIGHTS, trained)
+
+
+def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read a folder of shards into these tensors, which must be all that it holds."""
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    if _sizes(folder) != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise UserError(f"{folder}: not made for this model and optimizer")
+    reader = HuggingFaceStorageReader(str(folder))
+    with _one_process():
+        dcp.load(tensors, storage_reader=reader, no_dist=WORLD_SIZE == 1)
 
 
 def _sizes(folder: Path) -> dict[str, torch.Size]:
     """The shapes of the whole tensors that a folder of shards holds."""
-    found: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: tensor.size for name, tensor in found.items()}
-
-
-def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
-    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    reader = HuggingFaceStorageReader(str(folder))
-    with _one_process():
-        dcp.load(tensors, storage_reader=reader, no_dist=WORLD_SIZE == 1)
+    saved: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: tensor.size for name, tensor in saved.items()}
 
 
 @contextmanager
@@ -237,18 +239,34 @@ def load_checkpoint(training: Training, path: Path) -> None:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     load_weights(trained, path)
-    saved, moments = _sizes(path / MOMENTS), training.named_moments()
-    if not saved.keys() <= moments.keys():
-        raise UserError(f"{path}: its moments are not those of this optimizer")
-    _load(path / MOMENTS, {name: moments[name] for name in saved})
+    saved = _sizes(path / MOMENTS)
     for name, weight in trained.items():
         if f"{name}/step" not in saved:  # it never had a gradient
             del optimizer.state[weight]
+    _load(path / MOMENTS, training.moments())
     if record["scaler"]:  # empty where another dtype needed none: this run's starts anew
         training.scaler.load_state_dict(record["scaler"])
     vars(training.state).update(record["state"])
     if len(record["random"]) > RANK:  # a process that was not there keeps its seed
         _set_random_state(record["random"][RANK])
+
+
+def resume(
+    training: Training, settings: TrainingConfig, checkpoints: Path
+) -> tuple[Path | None, list[str]]:
+    """Load the checkpoint that `training.resume` names, if any; return it, and warnings.
+
+    Raises:
+        UserError: it is damaged, or of another run.
+    """
+    path, warnings = from_main(find_checkpoint, settings.resume, checkpoints)
+    if path is not None:
+        if not settings.resume_despite_changes:
+            check_identity(path, training.identity)
+        load_checkpoint(training, path)
+        if path.parent.resolve() != checkpoints.resolve():  # the best weights so far are not here
+            training.state.best_loss, training.state.best_step = float("inf"), None
+    return path, warnings
 
 
 def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -344,19 +362,18 @@ def _sha256(path: Path) -> str:
 
 
 def _random_state() -> dict[str, Any]:
-    """The states of all random generators of this process, as JSON takes them."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    # This process's GPU alone: asking the others would start a context on each of them.
-    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+    """The states of all random generators of this process."""
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": cuda,
+        "numpy": np.random.get_state(),  # noqa: NPY002
+        "torch": torch.get_rng_state(),
+        # This process's GPU alone: asking the others would start a context on each of them.
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def _set_random_state(saved: dict[str, Any]) -> None:
+    """Put them back, as they are read from JSON."""
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(saved["numpy"]))  # noqa: NPY002

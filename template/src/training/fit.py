@@ -115,7 +115,7 @@ def explain_out_of_memory(config: Config, training: Training) -> Generator[None]
         yield
     except torch.OutOfMemoryError:
         weights = sum(local(p).nbytes for p in training.model.parameters()) / GIB
-        kept = [*training.trained().values(), *training.moments()]
+        kept = [*training.trained().values(), *training.moments().values()]
         others = sum(local(t).nbytes for t in kept) / GIB
         memory = gpu_memory()
         peak = "; peak {peak:.1f} of {total:.1f} GiB".format(**memory) if memory else ""

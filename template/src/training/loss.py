@@ -29,8 +29,8 @@ def chunk_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits: of shape (rows, vocabulary).
         target: of shape (rows,), -100 where positions were padded to a round number.
     """
-    dtype, logits = logits.dtype, logits.float()  # the name is given away, to free memory
-    loss = _summed_cross_entropy(logits, target)
+    dtype, logits = logits.dtype, logits.float()  # one name for both, to free the first
+    loss = _cross_entropy(logits, target)
     delta, token = logits.softmax(-1), target.clamp(min=0)[:, None]  # softmax - one_hot
     if torch.compiler.is_compiling():  # then it is one kernel from logits to gradient
         delta = delta - (torch.arange(delta.shape[1], device=delta.device) == token).float()
@@ -40,8 +40,8 @@ def chunk_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return loss, delta.to(dtype)
 
 
-def _summed_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
 
 
 class PlainHead(NamedTuple):
@@ -54,9 +54,9 @@ class PlainHead(NamedTuple):
 
 
 class Objective(nn.Module):
-    """A model with its summed loss as forward pass, which is what DDP and FSDP can wrap.
+    """A model with its summed loss as forward pass, which DDP and FSDP can wrap.
 
-    The loss goes past the model's own forward pass, where a wrapper of the model would not see it.
+    The loss does not call the model's own forward pass, so a wrapper of the model would miss it.
     """
 
     def __init__(self, model: nn.Module, head: PlainHead | None = None) -> None:
@@ -67,12 +67,12 @@ class Objective(nn.Module):
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """As `summed_loss`."""
         for name in {"cu_seq_lens_q", "cu_seq_lens_k"} & batch.keys():
-            # How many documents a row holds varies: compile for any number at once.
+            # The number of documents in a row varies: compile once for any number.
             torch._dynamo.maybe_mark_dynamic(batch[name], 0)
         return summed_loss(self.model, batch, self.head)
 
     def call(self, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Do something else with the model: see `src.training.strategy.within`."""
+        """Run `work(model, …)`: see `src.training.strategy.within`."""
         return work(self.model, *arguments, **options)
 
 
@@ -87,39 +87,38 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], head: PlainHead | None)
     inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
     positions, targets = batch["positions"], batch["targets"]
     if head is None:
-        logits = _logits_at(model, inputs, positions)
-        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+        return _cross_entropy(_logits_at(model, inputs, positions), targets)
     hidden = head.backbone(**inputs, use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1)[positions]  # (labels, hidden)
     weight, bias = head.linear.weight, head.linear.bias
-    if not torch.is_grad_enabled():  # weights that train would be given a gradient all the same
+    if not torch.is_grad_enabled():  # else the function below computes their gradients all the same
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, head)
 
 
 def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
-    """Logits of shape (labels, vocabulary), of these positions alone where the model offers it."""
-    base: Any = model
-    if hasattr(model, "peft_config"):
-        base = base.get_base_model()
-    packed = inputs["input_ids"].shape[0] == 1  # else the rows want different positions
-    if packed and "logits_to_keep" in inspect.signature(base.forward).parameters:
+    """Logits of shape (labels, vocabulary); if the model can, computed at these positions alone."""
+    one_row = inputs["input_ids"].shape[0] == 1  # several rows have different positions
+    if one_row and "logits_to_keep" in inspect.signature(_base_of(model).forward).parameters:
         return model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
     return model(**inputs, use_cache=False).logits.flatten(0, 1)[positions]
+
+
+def _base_of(model: nn.Module) -> Any:
+    """The model without PEFT's wrapper."""
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 @torch.no_grad()
 def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) -> PlainHead | None:
     """The model's backbone and head, if the head is nothing but a linear layer.
 
-    Some models scale or cap their logits (Gemma 2, Granite, Cohere), or scale what goes into the
-    head, or adapt it. Rather than know them by name, watch the head at work on eight tokens: its
-    input must be the backbone's last hidden state, and a ramp in place of its output, which is
-    large enough for any cap, must come out as the logits.
+    Some models scale or cap their logits (Gemma 2, Granite, Cohere), scale the head's input, or
+    adapt the head. No list of names is kept: a hook watches the head on eight tokens. Its input
+    must be the backbone's last hidden state. The hook replaces its output by a ramp, large enough
+    for any cap, which must come out as the logits.
     """
-    base: Any = model
-    if hasattr(model, "peft_config"):
-        base = base.get_base_model()
+    base = _base_of(model)
     head = head_of(base)
     backbone = getattr(base, "base_model", base)
     if type(head) is not nn.Linear or backbone is base:
@@ -142,10 +141,9 @@ def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) 
         hidden = backbone(**inputs, use_cache=False).last_hidden_state.float()
     base.train(training)
     same = (hidden - seen["hidden"].float()).norm() <= 0.01 * hidden.norm()
-    plain = bool(same) and torch.equal(logits.float(), seen["ramp"].float())
-    return (
-        PlainHead(backbone, head, CPU_CHUNK if device.type == "cpu" else CHUNK) if plain else None
-    )
+    if not same or not torch.equal(logits.float(), seen["ramp"].float()):
+        return None
+    return PlainHead(backbone, head, CPU_CHUNK if device.type == "cpu" else CHUNK)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -173,7 +171,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + head.chunk)
             h, target = hidden[rows], targets[rows]
             if all(grad is None for grad in grads):
-                total += _summed_cross_entropy(F.linear(h, weight, bias).float(), target)
+                total += _cross_entropy(F.linear(h, weight, bias), target)
                 continue
             loss, delta = head.gradient(F.linear(h, weight, bias), target)  # (chunk, vocabulary)
             total += loss

@@ -13,11 +13,10 @@ MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes a weight, for both
 
 
 def dtype_of_trained(settings: TrainingConfig, dtype: torch.dtype) -> torch.dtype:
-    """What weights are kept in that all train: bf16 where updates are rounded stochastically.
+    """The dtype of weights in full fine-tuning: bf16 if updates are rounded stochastically.
 
-    Rounded to the nearest, a bf16 weight of 0.02 loses every update below 3e-5, which is most of
-    full fine-tuning's; rounded up or down in proportion, it keeps them on average (Zamirai et
-    al. 2020, arXiv:2010.06192).
+    Rounding to nearest, a bf16 weight of 0.02 loses every update below 3e-5, which is most of
+    them. Stochastic rounding keeps them on average (Zamirai et al. 2020, arXiv:2010.06192).
     """
     stochastic = settings.optimizer == "adamw8bit" and dtype == torch.bfloat16
     return torch.bfloat16 if stochastic else torch.float32
@@ -26,7 +25,7 @@ def dtype_of_trained(settings: TrainingConfig, dtype: torch.dtype) -> torch.dtyp
 def make_optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW on the trainable parameters; weight decay on matrices only.
 
-    Norms and biases are scales and offsets: pulling them to zero does not regularise.
+    Norms and biases are scales and offsets: decaying them to zero does not regularise.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -42,28 +41,23 @@ def make_optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.Op
     return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 
 
-def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
-    """Of the loss, for fp16 alone: bf16 has fp32's range."""
-    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-
 def make_scheduler(
     optimizer: torch.optim.Optimizer, settings: TrainingConfig, total_steps: int, done: int = 0
 ) -> LambdaLR:
-    """Linear warm-up, then constant, or down to zero in a line or half a cosine.
+    """Linear warm-up, then a constant rate, or linear or cosine decay to zero.
 
-    It keeps nothing: the rate follows from the configuration and from how many steps are `done`.
+    It has no state: the rate follows from the configuration and the number of steps `done`.
     """
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # which LambdaLR wants where it does not begin at 0
+        group["initial_lr"] = group["lr"]  # LambdaLR requires it if it does not start at step 0
     return LambdaLR(optimizer, partial(rate_factor, settings, total_steps), last_epoch=done - 1)
 
 
 def rate_factor(settings: TrainingConfig, total_steps: int, step: int) -> float:
-    """The share of `training.learning_rate` that a step takes, counted from 0."""
+    """The factor of `training.learning_rate` at a step, counted from 0."""
     warmup = settings.warmup_steps
     if step < warmup:
-        return (step + 1) / warmup  # the first step learns something too
+        return (step + 1) / warmup  # not 0 at the first step
     progress = (step - warmup) / max(1, total_steps - warmup)
     if settings.scheduler == "linear":
         return max(0.0, 1 - progress)
@@ -73,6 +67,6 @@ def rate_factor(settings: TrainingConfig, total_steps: int, step: int) -> float:
 
 
 def count_steps(settings: TrainingConfig, batches: int) -> int:
-    """Optimizer steps of a whole run, for so many batches an epoch on each process."""
+    """Optimizer steps of a whole run, given the batches of an epoch on each process."""
     steps = -(-batches // settings.gradient_accumulation_steps) * settings.epochs
     return min(steps, settings.max_steps or steps)

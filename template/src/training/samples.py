@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
@@ -100,7 +99,7 @@ def make_sampler(
 
 
 def check_overfit(
-    model: PreTrainedModel, config: Config, tokenizer: Tokenizer, dtype: torch.dtype
+    objective: nn.Module, config: Config, tokenizer: Tokenizer, dtype: torch.dtype
 ) -> None:
     """Check that the model gives the first answer that it trained on: mask, template, stop token.
 
@@ -110,7 +109,7 @@ def check_overfit(
     rows = read_part(expand(config.data.train), config.data)
     for row, expected in questions(rows, 1, tokenizer):
         room = len(tokenizer(expected)["input_ids"]) + 20  # to run on, if nothing stops it
-        answer = str(generate(model, tokenizer, row, max_length=room, dtype=dtype))
+        answer = within(objective, generate, tokenizer, row, max_length=room, dtype=dtype)
         if answer.strip() != expected:
             raise RunError(
                 f"overfit not passed: row 1 says {expected!r}, the model {answer!r}. If the loss "

@@ -12,10 +12,10 @@ from src.utils.errors import Interrupted
 
 
 class StopSignal:
-    """Remembers the first signal; used as a context manager around the training loop."""
+    """A context manager that remembers the first SIGTERM or SIGINT while it is active."""
 
     def __init__(self, command: list[str]) -> None:
-        """`command`: the arguments of this run, to say how it is resumed."""
+        """`command`: the arguments of this run, to print how to resume it."""
         self._command = command
         self._received, self._at = 0, 0.0
         self._previous: dict[int, Any] = {}
@@ -30,7 +30,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        # Within a second it is the same one: a supervisor signals the whole group, uv its child.
+        # Within a second it is the same signal twice: a supervisor signals the process group, and
+        # uv passes it on to its child.
         if self._received and time.monotonic() - self._at > 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -1,12 +1,14 @@
-"""How several processes share a model: each has all of it (DDP), or each a shard (FSDP2).
+"""How several processes share a model: each has a copy (DDP) or a shard (FSDP2).
 
-Either way the gradients of all processes are added up and never averaged: the loss is divided by
-the labels of all of them already. With one process every function here does nothing.
+Either way gradients are summed over processes and not averaged, because the loss is already
+divided by the labels of all of them. With one process the model is not wrapped.
 """
 
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,15 +24,41 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from src.models.model import decoder_layers
-from src.training.loss import Objective
+from src.config import Config
+from src.models.attention import set_attention
+from src.models.model import build_model, decoder_layers
+from src.training.loss import Objective, PlainHead, find_plain_head
+from src.training.optimizer import dtype_of_trained
 from src.utils.errors import UserError
 from src.utils.ranks import LOCAL_WORLD_SIZE, RANK, WORLD_SIZE
 
 
+def build_objective(
+    config: Config, tokenizer: Tokenizer, shared: str, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, bool]:
+    """Build the model with its loss, attention and head, shared among the processes.
+
+    Returns:
+        The `Objective`, in DDP or sharded where `shared` says so, and whether rows are packed.
+    """
+    build = partial(
+        build_model, config.model, config.lora, tokenizer,
+        dtype=dtype, trained_in=dtype_of_trained(config.training, dtype),
+    )  # fmt: skip
+    objective = distribute(build, shared, device, dtype)
+
+    def finish(model: PreTrainedModel) -> tuple[bool, PlainHead | None]:
+        wanted = config.model.attention, config.data.packing
+        return set_attention(model, *wanted, device, dtype), find_plain_head(model, device, dtype)
+
+    packing, unwrapped(objective).head = within(objective, finish)
+    return objective, packing
+
+
 def shards(strategy: str) -> int:
-    """Into how many shards a model is divided."""
+    """The number of shards of a model; 1: it is not sharded."""
     return {"fsdp": WORLD_SIZE, "hsdp": LOCAL_WORLD_SIZE}.get(strategy, 1)
 
 
@@ -40,15 +68,16 @@ def distribute(
     device: torch.device,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """Build the model for its `Objective`, shared among the processes as the strategy says.
+    """Build the model in its `Objective`, and share it among the processes.
 
-    Sharded, it is built whole by the main process alone, in the host's memory; the others know
-    its shapes and receive their shards one tensor at a time. So memory does not grow with ranks.
+    For shards only the main process builds the whole model, in host memory. The others build it
+    on the device `meta` and receive their shards one tensor at a time, so memory does not grow
+    with the number of ranks.
     """
     if shards(strategy) == 1:
         objective = Objective(build(device))
         return _replicate(objective) if strategy else objective
-    with torch.random.fork_rng([]):  # PEFT draws random numbers all the same
+    with torch.random.fork_rng([]):  # PEFT draws random numbers on `meta` too
         objective = Objective(build(torch.device("meta")))
     _shard(objective, shards(strategy), device, dtype)
     objective.to_empty(device=device)
@@ -57,9 +86,9 @@ def distribute(
 
 
 def _replicate(module: nn.Module) -> nn.Module:
-    """DDP: gradients are added up in buckets while the backward pass goes on."""
+    """DDP: gradients are summed in buckets during the backward pass."""
     parameters = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers"  # of which torch before 2.15 knows an older name only
+    name = "forward_sync_buffers"  # torch before 2.15 has the older name only
     buffers: Any = {name if name in parameters else "broadcast_buffers": False}
     replica = DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)
     replica.register_comm_hook(None, _sum_bucket)
@@ -79,25 +108,25 @@ def _shard(objective: Objective, parts: int, device: torch.device, dtype: torch.
     axes = {"copies": WORLD_SIZE // parts, "shards": parts}
     mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     half = None if dtype == torch.float32 else dtype
-    # Gathered in half precision, as autocast would make of them; gradients are added up in fp32.
+    # Weights are gathered in half precision, as autocast casts them; gradients summed in fp32.
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     for module in (*layers, objective):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply on the way
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it reduces
     register_fsdp_forward_method(objective, "call")
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, whole: nn.Module | None, device: torch.device) -> None:
-    """Give each process its shard of the main process's weights, and all of its buffers.
+    """Give each process its shard of the main process's weights, and all buffers.
 
-    Buffers that are not saved too: made without data, rotary frequencies are garbage, silently.
+    Non-persistent buffers too: rotary frequencies built on `meta` would be garbage, silently.
     """
-    source = dict(_named(whole)) if whole is not None else {}
-    for name, target in _named(model):
+    source = dict(chain(whole.named_parameters(), whole.named_buffers())) if whole else {}
+    for name, target in chain(model.named_parameters(), model.named_buffers()):
         value = source[name].detach() if source else torch.empty(target.shape)
         value = value.to(device, target.dtype)
         if isinstance(target, DTensor):
@@ -107,16 +136,11 @@ def _fill(model: nn.Module, whole: nn.Module | None, device: torch.device) -> No
             target.copy_(value)
 
 
-def _named(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, Tensor]]:
-    parameters = model.named_parameters(remove_duplicate=remove_duplicate)
-    return [*parameters, *model.named_buffers(remove_duplicate=remove_duplicate)]
-
-
 def syncing(objective: nn.Module, now: bool) -> AbstractContextManager:
-    """Around a forward and backward pass: whether gradients are added up in it, or kept for later.
+    """A context of a forward and backward pass that says whether DDP sums gradients in it.
 
-    Once a step is enough, with its last microbatch; but not where each process has a shard, as
-    whole gradients would be kept then.
+    Once a step is enough, with its last microbatch. FSDP sums them with each microbatch: else each
+    process would keep whole gradients.
     """
     if now or not isinstance(objective, DistributedDataParallel):
         return nullcontext()
@@ -129,7 +153,7 @@ def unwrapped(objective: nn.Module) -> Any:
 
 
 def within(objective: nn.Module, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Do `work(model, …)`, which runs the model: with the weights that its root shares out."""
+    """Run `work(model, …)`, which runs the model, with FSDP's root parameters gathered."""
     objective = unwrapped(objective)
     result = objective.call(work, *arguments, **options)
     release(objective)
@@ -137,16 +161,16 @@ def within(objective: nn.Module, work: Callable[..., Any], *arguments: Any, **op
 
 
 def release(objective: nn.Module) -> None:
-    """Leave the root's weights sharded, after forward passes without a backward one.
+    """Shard FSDP's root parameters again, after forward passes without a backward pass.
 
-    FSDP keeps them whole for it; an optimizer made or stepped then would see others.
+    FSDP keeps them gathered for the backward pass, and an optimizer must not see them like that.
     """
     if isinstance(objective, FSDPModule):
         objective.reshard()
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; all processes must ask."""
+    """The whole of a tensor that may be sharded; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -156,16 +180,16 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def gathered(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What is to be saved of a model; if it is sharded, in the main process's host memory alone."""
-    saved = model.state_dict()
-    if not any(isinstance(t, DTensor) for t in saved.values()):
-        return saved
-    adapted, found, known = hasattr(model, "peft_config"), {}, {}
-    for name, tensor in _named(model, remove_duplicate=False):
-        if name not in saved or (adapted and not tensor.requires_grad):
+    """The tensors to save of a model; of a sharded one, in the main process's host memory alone."""
+    tensors = model.state_dict(keep_vars=True)
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        return model.state_dict()
+    adapted, saved, known = hasattr(model, "peft_config"), {}, {}
+    for name, tensor in tensors.items():
+        if adapted and not tensor.requires_grad:
             continue
         if id(tensor) not in known:  # tied weights stay one
             whole = full(tensor.detach())
             known[id(tensor)] = whole.cpu() if RANK == 0 else whole.new_empty(0)
-        found[name] = known[id(tensor)]
-    return found
+        saved[name] = known[id(tensor)]
+    return saved

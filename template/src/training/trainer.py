@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import batched
 from typing import Any
 
@@ -17,10 +17,7 @@ from src.training import strategy
 from src.training.loss import Objective, find_plain_head
 from src.utils import distributed
 from src.utils.device import autocast
-
-
-class NonFinite(Exception):
-    """A loss or gradient was NaN or infinite; from that step on the epoch took none."""
+from src.utils.errors import RunError
 
 
 @dataclass
@@ -29,14 +26,31 @@ class StepResult:
 
     loss: Tensor  # fp32 scalar: mean over the labelled tokens of all microbatches and ranks
     grad_norm: Tensor  # before clipping
-    finite: Tensor  # bool: whether both are (for fp16, whose scaler sees to the norm, the loss)
+    finite: Tensor  # bool: whether both are (fp16: the loss; its scaler checks the gradients)
     labelled: int  # tokens with loss, all ranks
     tokens: int  # real tokens, all ranks
     processed: int  # real tokens and filler, all ranks
     microbatches: int  # of this rank
-    rows: list[int]  # dataset indices in this rank's microbatches, to name a culprit
+    rows: list[int]  # dataset indices in this rank's microbatches, for error messages
     learning_rate: float
-    waited: float  # seconds spent waiting for data
+    waited: float = 0.0  # seconds spent waiting for data
+
+    @property
+    def taken(self) -> bool:
+        """Whether the weights were changed. Reading it waits for the GPU."""
+        return bool(self.finite) and self.labelled > 0
+
+
+def on_cpu(steps: list[StepResult]) -> list[StepResult]:
+    """The same steps with their tensors on the CPU.
+
+    Copying them waits for the device: nothing else in training does.
+    """
+    rows = torch.stack([torch.stack([s.loss, s.grad_norm, s.finite]) for s in steps]).cpu()
+    return [
+        replace(step, loss=loss, grad_norm=norm, finite=finite > 0)
+        for step, (loss, norm, finite) in zip(steps, rows, strict=True)
+    ]
 
 
 def train_epoch(
@@ -45,17 +59,17 @@ def train_epoch(
 ) -> float:  # fmt: skip
     """Train on every batch of a loader once; return the mean loss of a labelled token.
 
-    Arguments and options are those of `training_steps`, which the project's own run goes through.
+    Arguments and options are those of `training_steps`, which `src/training/run.py` uses too.
 
     Raises:
-        NonFinite: a step was not taken, and `skip_non_finite` is not set.
+        RunError: a loss or gradient was not finite, and `skip_non_finite` is not set.
     """
     total, labelled, step = torch.zeros((), device=device), 0, None
     for step in training_steps(model, loader, optimizer, scaler, device, **options):
         total += torch.where(step.finite, step.loss * step.labelled, 0)
         labelled += step.finite * step.labelled
-    if step is not None and not options.get("skip_non_finite") and not bool(step.finite):
-        raise NonFinite("a loss or gradient was not finite; no step was taken from there on")
+    if step is not None and not options.get("skip_non_finite") and not step.finite:
+        raise RunError("a loss or gradient was not finite; no step was taken from there on")
     return float(total / max(labelled, 1))
 
 
@@ -89,11 +103,11 @@ def training_steps(
         waited = time.perf_counter() - ready
         step = train_step(
             objective, window, optimizer, scaler, device, max_grad_norm=max_grad_norm,
-            dtype=dtype, healthy=None if skip_non_finite else finite, waited=waited,
+            dtype=dtype, healthy=None if skip_non_finite else finite,
         )  # fmt: skip
         if scheduler is not None:
             scheduler.step()
-        finite = step.finite
+        finite, step.waited = step.finite, waited
         yield step
         ready = time.perf_counter()
 
@@ -108,31 +122,31 @@ def train_step(
     objective: nn.Module, window: Iterable[dict[str, Any]], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None, device: torch.device, *, max_grad_norm: float | None,
     dtype: torch.dtype, healthy: Tensor | None = None,
-    waited: float = 0.0,
 ) -> StepResult:  # fmt: skip
     """One step: count labels → forward and backward of each microbatch → check → update.
+
+    `healthy` is whether all steps before were finite: if not, the weights stay as they are.
 
     The divisor is the number of labels in the whole window on all ranks, known before the
     first backward pass. Averaging the microbatches' means instead gives tokens in sparsely
     labelled microbatches too much weight (transformers#34191).
     """
     window, world = [with_targets(batch) for batch in window], distributed.WORLD_SIZE
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     labelled = int(distributed.all_sum(sum(b["labelled"] for b in window)))
     loss = torch.zeros((), device=device)
     for number, batch in enumerate(window, 1):
         with strategy.syncing(objective, now=number == len(window)):
             with autocast(device, dtype), without_input_casts(strategy.unwrapped(objective).model):
                 share = objective(to_device(batch, device)) / max(labelled, 1)
-            (scaler.scale(share) if scaler else share).backward()
+            scaler.scale(share).backward()
         loss += share.detach()
     distributed.sum_tensor(loss)
-    if scaler:
-        scaler.unscale_(optimizer)
+    scaler.unscale_(optimizer)
     # No limit is an infinite one. Clipping reads the norm on the device, and waits for nothing.
     norm = nn.utils.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
-    norm = strategy.full(norm)
-    finite = torch.isfinite(loss)
-    if not (scaler and scaler.is_enabled()):  # whose first gradients overflow by design
+    norm, finite = strategy.full(norm), torch.isfinite(loss)
+    if not scaler.is_enabled():  # an fp16 scaler's first gradients overflow by design
         finite = finite & torch.isfinite(norm)
     if healthy is not None:
         finite = finite & healthy
@@ -143,26 +157,24 @@ def train_step(
         loss, norm, finite, labelled, processed=sum(b["input_ids"].numel() for b in window) * world,
         tokens=int(distributed.all_sum(sum(b["tokens"] for b in window))),
         microbatches=len(window), rows=[row for b in window for row in b.get("rows", [])],
-        learning_rate=float(optimizer.param_groups[0]["lr"]), waited=waited,
+        learning_rate=float(optimizer.param_groups[0]["lr"]),
     )  # fmt: skip
 
 
-def _update(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, finite: Tensor
-) -> None:
+def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, finite: Tensor) -> None:
     """Step, unless loss or gradients are not finite; without asking the GPU where possible."""
     # 8-bit AdamW compiles itself, for which a machine without a GPU may lack a compiler.
     with torch.compiler.set_stance("default" if finite.is_cuda else "force_eager"):
-        if scaler and scaler.is_enabled():
-            if bool(finite):  # of the loss
-                scaler.step(optimizer)  # skips by itself where gradients overflowed
+        if scaler.is_enabled():
+            if finite:  # the loss
+                scaler.step(optimizer)  # it skips the step if gradients overflowed
             scaler.update()  # and halves its scale then
         elif optimizer.defaults.get("fused"):
             # The kernel reads this flag on the device and leaves weights and moments alone: no
             # synchronisation. It is how GradScaler talks to fused optimizers too.
             vars(optimizer).update(found_inf=(~finite).float(), grad_scale=None)
             optimizer.step()
-        elif bool(finite):
+        elif finite:
             optimizer.step()
 
 

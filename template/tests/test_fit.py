@@ -85,7 +85,7 @@ def test_many_processes_share_what_a_gpu_cannot_hold(
 
 def test_the_size_is_known_before_anything_is_loaded(train, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(device, "nvidia_driver", lambda: None)
+    monkeypatch.setattr(device, "unusable_gpu", lambda: None)
     monkeypatch.setattr(fit, "count_before_loading", lambda _: 10**10)
     with pytest.raises(UserError, match=r"10\.0 billion"):
         train("device=auto", "model.init=random")

@@ -2,9 +2,10 @@
 
 import os
 import random
-from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import pynvml
 import pytest
 import torch
 
@@ -58,53 +59,44 @@ def test_the_dtype_is_one_that_the_device_computes_in(monkeypatch, native: bool)
 
 
 @pytest.fixture
-def old_gpu(monkeypatch, tmp_path) -> Path:
-    """A machine with an NVIDIA GPU whose driver is too old, as its files show it."""
+def old_gpu(monkeypatch, tmp_path) -> dict:
+    """A machine with an NVIDIA GPU whose driver is too old, as NVML shows it."""
+    facts = {"SystemGetDriverVersion": "550.144.03", "DeviceGetCount": 1, "Init": None}
+    for name in facts:
+        monkeypatch.setattr(pynvml, f"nvml{name}", lambda name=name: facts[name])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.2")
-    version, node = tmp_path / "version", tmp_path / "nvidia0"
-    version.write_text(
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.144.03  Wed\nGCC 12.2.0\n"
-    )
-    node.touch()
-    monkeypatch.setattr(device, "VERSION_FILES", (tmp_path / "absent", version))
-    monkeypatch.setattr(device, "DEVICE_FILES", (node,))
-    return version
+    monkeypatch.setattr(device, "DEVICE_FILES", (tmp_path,))
+    return facts
 
 
-@pytest.mark.parametrize("wanted", ["auto", "cuda"])
-def test_a_gpu_whose_driver_is_too_old_is_not_passed_over(old_gpu, wanted) -> None:
-    with pytest.raises(UserError, match=r"driver 550.144.03, .*CUDA 13.2: install driver 580"):
-        pick_device(wanted)
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(old_gpu, monkeypatch) -> None:
+    def refused(name: str, match: str) -> None:
+        with pytest.raises(UserError, match=match):
+            pick_device(name)
+
+    for name in ("auto", "cuda"):
+        refused(name, r"driver 550.144.03, .*CUDA 13.2: install driver 580")
     assert pick_device("cpu").type == "cpu"
-
-
-def test_a_torch_without_cuda_and_a_gpu_that_does_not_start_are_told_apart(
-    old_gpu, monkeypatch
-) -> None:
-    old_gpu.write_text("580.95.05\n")
-    with pytest.raises(UserError, match="cannot start it: see nvidia-smi"):
-        pick_device("auto")
+    old_gpu["SystemGetDriverVersion"] = "580.95.05"
+    refused("auto", "cannot start it: see nvidia-smi")
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(UserError, match="built without CUDA"):
-        pick_device("auto")
-
-
-def test_the_driver_is_asked_for_where_no_file_names_it(old_gpu, monkeypatch, tmp_path) -> None:
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 535.12\necho 535.12\n")
-    smi.chmod(0o755)
-    old_gpu.unlink()
-    monkeypatch.setattr(device, "SMI", (str(tmp_path / "absent"), str(smi)))
-    assert device.nvidia_driver() == "535.12"
+    refused("auto", "built without CUDA")
+    mismatch = pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+    monkeypatch.setattr(pynvml, "nvmlInit", mock.Mock(side_effect=mismatch))
+    refused("auto", r"its driver does not answer \(RM has detected .*reboot")
 
 
 def test_a_machine_without_a_gpu_trains_on_the_cpu(old_gpu, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden from this process
     assert pick_device("auto").type == "cpu"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr(device, "DEVICE_FILES", ())  # a container that shows its host's driver
+    old_gpu["DeviceGetCount"] = 0
+    assert pick_device("auto").type == "cpu"
+    absent = pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+    monkeypatch.setattr(pynvml, "nvmlInit", mock.Mock(side_effect=absent))
+    monkeypatch.setattr(device, "DEVICE_FILES", ())  # a container with the library of its host
     assert pick_device("auto").type == "cpu"
     with pytest.raises(UserError, match="no NVIDIA GPU here"):
         pick_device("cuda")

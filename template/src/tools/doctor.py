@@ -26,7 +26,7 @@ from src.preflight import check_run
 from src.training.fit import check_feasible, may_shard
 from src.training.plan import CannotPlan, Plan, cheapest_that_fits, plan_for
 from src.training.record import git
-from src.utils.device import nvidia_driver, pick_device, pick_dtype
+from src.utils.device import pick_device, pick_dtype
 from src.utils.environment import PROJECT_ROOT, from_root
 from src.utils.errors import UserError
 from src.utils.memory import GIB, gpu_memory
@@ -85,11 +85,12 @@ def _check_gpu(index: int) -> Iterator[Finding]:
     """Check a GPU's dtype, its other users, and what lowers its speed."""
     name = f"GPU {index}, {torch.cuda.get_device_name(index)}"
     free, total = (size / GIB for size in torch.cuda.mem_get_info(index))
-    yield Finding("OK", f"{name}: {free:.1f} of {total:.1f} GiB free; driver {nvidia_driver()}")
+    yield Finding("OK", f"{name}: {free:.1f} of {total:.1f} GiB free")
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         yield Finding("WARN", f"{name} has no bf16: training uses fp16 with a loss scaler")
     try:
         pynvml.nvmlInit()
+        yield Finding("OK", f"driver {pynvml.nvmlSystemGetDriverVersion()}")
         uuid = torch.cuda.get_device_properties(index).uuid
         handle: Any = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         pids = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from unittest import mock
 
 import numpy as np
@@ -100,3 +101,9 @@ def test_a_machine_without_a_gpu_trains_on_the_cpu(old_gpu, monkeypatch) -> None
     assert pick_device("auto").type == "cpu"
     with pytest.raises(UserError, match="no NVIDIA GPU here"):
         pick_device("cuda")
+
+
+def test_a_system_that_is_not_supported_is_named_in_one_line(refused, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    (line,) = refused(lambda _: pytest.fail("nothing is started"))
+    assert line.startswith("this system, win32, is not supported: use Linux, WSL2, or macOS")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -17,8 +18,11 @@ def load_environment() -> None:
     ignored without a warning, and so is `CUDA_VISIBLE_DEVICES` after CUDA has started.
 
     Raises:
-        UserError: `.env` is not UTF-8 text.
+        UserError: `.env` is not UTF-8 text; or the system is not supported.
     """
+    if sys.platform not in {"linux", "darwin"}:  # else a folder cannot be synced to the disk
+        systems = "Linux, WSL2, or macOS for the offline part"
+        raise UserError(f"this system, {sys.platform}, is not supported: use {systems}")
     from dotenv import load_dotenv
 
     # Not find_dotenv(): it searches from the calling file, or the current folder, upwards.

@@ -37,6 +37,8 @@ def test_a_project_has_the_job_file_of_its_launcher_and_no_other(
     project = render(tmp_path, launcher=launcher)
     found = {path.name for path in (project / "launch").glob("*")}
     assert found == ({FILES[launcher]} if launcher in FILES else set())
+    for path in (project / "launch").glob("*"):  # else each start on each rank compiles all imports
+        assert "UV_COMPILE_BYTECODE=1 uv sync --locked" in path.read_text()
 
 
 def slurm(tmp_path: Path, **environment: str) -> tuple[subprocess.Popen, Path]:
@@ -121,7 +123,7 @@ def test_the_skypilot_task_runs_the_training_of_every_machine(tmp_path: Path) ->
     task = yaml.safe_load(
         (render(tmp_path, launcher="skypilot") / "launch/train.sky.yaml").read_text()
     )
-    assert task["setup"].splitlines()[-1] == "uv sync --locked"
+    assert task["setup"].splitlines()[-1] == "UV_COMPILE_BYTECODE=1 uv sync --locked"
     for variable in ("NUM_NODES", "NODE_RANK", "NUM_GPUS_PER_NODE", "NODE_IPS"):
         assert f"$SKYPILOT_{variable}" in task["run"]
     assert "training.resume=auto" in task["run"]

@@ -5,19 +5,22 @@ Without prompts one is read from standard input. A file of rows is answered in o
 that was stopped goes on where it was:
   uv run scripts/inference.py outputs/train --input rows.jsonl --output answers.jsonl
 A conversation, word by word: uv run scripts/inference.py outputs/train --chat
-The likeliest answer, unless a temperature is given; the base's generation_config.json does not act.
+Answers are the likeliest tokens unless --temperature is given; the base's generation_config.json
+is not used.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from src.trained import find_trained, load_trained, trained_config
 from src.utils.errors import UserError
-from src.utils.script import make_parser, quick_imports, run_script
+from src.utils.script import between, make_parser, quick_imports, run_script
 
 
 def main(arguments: list[str]) -> None:
@@ -31,7 +34,7 @@ def main(arguments: list[str]) -> None:
 
         trained = trained_config(name)  # rows are read as the run read its own
         data = trained.data if trained else DataConfig(train="-")
-        done, total = check_answers(options.input, Path(options.output), data)
+        done, total = check_answers(options.input, options.output, data)
 
     with quick_imports():
         from src.models.generation import generate
@@ -42,47 +45,45 @@ def main(arguments: list[str]) -> None:
     device = pick_device(options.device)
     model, tokenizer = load_trained(name, device, options.base, options.quantization)
     set_seed(options.seed + done)  # a file that goes on draws new random numbers
-    sampling = {"temperature": options.temperature, "top_p": options.top_p}
     answer: Any = partial(
         generate, model, tokenizer, max_length=options.max_length, raw=options.raw,
-        batch_size=options.batch_size, **sampling,
+        batch_size=options.batch_size, temperature=options.temperature, top_p=options.top_p,
     )  # fmt: skip
     if options.chat:
-        _chat(answer, tokenizer, stops_of(model, tokenizer), options.system)
+        _chat(answer, tokenizer, stops_of(model, tokenizer), _system(options))
     elif options.input:
-        answer_rows(options.input, Path(options.output), data, done, total, answer)
+        answer_rows(options.input, options.output, data, done, total, answer)
     else:
-        print(*answer([_messages(options.system, prompt) for prompt in prompts]), sep="\n")
+        print(*answer(prompts), sep="\n")
 
 
-def _prompts(options: argparse.Namespace) -> list[str]:
-    """Those of the command line, or one from standard input.
+def _prompts(options: argparse.Namespace) -> list[Any]:
+    """Return those of the command line, or one from standard input, as messages.
 
     Raises:
-        UserError: there is none, or one is empty; or options contradict each other.
+        UserError: a prompt is empty, or options contradict each other.
     """
     ways = [bool(options.prompt), bool(options.input), options.chat]
-    if sum(ways) > 1 or bool(options.input) != bool(options.output):
-        raise UserError("give prompts, or --input with --output, or --chat")
+    if sum(ways) > 1 or (options.output and not options.input):
+        raise UserError("give prompts, or --chat, or --input with or without --output")
     if options.system and (options.raw or options.input):
         raise UserError("--system goes with prompts or --chat; rows of --input bring their own")
     if options.chat or options.input:
         return []
-    prompts = list(options.prompt) or [sys.stdin.read()]
+    prompts = options.prompt or [sys.stdin.read()]
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("an empty prompt: there is nothing to answer")
-    return prompts
+    return [[*_system(options), {"role": "user", "content": prompt}] for prompt in prompts]
 
 
-def _messages(system: str | None, prompt: str) -> Any:
-    """A prompt as `generate` takes it, with a system turn if there is one."""
-    if not system:
-        return prompt
-    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+def _system(options: argparse.Namespace) -> list[dict[str, str]]:
+    return [{"role": "system", "content": options.system}] if options.system else []
 
 
-def _chat(answer: Callable[..., str], tokenizer: Any, stops: list[int], system: str | None) -> None:
-    """A conversation, until an empty line or the end of input."""
+def _chat(
+    answer: Callable[..., str], tokenizer: Any, stops: list[int], messages: list[dict[str, str]]
+) -> None:
+    """Hold a conversation until an empty line or the end of input."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
@@ -93,49 +94,37 @@ def _chat(answer: Callable[..., str], tokenizer: Any, stops: list[int], system: 
                 super().put(value)
 
     streamer = Streamer(tokenizer, skip_prompt=True)
-    messages = [{"role": "system", "content": system}] if system else []
-    while said := _line("you: "):
-        messages.append({"role": "user", "content": said})
-        text = answer(messages, streamer=streamer)
-        messages.append({"role": "assistant", "content": text})
-
-
-def _line(ask: str) -> str:
-    try:
-        return input(ask).strip()
-    except EOFError:
-        return ""
+    with suppress(EOFError):
+        while said := input("you: ").strip():
+            messages.append({"role": "user", "content": said})
+            text = answer(messages, streamer=streamer)
+            messages.append({"role": "assistant", "content": text})
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("model", help="what answers; see above")
-    add("prompt", nargs="*", help="a question; several are answered as a batch")
+    parser, default = make_parser(__doc__), "(default: %(default)s)"
+    add, count = parser.add_argument, between(1, 2**31)
+    add("model", metavar="MODEL", help="see above")
+    add("prompt", metavar="PROMPT", nargs="*", help="a question; several are answered as a batch")
     add("--system", help="a system turn before the first question")
-    add("--input", help="a file of rows with `messages` or `prompt`, of any size")
-    add("--output", help="where its rows go, with their answers as `generated`")
+    add("--input", help="a file of rows: `messages`, `prompt`, or `text` to be continued")
+    output = "the file that gets these rows with their answers as `generated` (default: printed)"
+    add("--output", type=Path, help=output)
     add("--chat", action="store_true", help="a conversation; an empty line ends it")
-    add("--max-length", type=_at_least(1, int), default=256, help="new tokens at most")
-    add("--batch-size", type=_at_least(1, int), default=16, help="prompts at a time")
-    add("--raw", action="store_true", help="continue the text, without template")
-    add("--temperature", type=_at_least(0, float), default=0.0, help="0: the likeliest")
-    add("--top-p", type=float, default=1.0, help="sample from the likeliest, up to this sum")
-    add("--seed", type=int, default=0, help="of the sampling")
-    add("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    add("--base", help="the adapter's base model, if it has moved")
-    bits = "of the base model; as it was trained, if not given"
+    names, tokens = ("--max-length", "--max-new-tokens"), f"tokens of an answer at most {default}"
+    add(*names, type=count, default=256, help=tokens)
+    add("--batch-size", type=count, default=16, help=f"prompts at a time {default}")
+    add("--raw", action="store_true", help="continue the prompt, without the chat template")
+    heat = f"0: the likeliest token; above 0, tokens are sampled {default}"
+    add("--temperature", type=between(0, math.inf, float), default=0.0, help=heat)
+    nucleus = f"sample from the likeliest tokens that add up to this probability {default}"
+    add("--top-p", type=between(0, 1, float), default=1.0, help=nucleus)
+    add("--seed", type=between(0, 2**31), default=0, help=f"seed for sampling {default}")
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help=default)
+    add("--base", help="folder or hub id of the adapter's base model, if it has moved")
+    bits = "of the base model (default: as it was trained)"
     add("--quantization", choices=["4bit", "8bit", "none"], help=bits)
     return parser.parse_intermixed_args(arguments)  # options may stand before the prompt
-
-
-def _at_least(least: int, kind: type) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        if (value := kind(text)) < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    return parse
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command lines: quick where they refuse, and nothing imported that is not used."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -11,9 +12,7 @@ import scripts.inference
 from conftest import ROOT, SMOKE
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["configs/smoke.yaml", "sed=1"], ["nothing.yaml"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["configs/smoke.yaml", "sed=1"]])
 def test_help_and_config_errors_come_before_anything_heavy(arguments: list[str]) -> None:
     # -X importtime lists every module that is imported, on stderr.
     done = subprocess.run(
@@ -72,16 +71,21 @@ def test_a_start_imports_nothing_that_a_run_may_not_need() -> None:
     assert not done.stderr, "C++ libraries report leaks where frozen objects are not thawed"
 
 
-@pytest.mark.parametrize(
-    ("make", "expected"),
-    [
-        (lambda folder: folder / "absent", "no such folder"),
-        (lambda folder: folder, "not a saved model"),
-    ],
-)
-def test_inference_refuses_what_is_no_model(tmp_path, refused, make, expected) -> None:
-    (tmp_path / "final").mkdir()
-    assert expected in refused(scripts.inference.main, str(make(tmp_path)), "hi")[0]
+@pytest.mark.parametrize("option", ["--temperature=nan", "--top-p=2", "--seed=-1"])
+def test_a_number_out_of_range_is_an_error_of_its_option(option: str, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        scripts.inference.main(["model", "question", option])
+    name, number = option.split("=")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: argument {name}" in last
+    assert f": {number} is not from " in last
+
+
+def test_help_shows_the_defaults(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        scripts.inference.main(["--help"])
+    defaults = re.findall(r"\(default: (.*?)\)", " ".join(capsys.readouterr().out.split()))
+    assert defaults == ["printed", "256", "16", "0.0", "1.0", "0", "auto", "as it was trained"]
 
 
 def test_a_conflict_in_code_that_is_imported_is_one_line(tmp_path, refused) -> None:

@@ -1,8 +1,10 @@
 """Answer the rows of a file: in order, each once, in constant memory, whenever it is stopped."""
 
 import json
-import os
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from io import BytesIO
 from itertools import batched, islice
 from pathlib import Path
 from typing import Any
@@ -10,68 +12,67 @@ from typing import Any
 from tqdm import tqdm
 
 from src.config import DataConfig
-from src.data import Rejected
 from src.data.rows import Row, read_question
-from src.data.sources import check_exists, raw_rows
+from src.data.sources import check_exists, raw_rows, reason_of
 from src.utils.errors import UserError
 
 ANSWER = "generated"  # the column that answers are written to, beside a row's own
-AT_ONCE = 128  # rows: sorted by length among themselves, and what a stop may cost
+AT_ONCE = 128  # rows: sorted by length among themselves; a stop loses at most their answers
+# Names in `data.columns` for what a row to answer may lack.
+ANSWER_COLUMNS = {"completion", "response", "output", "answer"}
 
 
-def check_answers(source: str, output: Path, data: DataConfig) -> tuple[int, int]:
-    """Read all rows of a file, and what was answered before; (answered, all) rows.
+def check_answers(source: str, output: Path | None, data: DataConfig) -> tuple[int, int]:
+    """Read all rows of a file and the answers that are there; (answered, all) rows.
 
     Raises:
-        UserError: a row asks nothing, or the output holds answers to other rows.
+        UserError: a row has no question, or the output holds answers to other rows.
     """
     check_exists("--input", source)
-    total = sum(1 for _ in _rows(source, data))
-    if not output.exists():
-        return 0, total
-    done = whole = 0
-    with output.open("rb") as file:
-        for (row, _), line in zip(_rows(source, data), file, strict=False):
-            if not line.endswith(b"\n"):  # cut off when it was written
-                break
-            try:
-                same = {**json.loads(line), ANSWER: None} == {**row, ANSWER: None}
-            except (ValueError, TypeError):
-                same = False
-            if not same:
-                raise UserError(
-                    f"{output}:{done + 1}: no answer to row {done + 1} of {source}; give another "
-                    "--output"
-                )
-            done, whole = done + 1, whole + len(line)
-        file.seek(whole)
-        rest = file.read()
-    if rest.count(b"\n"):
-        raise UserError(f"{output}: has more lines than {source} has rows; give another --output")
-    os.truncate(output, whole)
+    done = whole = total = 0
+    with output.open("r+b") if output and output.exists() else BytesIO() as file:
+        for total, (start, _) in enumerate(_rows(source, data), 1):
+            line = file.readline()
+            if line.endswith(b"\n"):  # else it was cut off when it was written
+                if not line.startswith(start.encode()):
+                    place = f"{output}:{total}: no answer to row {total} of {source}"
+                    raise UserError(f"{place}; give another --output")
+                done, whole = total, whole + len(line)
+        if file.readline():
+            raise UserError(f"{output}: more lines than {source} has rows; give another --output")
+        file.truncate(whole)
     return done, total
 
 
 def answer_rows(
-    source: str, output: Path, data: DataConfig, done: int, total: int,
+    source: str, output: Path | None, data: DataConfig, done: int, total: int,
     answer: Callable[[list[Any]], list[str]],
 ) -> None:  # fmt: skip
-    """Append an answer to each row after the first `done` ones, some at a time."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("a", encoding="utf-8") as file, tqdm(total=total, initial=done) as bar:
+    """Append each row after the first `done` to `output`, with its answer; without one, print."""
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        output.open("a", encoding="utf-8") if output else nullcontext(sys.stdout) as file,
+        tqdm(total=total, initial=done) as bar,
+    ):
         for some in batched(islice(_rows(source, data), done, None), AT_ONCE):
-            answers = answer([prompt for _, prompt in some])
-            for (row, _), text in zip(some, answers, strict=True):
-                file.write(json.dumps(row | {ANSWER: text}, ensure_ascii=False) + "\n")
+            answers = answer([question for _, question in some])
+            for (start, _), text in zip(some, answers, strict=True):
+                file.write(f"{start}{json.dumps(text, ensure_ascii=False)}}}\n")
             file.flush()
-            os.fsync(file.fileno())
             bar.update(len(some))
 
 
-def _rows(source: str, data: DataConfig) -> Iterator[tuple[dict[str, Any], Row]]:
-    """Each row, and what it asks."""
+def _rows(source: str, data: DataConfig) -> Iterator[tuple[str, Row]]:
+    """Yield the line of each row, up to where its answer goes, and its question."""
+    columns = {k: v for k, v in (data.columns or {}).items() if k not in ANSWER_COLUMNS}
+    data = data.model_copy(update={"columns": columns})
     for place, raw in raw_rows(source):
         try:
-            yield raw, read_question(raw, data)
-        except Rejected as error:
-            raise UserError(f"{source}{place}: {error}") from None
+            question = read_question(raw, data) | {"place": f"{source}{place}"}
+            row = {name: value for name, value in raw.items() if name != ANSWER}
+            line = json.dumps(row | {ANSWER: ""}, ensure_ascii=False, default=str)
+            line.encode()
+        except ValueError as error:  # Rejected, or half of a character
+            raise UserError(f"{source}{place}: {reason_of(error)}") from None
+        yield line.removesuffix('""}'), question

@@ -71,6 +71,17 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )  # fmt: skip
 
 
+def between(least: float, most: float, kind: type = int) -> Callable[[str], float]:
+    """Return the `type` of an option that is a number from `least` to `most`."""
+
+    def number(text: str) -> float:
+        if not least <= (value := kind(text)) <= most:  # nan is not
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        return value
+
+    return number
+
+
 @contextmanager
 def quick_imports() -> Generator[None]:
     """Import torch, transformers and peft inside it: 0.7 of 6.5 s less, as no garbage is collected.

@@ -47,7 +47,7 @@ def test_it_learns_the_sample_word_for_word_and_still_knows_paris(tuned: Path) -
 
 def test_its_evaluation_beats_its_base(tuned: Path) -> None:
     script(tuned, "evaluate", "outputs/tuned", "data/sample.jsonl", "--samples", "4")
-    scores = json.loads((tuned / "outputs/tuned/final/evaluation.json").read_text())["scores"]
+    scores = json.loads((tuned / "outputs/tuned/evaluation.json").read_text())["scores"]
     assert scores["model"]["loss"] < 0.5 < 2 < scores["base"]["loss"]
     assert scores["model"]["exact"] > 0.7 > 0.1 > scores["base"]["exact"]
 

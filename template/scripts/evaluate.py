@@ -1,8 +1,10 @@
 """Evaluate a trained model: `uv run scripts/evaluate.py MODEL DATA [--samples N]`.
 
 Prints loss, perplexity and the share of right answers on DATA (a file or hub dataset, read as in
-training); for an adapter also those of its base. Writes them to evaluation.md and evaluation.json.
-MODEL is what scripts/inference.py takes. README.md has the command for standard benchmarks.
+training); for an adapter also those of its base. Writes them to evaluation.md and evaluation.json
+beside the run, or into the folder of any other model.
+MODEL is what scripts/inference.py takes. README.md, "What a run is good for", has the command for
+standard benchmarks.
 """
 
 import argparse
@@ -10,7 +12,9 @@ import sys
 from pathlib import Path
 
 from src.trained import find_trained, load_trained, trained_config
-from src.utils.script import make_parser, run_script
+from src.utils.environment import from_root
+from src.utils.files import RECORD
+from src.utils.script import between, make_parser, run_script
 
 
 def main(arguments: list[str]) -> None:
@@ -21,11 +25,12 @@ def main(arguments: list[str]) -> None:
     from src.data.sources import expand
 
     name = find_trained(options.model, options.base)
-    folder = Path(name) if Path(name).is_dir() else Path("outputs") / name.replace("/", "-")
+    folder = Path(name) if Path(name).is_dir() else from_root("outputs") / name.replace("/", "-")
+    if folder.name == "final" and (folder.parent / RECORD).is_file():
+        folder = folder.parent
     trained = trained_config(name)
     data = trained.data if trained else DataConfig(train=options.data)
-    trained_on = [data.train] if isinstance(data.train, str) else data.train
-    if trained and options.data in trained_on:
+    if trained and options.data in ([data.train] if isinstance(data.train, str) else data.train):
         print(f"warning: {options.data} is what the model was trained on", file=sys.stderr)
     data = data.model_copy(update={"train": options.data, "eval": None, "packing": False})
     for source in expand(options.data):
@@ -39,20 +44,19 @@ def main(arguments: list[str]) -> None:
     model, tokenizer = load_trained(name, pick_device(options.device), options.base)
     result = compare_with_base(model, tokenizer, config, options.samples, options.max_length)
     page = write_evaluation(result, folder)
-    print(page.read_text("utf-8"))
-    send_evaluation(folder, result["scores"]["model"], [page])
+    send_evaluation(Path(name), result["scores"]["model"], [page])
+    print(f"{page.read_text('utf-8')}Written to {page} and evaluation.json.")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser, default = make_parser(__doc__), "(default: %(default)s)"
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run's folder, a checkpoint, a saved model or a hub id")
     add("data", metavar="DATA", help="rows with answers")
-    add("--samples", type=int, default=20, help="rows to answer (default: %(default)s)")
-    length = "tokens of an answer at most (default: %(default)s)"
-    add("--max-length", type=int, default=256, help=length)
-    devices = ["auto", "cuda", "cpu"]
-    add("--device", choices=devices, default="auto", help="default: %(default)s")
+    add("--samples", type=between(0, 2**31), default=20, help=f"rows to answer {default}")
+    names, tokens = ("--max-length", "--max-new-tokens"), f"tokens of an answer at most {default}"
+    add(*names, type=between(1, 2**31), default=256, help=tokens)
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help=default)
     add("--base", help="folder or hub id of the adapter's base model, if it has moved")
     return parser.parse_args(arguments)
 

@@ -106,7 +106,7 @@ def walk_from(run: Path, rows: str, folder: Path, monkeypatch, device: str = "cp
     scripts.inference.main([str(run), "--input", rows, "--output", str(answers), *short])
     assert answers.read_text().count("\n") == 6
     if evaluated:
-        scores = json.loads((run / "final/evaluation.json").read_text())["scores"]
+        scores = json.loads((run / "evaluation.json").read_text())["scores"]
         assert scores["model"]["loss"] == pytest.approx(metrics(run)[-1]["eval_loss"], rel=0.02)
     if run_tool("export", str(run), str(folder / "exported")):
         scripts.inference.main([str(folder / "exported"), "why?", *short])

@@ -1,7 +1,9 @@
 """Evaluate a trained model on rows that it has not seen, and compare it with its base."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,46 +37,35 @@ def compare_with_base(
         max_length: tokens of an answer at most.
 
     Returns:
-        data: the rows' source. scores: of `model` and `base`, see `_score`. samples: for each row
-        that was answered its prompt, the expected answer, and the answers of `model` and `base`.
+        data: the rows' source, and rows: how many. samples: for each row that was answered its
+        prompt, the expected answer, and the answers of `model` and `base`. scores: of both, on all
+        rows loss (cross entropy per labelled token, in nats) and perplexity (its exponential); on
+        the samples the share that is exact, blanks at both ends aside, and the share that contains
+        the expected answer.
     """
     longest = min(config.data.max_length, position_limit(model) or config.data.max_length)
     config = changed(config, f"data.max_length={longest}")
-    rows = read_part(expand(config.data.train), config.data)
-    pairs = questions(rows, samples, tokenizer)
-    results = {"model": _score(model, tokenizer, config, pairs, max_length)}
-    if hasattr(model, "peft_config"):
-        adapted: Any = model
-        with torch.no_grad(), adapted.disable_adapter():
-            results["base"] = _score(model, tokenizer, config, pairs, max_length)
-    rows = [{"prompt": prompt["messages"], "expected": expected} for prompt, expected in pairs]
-    for name, (_, answers) in results.items():
+    loader = padded_loader(config.data.train, tokenizer, config)
+    dtype = pick_dtype(config.model.dtype, model.device)
+    given = read_part(expand(config.data.train), config.data)
+    asked = questions(given, samples, tokenizer)
+    rows: list[dict[str, Any]] = [
+        {"prompt": row["messages"], "expected": expected} for row, expected in asked
+    ]
+    adapted: Any = model
+    scores = {}
+    for name in ("model", "base") if hasattr(model, "peft_config") else ("model",):
+        with torch.no_grad(), adapted.disable_adapter() if name == "base" else nullcontext():
+            result = evaluate(model, loader, model.device, dtype)
+            answers = generate(model, tokenizer, [row for row, _ in asked], max_length)
+        scores[name] = {"loss": result.loss, "perplexity": result.perplexity}
         for row, answer in zip(rows, answers, strict=True):
             row[name] = answer
-    scores = {name: figures for name, (figures, _) in results.items()}
-    return {"data": config.data.train, "scores": scores, "samples": rows}
-
-
-def _score(
-    model: PreTrainedModel, tokenizer: Tokenizer, config: Config, pairs: list[tuple[Any, str]],
-    max_length: int,
-) -> tuple[dict[str, float], list[str]]:  # fmt: skip
-    """Compute the loss on all rows, and answer the prompts of some.
-
-    Returns:
-        loss: cross entropy per labelled token, in nats. perplexity: its exponential. exact: the
-        share of answers that equal the expected one, blanks at both ends aside. contains: the
-        share that contain it; neither where no row asks anything. And the answers.
-    """
-    loader = padded_loader(config.data.train, tokenizer, config)
-    result = evaluate(model, loader, model.device, pick_dtype(config.model.dtype, model.device))
-    answers = list(generate(model, tokenizer, [prompt for prompt, _ in pairs], max_length))
-    graded = [(answer, right) for answer, (_, right) in zip(answers, pairs, strict=True)]
-    figures = {"loss": result.loss, "perplexity": result.perplexity}
-    if graded:
-        figures["exact"] = sum(answer.strip() == right for answer, right in graded) / len(graded)
-        figures["contains"] = sum(right in answer for answer, right in graded) / len(graded)
-    return figures, answers
+        if rows:
+            scores[name]["exact"] = fmean(row[name].strip() == row["expected"] for row in rows)
+            scores[name]["contains"] = fmean(row["expected"] in row[name] for row in rows)
+    source, total = config.data.train, len(loader.dataset)
+    return {"data": source, "rows": total, "scores": scores, "samples": rows}
 
 
 def write_evaluation(result: dict[str, Any], folder: Path) -> Path:
@@ -89,13 +80,15 @@ def write_evaluation(result: dict[str, Any], folder: Path) -> Path:
 
 def as_markdown(result: dict[str, Any]) -> str:
     """Return a table of the scores, and one of the samples."""
-    scores = result["scores"]
+    scores, samples = result["scores"], result["samples"]
     figures = [["", *scores["model"]]]
     figures += [[name, *(f"{x:.4g}" for x in row.values())] for name, row in scores.items()]
-    columns = ["prompt", "expected", *scores]
-    samples = [columns, *([_cell(row[key]) for key in columns] for row in result["samples"])]
-    answers = f"\n{_table(samples)}" * bool(result["samples"])
-    return f"# Evaluation on {result['data']}\n\n{_table(figures)}{answers}"
+    text = f"# Evaluation on {result['data']}\n\n{_table(figures)}"
+    if samples:
+        columns = ["prompt", "expected", *scores]
+        text += f"\n{_table([columns, *([_cell(row[key]) for key in columns] for row in samples)])}"
+    asked = f"answers to the first {len(samples)}" if samples else "no answers"
+    return f"{text}\nLoss on all {result['rows']:,} rows, {asked}.\n"
 
 
 def _table(rows: list[list[str]]) -> str:

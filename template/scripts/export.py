@@ -1,7 +1,8 @@
 """Make one model folder of a run, to publish or to serve: `uv run scripts/export.py RUN OUT`.
 
 An adapter is merged into its base in full precision, on the CPU. The merged model is compared
-with base and adapter on the run's own rows: if more than rounding changed, nothing is written.
+with base and adapter on the run's own rows (on other tokens if they cannot be read): if more than
+rounding changed, nothing is written. The folder's README.md is a model card.
 `--push org/name` uploads the folder to the hub, to a private repository unless --public is given.
 """
 
@@ -28,7 +29,7 @@ def main(arguments: list[str]) -> None:
 
     with new_folder(out) as new:
         result = export(folder, new, options.base, config)
-        write_card(folder, new, out.name, result)
+        write_card(folder, new, options.push or str(out), result)
     print(result, f"written to {out}; to serve it:", *serving_advice(folder, out), sep="\n")
     if options.push:
         from huggingface_hub import HfApi

@@ -1,33 +1,48 @@
 """A run becomes one model folder that says the same, or nothing is written."""
 
 import json
+import re
+import runpy
+import shlex
 import shutil
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import scripts.export
 import scripts.inference
+import scripts.train
+from conftest import SMOKE
 from src.tools import export
 from src.utils.errors import RunError
 
 
-@pytest.fixture
-def tune(train, smoke: Path):
+@pytest.fixture(scope="module")
+def tune(smoke: Path, tmp_path_factory: pytest.TempPathFactory):
     """Train adapters on the smoke model: `tune(lora.r=4, …)`; returns the run's folder."""
 
     def call(*overrides: str) -> Path:
-        return train(
+        folder = tmp_path_factory.mktemp("tuned") / "run"
+        scripts.train.main([
+            SMOKE, "tracking.enabled=false", f"output_dir={folder}", "device=cpu",
             f"model.name={smoke / 'final'}", "model.init=pretrained", "lora.r=4",
             "training.epochs=2", "training.learning_rate=3e-3", "training.warmup_steps=0",
             "evaluation.samples=0", *overrides,
-        )  # fmt: skip
+        ])  # fmt: skip
+        return folder
 
     return call
+
+
+@pytest.fixture(scope="module")
+def tuned(tune) -> Path:
+    """A run that tests read and leave as it is."""
+    return tune()
 
 
 def answers(model: Path, capsys) -> list[str]:
@@ -38,50 +53,57 @@ def answers(model: Path, capsys) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "options",
+    "option",
     [
-        [],
-        ["lora.dora=true"],
-        ["lora.target_modules=[q_proj,lm_head]"],
-        ["lora.modules_to_save=[embed_tokens,lm_head]"],
+        "lora.r=4",
+        "lora.dora=true",
+        "lora.target_modules=[q_proj,lm_head]",
+        "lora.modules_to_save=[embed_tokens,lm_head]",
     ],
-    ids=["plain", "dora", "adapted head", "whole modules"],
 )
 def test_the_merged_model_says_what_the_adapter_says(
-    tune, tmp_path, capsys, smoke: Path, options: list[str]
+    tune, tuned, tmp_path, capsys, smoke: Path, option: str
 ) -> None:
-    run, out = tune(*options), tmp_path / "exported"
+    run, out = tuned if option == "lora.r=4" else tune(option), tmp_path / "exported"
+    capsys.readouterr()
     scripts.export.main([str(run), str(out)])
-    assert "merging changed " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "iB of memory and " in printed
+    assert "merging changed " in printed
     assert answers(out, capsys) == answers(run, capsys)
     plain = AutoModelForCausalLM.from_pretrained(out)  # as anybody would load it
     head, embeddings = plain.get_output_embeddings(), plain.get_input_embeddings()
-    own_head = "lm_head" in str(options) and "embed" not in str(options)
+    own_head = "q_proj" in option
     assert (head.weight is embeddings.weight) != own_head
     if own_head:  # whose base shares its weights: the embeddings must be as they were
         before = load_file(smoke / "final/model.safetensors")["model.embed_tokens.weight"]
         assert embeddings.weight.equal(before)
 
 
-def test_an_export_is_complete_and_names_no_path_of_this_machine(tune, tmp_path, smoke) -> None:
-    run, out = tune(), tmp_path / "exported"
-    scripts.export.main([str(run / "final"), str(out)])
-    stops = GenerationConfig.from_pretrained(out).eos_token_id
-    assert stops == [1]
+def test_an_export_is_complete_and_its_card_names_only_what_is_there(
+    tuned, tmp_path, smoke, monkeypatch, capsys
+) -> None:
+    out = tmp_path / "exported"
+    scripts.export.main([str(tuned / "final"), str(out)])
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [1]
     assert json.loads((out / "config.json").read_text())["use_cache"]
     card = (out / "README.md").read_text()
-    for text in (
-        "base_model: final",
-        "- eval_loss: 0.0",
-        "fingerprint ",
-        "merging changed",
-        "torch ",
-        "loss.png",
-    ):
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "final"
+    for text in ("- eval_loss: 0.0", "- fingerprint.train: ", "merging changed", "- torch: "):
         assert text in card
+    assert all((out / name).is_file() for name in re.findall(r"\]\((.*?)\)", card))
+    assert "training_config.yaml" not in card
     for file in out.iterdir():
         if file.suffix in {".md", ".json", ".jinja"}:
             assert str(smoke.parent) not in file.read_text(), file
+    snippet = tmp_path / "snippet.py"
+    snippet.write_text(card.split("```")[1].removeprefix("python"))
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    runpy.run_path(str(snippet))
+    said = capsys.readouterr().out
+    scripts.inference.main([str(out), "your question"])
+    assert said == capsys.readouterr().out
 
 
 def test_all_weights_are_exported_as_they_are(smoke: Path, tmp_path, capsys) -> None:
@@ -93,8 +115,8 @@ def test_all_weights_are_exported_as_they_are(smoke: Path, tmp_path, capsys) -> 
     assert all(one[name].equal(two[name]) for name in one)
 
 
-def test_a_merge_that_changes_the_model_is_not_written(tune, tmp_path, monkeypatch) -> None:
-    run, merge = tune(), export._merge
+def test_a_merge_that_changes_the_model_is_not_written(tuned, tmp_path, monkeypatch) -> None:
+    merge = export._merge
 
     def wrong(adapted):
         merged = merge(adapted)
@@ -104,77 +126,83 @@ def test_a_merge_that_changes_the_model_is_not_written(tune, tmp_path, monkeypat
 
     monkeypatch.setattr(export, "_merge", wrong)
     with pytest.raises(RunError, match="more than rounding"):
-        scripts.export.main([str(run), str(tmp_path / "exported")])
+        scripts.export.main([str(tuned), str(tmp_path / "exported")])
     assert not (tmp_path / "exported").exists()
 
 
-def test_what_cannot_be_exported_is_refused(tune, tmp_path, refused, smoke: Path) -> None:
-    run, out = tune(), tmp_path / "exported"
+def test_without_the_runs_rows_merging_is_measured_on_other_tokens(tuned, tmp_path) -> None:
+    run, out = shutil.copytree(tuned, tmp_path / "run"), tmp_path / "exported"
+    recipe = run / "final/training_config.yaml"
+    config = yaml.safe_load(recipe.read_text())
+    config["data"] |= {"train": "gone.jsonl", "eval": None}
+    recipe.write_text(yaml.safe_dump(config))
+    scripts.export.main([str(run), str(out)])
+    card = (out / "README.md").read_text()
+    assert ", on made-up tokens as gone.jsonl cannot be read; the loss is now " in card
+
+
+def test_what_cannot_be_exported_is_refused(tuned, tmp_path, refused, smoke: Path) -> None:
+    def lines(*options: str) -> list[str]:
+        return refused(scripts.export.main, str(run), str(out), *options)
+
+    run, out = tuned, tmp_path / "exported"
     out.mkdir()
-    assert refused(scripts.export.main, str(run), str(out)) == [
-        f"{out}: exists already; nothing is overwritten"
-    ]
+    assert lines() == [f"{out}: exists already; nothing is overwritten"]
     out.rmdir()
-    base = smoke / "final/config.json"
-    described = json.loads(base.read_text())
-    quantized = tmp_path / "quantized"
-    quantized.mkdir()
-    for file in base.parent.iterdir():
-        (quantized / file.name).write_bytes(file.read_bytes())
-    described["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (quantized / "config.json").write_text(json.dumps(described))
-    (line,) = refused(scripts.export.main, str(run), str(out), "--base", str(quantized))
+    base = shutil.copytree(smoke / "final", tmp_path / "base")
+    described = json.loads((base / "config.json").read_text())
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (base / "config.json").write_text(json.dumps(described | quantized))
+    (line,) = lines("--base", str(base))
     assert "is quantized, and merging would round the adapter away" in line
+    run = shutil.copytree(tuned, tmp_path / "run")
     (run / "final/training_config.yaml").unlink()
-    assert "not the result of a run" in refused(scripts.export.main, str(run), str(out))[0]
+    assert "not the result of a run" in lines()[0]
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    ("adapter", "expected"),
-    [
+def test_the_commands_that_serve_are_real_and_say_what_vllm_refuses(tmp_path) -> None:
+    out = tmp_path / "my model"
+    for adapter, expected in (
         ({"r": 16}, "--max-lora-rank 16 "),
         ({"r": 24}, "--max-lora-rank 32 "),
         ({"r": 8, "use_dora": True}, "not serve an adapter alone with use_dora"),
-        (
-            {"r": 8, "modules_to_save": ["lm_head"]},
-            "not serve an adapter alone with modules_to_save",
-        ),
-    ],
-)
-def test_the_advice_names_what_vllm_needs_or_refuses(
-    tmp_path, adapter: dict, expected: str
-) -> None:
-    (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "a/b", **adapter})
-    )
-    assert expected in export.serving_advice(tmp_path, tmp_path / "out")[-1]
+        ({"r": 8, "modules_to_save": ["x"]}, "not serve an adapter alone with modules_to_save"),
+    ):
+        described = {"base_model_name_or_path": "a/b", **adapter}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+        vllm, transformers, alone = export.serving_advice(tmp_path, out)
+        assert shlex.split(vllm) == ["uvx", "vllm", "serve", str(out)]
+        assert shlex.split(transformers)[:4] == ["uv", "run", "--with", "transformers[serving]"]
+        assert expected in alone
 
 
-def test_the_card_gives_the_figures_of_the_step_that_is_exported(tune, tmp_path) -> None:
-    run, out = tune(), tmp_path / "exported"
+def test_the_card_gives_the_figures_of_the_step_that_is_exported(tuned, tmp_path) -> None:
+    run = shutil.copytree(tuned, tmp_path / "run")
     record = json.loads((run / "record.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     earlier = lines[0] | {"step": 1, "loss": 7.25, "eval_loss": None}
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [earlier, *lines]))
     (run / "record.json").write_text(json.dumps(record | {"final_step": 1}))
-    scripts.export.main([str(run), str(out)])
-    card = (out / "README.md").read_text()
-    assert "- step: 1\n" in card
-    assert "- loss: 7.25\n" in card
-    assert "- eval_loss: not finite\n" in card
+    export.write_card(run / "final", tmp_path, "name", "result")
+    card = (tmp_path / "README.md").read_text()
+    assert "\n- step: 1\n- loss: 7.25\n- eval_loss: not finite\n" in card
 
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9}
 
 
-@pytest.mark.parametrize("lora", ["lora=null", "lora.r=4"])
 @pytest.mark.parametrize(
-    ("file", "values"),
+    ("lora", "file", "values"),
     [
-        ("generation_config.json", {"eos_token_id": 0, "do_sample": False, **SAMPLING}),
-        ("generation_config.json", {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}),
-        ("config.json", SAMPLING),
+        ("null", "generation_config.json", {"eos_token_id": 0, "do_sample": False, **SAMPLING}),
+        ("null", "config.json", SAMPLING),
+        ("{r: 4}", "config.json", SAMPLING),
+        (
+            "{r: 4}",
+            "generation_config.json",
+            {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0},
+        ),
     ],
 )
 def test_a_base_whose_generation_config_transformers_refuses_is_trained_and_saved(
@@ -185,11 +213,11 @@ def test_a_base_whose_generation_config_transformers_refuses_is_trained_and_save
     (base / "generation_config.json").unlink()  # else transformers does not read the other's values
     (base / file).write_text(json.dumps(described))
     run = train(
-        f"model.name={base}", "model.init=pretrained", lora, "data.eval=null",
+        f"model.name={base}", "model.init=pretrained", f"lora={lora}", "data.eval=null",
         "training.max_steps=1",
     )  # fmt: skip
     scripts.export.main([str(run), str(tmp_path / "exported")])
-    for folder in [tmp_path / "exported", *([run / "final"] if lora == "lora=null" else [])]:
+    for folder in [tmp_path / "exported", *([run / "final"] if lora == "null" else [])]:
         saved = GenerationConfig.from_pretrained(folder)
         assert 1 in cast(list, saved.eos_token_id)
         assert (saved.do_sample, saved.temperature) == (True, 0.6) or "num_beams" in values

@@ -1,36 +1,37 @@
 """Write one ordinary model folder from a trained model: adapters merged, with a model card."""
 
 import json
+import shlex
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
 from src.config import Config, ModelConfig
-from src.data.batching import padded_loader
+from src.data.batching import collate_padded, padded_loader
+from src.data.dataset import Document
 from src.models.adapters import load_adapters
 from src.models.model import (
-    explained,
     load_tokenizer,
     read_weights,
     save_model,
     set_generation_config,
+    without_weights,
 )
 from src.trained import load_trained
 from src.training.metrics import read_metrics
 from src.training.record import Record
 from src.training.trainer import evaluate
-from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError
 from src.utils.files import ADAPTER, RECIPE
-from src.utils.memory import GIB
 
 CPU = torch.device("cpu")
 # How much merging may change the logits, relative to their norm: a bf16 weight keeps 8 bits of
@@ -38,6 +39,24 @@ CPU = torch.device("cpu")
 MAX_CHANGE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 COMPARED_ROWS = 8
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank accepts
+CARD = """\
+---
+base_model: {base}
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {title}
+Fine-tuned from `{base}`; the base model's licence applies to it too.
+```python
+from transformers import pipeline
+answer = pipeline("text-generation", "{name}")
+messages = [{{"role": "user", "content": "your question"}}]
+print(answer(messages, max_new_tokens=256, do_sample=False)[0]["generated_text"][-1]["content"])
+```
+- data: {data}
+- {result}
+"""
+FIGURES = ("fingerprint.train", "step", "loss", "eval_loss", "tokens", "torch", "transformers")
 
 
 def export(folder: Path, out: Path, base: str | None, config: Config) -> str:
@@ -61,19 +80,16 @@ def export(folder: Path, out: Path, base: str | None, config: Config) -> str:
     adapter, source, trust = folder / ADAPTER, str(folder), config.model.trust_remote_code
     if adapter.is_file():
         source = base or json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
-    size = sum(file.stat().st_size for file in from_root(source).glob("*.safetensors")) / GIB
-    needs = (
-        f"{1.3 * size:.2f} GiB of memory and {size:.2f} of disk" if size else "as much as its base"
-    )
-    print(f"exporting  {folder}, weights of {source}; needs {needs}")
-    logging.disable_progress_bar()
-    with explained(source):
-        hf_config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-    if getattr(hf_config, "quantization_config", None):
+    settings = ModelConfig(name=source, trust_remote_code=trust)
+    empty: Any = without_weights(settings)
+    if getattr(empty.config, "quantization_config", None):
         problem = "is quantized, and merging would round the adapter away"
         raise UserError(f"{source}: {problem}; name the original with --base")
-    dtype = hf_config.dtype or torch.float32
-    settings = ModelConfig(name=source, trust_remote_code=trust)
+    dtype = empty.config.dtype or torch.float32
+    size = empty.num_parameters() * dtype.itemsize
+    memory, disk = (tqdm.format_sizeof(each, "iB", 1024) for each in (1.3 * size, size))
+    print(f"exporting  {folder}, base {source}: about {memory} of memory and {disk} of disk")
+    logging.disable_progress_bar()
     tokenizer = load_tokenizer(ModelConfig(name=str(folder), trust_remote_code=trust))
     if adapter.is_file():
         model, result = _merge_checked(folder, base, settings, dtype, config, tokenizer)
@@ -90,9 +106,7 @@ def _merge_checked(
     tokenizer: Tokenizer,
 ) -> tuple[PreTrainedModel, str]:  # fmt: skip
     """Merge the adapter in full precision, and compare the logits of the run's own rows."""
-    data = config.data
-    rows = data.eval if isinstance(data.eval, str | list) else data.train
-    batches = list(padded_loader(rows, tokenizer, config, limit=COMPARED_ROWS))
+    batches, rows = _batches(tokenizer, config)
     trained_on = ""
     if (kind := config.model.quantization) != "none":  # the adapter learnt to make up for it
         _, loss = _measure(load_trained(folder, CPU, base)[0], batches)
@@ -102,12 +116,24 @@ def _merge_checked(
     model = _merge(adapted)
     merged_logits, merged_loss = _measure(model, batches)
     change = float((merged_logits - logits).norm() / logits.norm())
-    changes = f"the logits by {change:.1e} and the loss by {merged_loss - loss:+.1e}"
+    changes = f"the logits by {change:.1e} and the loss by {merged_loss - loss:+.1e}{rows}"
     result = f"merging changed {changes}; the loss is now {merged_loss:.4f}{trained_on}"
     if not change <= MAX_CHANGE[dtype]:  # NaN too
         limit = f"more than rounding ({MAX_CHANGE[dtype]:g})"
         raise RunError(f"{result}: {limit}; nothing is written")
     return model, result
+
+
+def _batches(tokenizer: Tokenizer, config: Config) -> tuple[list[dict[str, Any]], str]:
+    """Return a few of the run's rows; where they are not here, other tokens, and what says so."""
+    data = config.data
+    source = data.eval if isinstance(data.eval, str | list) else data.train
+    try:
+        return list(padded_loader(source, tokenizer, config, limit=COMPARED_ROWS)), ""
+    except (OSError, UserError):
+        row = Document(0, np.arange(64), np.arange(64))
+        note = f", on made-up tokens as {source} cannot be read"
+        return [collate_padded([row], max_length=64, pad_id=0)], note
 
 
 def _merge(adapted: PreTrainedModel) -> PreTrainedModel:
@@ -132,48 +158,54 @@ def _measure(model: PreTrainedModel, batches: list[dict[str, Any]]) -> tuple[Ten
 
 
 def write_card(folder: Path, out: Path, name: str, result: str) -> None:
-    """Write README.md of the exported model: base, data, figures and versions."""
+    """Write README.md of the exported model: base, how to ask it, data and figures.
+
+    Args:
+        folder: the run's `final/`.
+        out: the exported model's folder.
+        name: what loads it: its later folder, or its repository on the hub.
+        result: what `export` returned.
+    """
     run = folder.parent
     recipe = yaml.safe_load((folder / RECIPE).read_text("utf-8"))  # as written, without secrets
-    base = recipe["model"]["name"]
-    if Path(base).is_absolute():  # no path of this machine
-        base = Path(base).name
-    record, lines = Record.find(run), read_metrics(run / "metrics.jsonl")
+    base, sources = _public(recipe["model"]["name"]), recipe["data"]["train"]
+    data = ", ".join(map(_public, [sources] if isinstance(sources, str) else sources))
+    text = CARD.format(
+        base=base, title=Path(name).name, name=_public(name), data=data, result=result
+    )
+    record = Record.find(run)
     facts = record.facts if record else {"tags": {}}
-    fingerprint = facts["tags"].get("fingerprint.train", "unknown")
     # The step that final/ holds: the best evaluation may have been before the last step.
-    step = facts.get("final_step")
-    line = next((line for line in lines if line["step"] == step), lines[-1] if lines else {})
-    figures = {key: line[key] for key in ("step", "loss", "eval_loss", "tokens") if key in line}
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    card = [
-        "---", f"base_model: {base}", "library_name: transformers",
-        "pipeline_tag: text-generation", "---", "", f"# {name}", "",
-        f"Fine-tuned from `{base}`, whose licence applies to it too.", "",
-        f"- Data: {recipe['data']['train']} (fingerprint {fingerprint})",
-        *(f"- {key}: {'not finite' if x is None else f'{x:g}'}" for key, x in figures.items()),
-        f"- {result}",
-        f"- Made with {versions}",
-    ]  # fmt: skip
+    lines = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
+    figures = facts["tags"] | lines.get(facts.get("final_step"), {})
+    for key in FIGURES:
+        if key in figures:
+            text += f"- {key}: {'not finite' if figures[key] is None else figures[key]}\n"
     if (curve := run / "loss.png").is_file():
         shutil.copy(curve, out / "loss.png")
-        card += ["", "![loss](loss.png)"]
-    (out / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
+        text += "\n![loss](loss.png)\n"
+    (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def _public(name: str) -> str:
+    """A name without the folders of this machine."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def serving_advice(folder: Path, out: Path) -> list[str]:
     """Return the commands that serve the export and, where vLLM can, the adapter alone."""
-    lines = [f"vllm serve {out}", f"transformers serve {out}"]
-    if not (folder / ADAPTER).is_file():
-        return lines
-    adapter = json.loads((folder / ADAPTER).read_text("utf-8"))
-    if refused := [key for key in ("use_dora", "modules_to_save") if adapter.get(key)]:
-        return [*lines, f"(vLLM does not serve an adapter alone with {' or '.join(refused)})"]
-    rank = next(rank for rank in VLLM_RANKS if rank >= adapter["r"])
-    base = adapter["base_model_name_or_path"]
-    return [
-        *lines,
+    model, adapter = shlex.quote(str(out)), shlex.quote(str(folder))
+    serve = "uv run --with 'transformers[serving]' transformers serve"
+    lines = [f"uvx vllm serve {model}", f"{serve} {model}"]
+    if (folder / ADAPTER).is_file():
+        described = json.loads((folder / ADAPTER).read_text("utf-8"))
+        refused = [key for key in ("use_dora", "modules_to_save") if described.get(key)]
+        rank = next(rank for rank in VLLM_RANKS if rank >= described["r"])
         # The adapter's generation config: the base's own stop tokens do not end a turn.
-        f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder} "
-        f"--generation-config {folder}",
-    ]
+        alone = (
+            f"uvx vllm serve {described['base_model_name_or_path']} --enable-lora --max-lora-rank "
+            f"{rank} --lora-modules tuned={adapter} --generation-config {adapter}"
+        )
+        no = f"(vLLM does not serve an adapter alone with {' or '.join(refused)})"
+        lines.append(no if refused else alone)
+    return lines

@@ -42,14 +42,13 @@ def generate(
     `inference_mode` cannot take part in a later backward pass.
 
     Args:
-        model: a causal language model, with or without adapters, in any mode; its mode and its
-            attention are restored afterwards.
+        model: a causal language model, in any mode; its mode and attention are restored.
         tokenizer: the one it was trained with.
         prompt: a user's question, or a list of them. Each may also be a list of messages, or an
-            object with `messages` and `tools`, or with `text` to continue without the template;
-            its `place` names it in errors.
-        max_length: the maximum number of *new* tokens, unlike transformers' own `max_length`. A
-            model with a table of positions (GPT-2) also stops at its end.
+            object with `messages` and `tools`, or with `text` to be continued as it is; its
+            `place` names it in errors.
+        max_length: of *new* tokens, unlike transformers' own `max_length`. A model with a table
+            of positions (GPT-2) also stops at its end.
         raw: continue a question as it is, without the chat template.
         temperature: 0 takes the likeliest token each time; above 0, tokens are sampled.
         top_p: sample from the likeliest tokens that add up to this probability.
@@ -61,17 +60,15 @@ def generate(
         The text after the prompt, up to the stop token, otherwise unchanged; a list for a list.
 
     Raises:
-        UserError: a prompt leaves no position for an answer, the template refuses it, or a
-            conversation would have to be continued without one.
+        UserError: a prompt leaves no position for an answer, or the template refuses it.
     """
     first = prompt[0] if isinstance(prompt, list) and prompt else None
     many = isinstance(prompt, list) and not (isinstance(first, dict) and "role" in first)
     given: Any = prompt if many else [prompt]
     raw, limit = raw or tokenizer.chat_template is None, position_limit(model)
     prompts = [_encode(each, tokenizer, raw, limit) for each in given]
-    config = GenerationConfig(
-        eos_token_id=stops_of(model, tokenizer), pad_token_id=tokenizer.pad_token_id or 0
-    )
+    stops, pad = stops_of(model, tokenizer), tokenizer.pad_token_id or 0
+    config = GenerationConfig(eos_token_id=stops, pad_token_id=pad)
     if temperature > 0:  # top_k=0: else transformers draws from the 50 likeliest only
         config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     compiled = is_compiled_for(model, -(-len(prompts) // batch_size) * max_length)
@@ -79,10 +76,8 @@ def generate(
         complete = partial(_complete, model, max_length, streamer)
         answers = _in_batches(complete, [ids for ids, _ in prompts], batch_size, compiled)
     # With special tokens: those that an answer was trained to have belong to it.
-    texts = [
-        str(tokenizer.decode(answer)).removeprefix(blank)
-        for answer, (_, blank) in zip(answers, prompts, strict=True)
-    ]
+    texts = [str(tokenizer.decode(ids)) for ids in answers]
+    texts = [text.removeprefix(blank) for text, (_, blank) in zip(texts, prompts, strict=True)]
     return texts if many else texts[0]
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -59,14 +60,21 @@ def folder_problems(folder: Path, key: str) -> Iterator[str]:
         key: the key or option that named it, and its name.
     """
     names = [name for name in MODEL_FILES if (folder / name).is_file()]
-    if (folder / ADAPTER).is_file() and not any(folder.glob("adapter_model.*")):
+    names += sorted({*read_json(folder / INDEX).get("weight_map", {}).values()})
+    if ADAPTER in names and not any(folder.glob("adapter_model.*")):
         names.append("adapter_model.safetensors")  # is missing
-    problems = {name: damage for name in names if (damage := _damage(folder / name))}
-    if INDEX in names and not problems:
-        shards = json.loads((folder / INDEX).read_bytes()).get("weight_map", {}).values()
-        problems = {name: damage for name in {*shards} if (damage := _damage(folder / name))}
-    for name, damage in sorted(problems.items()):
-        yield f"{key}/{name}: {damage}"
+    for name in names:
+        if damage := _damage(folder / name):
+            yield f"{key}/{name}: {damage}"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none, which `folder_problems` reports."""
+    try:
+        described = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return described if isinstance(described, dict) else {}
 
 
 def _damage(file: Path) -> str:
@@ -81,11 +89,12 @@ def _damage(file: Path) -> str:
         if file.suffix == ".safetensors":
             with safe_open(file, "numpy"):  # reads the header, and compares it with the size
                 return ""
-        text = file.read_bytes().strip() if file.suffix == ".json" else b"{}"
-        # A large tokenizer.json takes half a second to parse: only its ends are looked at.
-        whole = {text[:1], text[-1:]} == {b"{", b"}"} if len(text) > 2**20 else json.loads(text)
-        if whole is not True and not isinstance(whole, dict):
-            return "is cut short, or is no JSON object: fetch it again"
+        if file.suffix == ".json":
+            text = file.read_bytes().strip()
+            if text[:1] + text[-1:] != b"{}":
+                return "is cut short, or is no JSON object: fetch it again"
+            if len(text) < 2**20:  # a large tokenizer.json takes half a second
+                json.loads(text)
     except (OSError, ValueError, SafetensorError) as error:
         return f"cannot be read ({error}): fetch it again"
     unread = file.name == "tokenizer.model" and not file.with_name("tokenizer.json").is_file()
@@ -107,17 +116,16 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
     if (folder / ADAPTER).is_file():
         yield f"{name}: an adapter; name its base model here, and the adapter as lora.adapter"
         return
-    yield from (problems := [*folder_problems(folder, name)])
+    yield from folder_problems(folder, name)
     if not (folder / "config.json").is_file():
         yield f"{name}: no config.json in this folder"
-    elif not problems:
-        described = json.loads((folder / "config.json").read_bytes())
-        method = (described.get("quantization_config") or {}).get("quant_method")
-        if model.quantization != "none" and method not in {None, "bitsandbytes"}:
-            yield (
-                f"model.quantization: {model.name} is quantized already ({method}) and cannot be "
-                f"quantized to {model.quantization}; use model.quantization=none or the original"
-            )
+    quantized = read_json(folder / "config.json").get("quantization_config") or {}
+    method = quantized.get("quant_method", "bitsandbytes")
+    if model.quantization != "none" and method != "bitsandbytes":
+        yield (
+            f"model.quantization: {model.name} is quantized already ({method}) and cannot be "
+            f"quantized to {model.quantization}; use model.quantization=none or the original"
+        )
     if not has_tokenizer(folder):
         yield f"{name}: no tokenizer in this folder; save it there with tokenizer.save_pretrained"
     if model.init == "pretrained" and not any(folder.glob("*.safetensors")):

@@ -1,11 +1,10 @@
 """Find and load what training made: a run, its result, a checkpoint; or another saved model."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config import Config, ModelConfig, load_config
-from src.preflight import folder_problems, has_tokenizer, is_local
+from src.preflight import folder_problems, has_tokenizer, is_local, read_json
 from src.utils.environment import from_root
 from src.utils.errors import UserError
 from src.utils.files import ADAPTER, RECIPE, RECORD
@@ -63,8 +62,7 @@ def _source(folder: Path, base: str | None) -> str:
     if (folder / CHECKPOINT).is_file():
         return base or _checkpoint_config(folder).model.name
     if (folder / ADAPTER).is_file():
-        described = json.loads((folder / ADAPTER).read_bytes())
-        return base or described.get("base_model_name_or_path") or ""
+        return base or read_json(folder / ADAPTER).get("base_model_name_or_path") or ""
     return str(folder)
 
 
@@ -156,7 +154,6 @@ def _load_checkpoint(
     folder: Path, device: "torch.device", dtype: "torch.dtype", source: str, quantization: Any
 ) -> "tuple[PreTrainedModel, Tokenizer]":
     """The weights of a checkpoint, in the model that its run's config describes."""
-    from src.models.loading import explained
     from src.models.model import build_model, load_tokenizer
     from src.training.checkpoint import MOMENTS, find_damage, load_weights
 
@@ -168,6 +165,5 @@ def _load_checkpoint(
     )
     tokenizer = load_tokenizer(settings)
     model = build_model(settings, config.lora, tokenizer, device, dtype, trained_in=dtype)
-    with explained(str(folder), settings.name):
-        load_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, folder)
+    load_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, folder)
     return model.eval(), tokenizer

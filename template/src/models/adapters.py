@@ -73,27 +73,22 @@ def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
     Raises:
         UserError: naming the key, the names, and the embeddings and head that the model has.
     """
-    layers = [name for name, _ in model.named_modules()]
-    parameters = [name for name, _ in model.named_parameters()]
-    ends = embedding_names(model)
-    for key, known in (
-        ("target_modules", layers),
-        ("target_parameters", parameters),
-        ("modules_to_save", layers),
+    layers, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    targets = [] if isinstance(lora.target_modules, str) else lora.target_modules  # str: a pattern
+    ends, whole = embedding_names(model), lora.modules_to_save or []
+    for key, names, known in (
+        ("target_modules", targets, layers),
+        ("target_parameters", lora.target_parameters or [], parameters),
+        ("modules_to_save", whole, layers),
     ):
-        names = getattr(lora, key) or ()
-        if isinstance(names, str):  # all-linear, or a pattern
-            continue
         missing = [n for n in names if not any(f".{k}".endswith(f".{n}") for k in known)]
         if missing:
             raise UserError(
                 f"lora.{key}: {type(model).__name__} has no {', '.join(missing)}"
                 + f"; its embeddings and head are {', '.join(ends)}" * (key == "modules_to_save")
             )
-    whole = {*(lora.modules_to_save or ())}
-    if _is_tied(model) and whole & {*ends}:  # one weight
-        whole |= {*ends}
-    if isinstance(lora.target_modules, list) and (both := whole & {*lora.target_modules}):
+    tied = ends if _is_tied(model) and {*ends} & {*whole} else []  # one weight
+    if both := {*targets} & {*whole, *tied}:
         raise UserError(
             f"lora.target_modules: {', '.join(sorted(both))}: lora.modules_to_save trains the same "
             "weight whole (tied embeddings and head are one weight); name it in one of the two"

@@ -193,10 +193,10 @@ def _try_varlen(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     Raises:
         ValueError: `varlen` does not support the GPU, the dtype or one of the layers.
     """
-    if device.type == "cuda" and dtype == torch.float32:
-        raise ValueError("flash attention needs bf16 or fp16")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
-        raise ValueError("flash attention needs a GPU of the Ampere generation or later")
+    if device.type == "cuda" and (
+        dtype == torch.float32 or torch.cuda.get_device_capability(device)[0] < 8
+    ):
+        raise ValueError("flash attention needs bf16 or fp16, and an Ampere GPU or a later one")
     _logits(model, short_row(0), device, dtype, training=True)
 
 

@@ -34,7 +34,6 @@ ADVICE = {
     "ignore_mismatched_sizes": "has weights of other sizes than its config.json: fetch both again",
     "size mismatch": ANOTHER,
     "not found in the base model": ANOTHER,
-    "must match": ANOTHER,
 }
 
 

@@ -11,13 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -25,10 +19,10 @@ from src.config import LoraConfig, ModelConfig
 from src.data.encoding import stop_token_ids
 from src.models.adapters import add_adapters, embedding_names
 from src.models.loading import explained, resolve
-from src.utils.environment import PROJECT_ROOT, from_root
+from src.utils.environment import from_root
 from src.utils.errors import UserError
 
-DEFAULT_CHAT_TEMPLATE = PROJECT_ROOT / "configs" / "chat_template.j2"
+DEFAULT_CHAT_TEMPLATE = "configs/chat_template.j2"
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
@@ -46,10 +40,9 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
         raise UserError(f"model.name: {config.name}: needs a fast tokenizer (a tokenizer.json)")
     if tokenizer.eos_token is None:
         raise UserError(f"model.name: {config.name}: its tokenizer has no EOS token to stop at")
-    if config.chat_template:
-        tokenizer.chat_template = from_root(config.chat_template).read_text(encoding="utf-8")
-    elif tokenizer.chat_template is None:
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE.read_text(encoding="utf-8")
+    if config.chat_template or tokenizer.chat_template is None:
+        template = from_root(config.chat_template or DEFAULT_CHAT_TEMPLATE)
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     if tokenizer.pad_token is None:
         # Harmless here: labels come from lengths, so the real EOS keeps its label.
         tokenizer.pad_token = tokenizer.eos_token
@@ -182,7 +175,7 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int, int]:
     return trainable, quantized, total
 
 
-def read_config(config: ModelConfig) -> PreTrainedConfig:
+def read_config(config: ModelConfig) -> Any:
     """The model's config.json, as transformers reads it.
 
     Raises:

@@ -163,7 +163,7 @@ class TrainingConfig(Section):
     # The newest so many stay, and the best one always.
     keep_checkpoints: PositiveInt = 2
     # never | auto: continue the newest whole checkpoint under output_dir, if there is one |
-    # the path of a checkpoint.
+    # the path of a checkpoint, or of a run: its newest one.
     resume: NotEmpty = "never"
     # Resume although the model, the data or the batch geometry are not what they were.
     resume_despite_changes: bool = False

@@ -168,5 +168,11 @@ def _output_problems(config: Config) -> Iterator[str]:
             f"output_dir: {config.output_dir} holds a run already, and nothing is overwritten; "
             "training.resume=auto continues it, another output_dir=… starts anew"
         )
-    elif resume not in {"never", "auto"} and not Path(from_root(resume), "manifest.json").is_file():
-        yield f"training.resume: {resume}: not a checkpoint (never, auto, or a checkpoint's folder)"
+    elif resume not in {"never", "auto"} and not _holds_checkpoint(from_root(resume)):
+        kinds = "never, auto, or the folder of a checkpoint or a run"
+        yield f"training.resume: {resume}: not a checkpoint ({kinds})"
+
+
+def _holds_checkpoint(folder: Path) -> bool:
+    patterns = ("manifest.json", "step-*", "checkpoints/step-*")
+    return any(any(folder.glob(pattern)) for pattern in patterns)

@@ -36,6 +36,8 @@ from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError, first_line
 from src.utils.files import new_folder
 
+# DCP warns that there is one process, even if it is told so by no_dist.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 MANIFEST, RUN = "manifest.json", "run.json"
 WEIGHTS, MOMENTS = "weights", "moments"  # folders
 TENSORS_A_FILE = 50  # DCP puts a file together in the host's memory before it writes it
@@ -173,8 +175,7 @@ def _write(training: Training, folder: Path) -> None:
         files = {name: 1 + number // TENSORS_A_FILE for number, name in enumerate(tensors)}
         writer = HuggingFaceStorageWriter(str(folder / part), files, save_distributed=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        with _one_process():
-            dcp.save(tensors, storage_writer=writer, no_dist=WORLD_SIZE == 1)
+        dcp.save(tensors, storage_writer=writer, no_dist=WORLD_SIZE == 1)
     # Each reads back its own files, as one process would take long to read all.
     mine = list(folder.rglob(f"shard-{RANK + 1:05}-*"))
     record = {
@@ -208,22 +209,13 @@ def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
     if _sizes(folder) != {name: tensor.shape for name, tensor in tensors.items()}:
         raise UserError(f"{folder}: not made for this model and optimizer")
     reader = HuggingFaceStorageReader(str(folder))
-    with _one_process():
-        dcp.load(tensors, storage_reader=reader, no_dist=WORLD_SIZE == 1)
+    dcp.load(tensors, storage_reader=reader, no_dist=WORLD_SIZE == 1)
 
 
 def _sizes(folder: Path) -> dict[str, torch.Size]:
     """The shapes of the whole tensors that a folder of shards holds."""
     saved: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: tensor.size for name, tensor in saved.items()}
-
-
-@contextmanager
-def _one_process() -> Generator[None]:
-    """Without DCP's warning that there is one process, which comes even where it is told so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
 
 
 def load_checkpoint(training: Training, path: Path) -> None:

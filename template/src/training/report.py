@@ -50,7 +50,7 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def say_all(name: str, *lines: str) -> None:
+def say_lines(name: str, *lines: str) -> None:
     """Print lines as a paragraph with a name."""
     say(f"{name:<11}" + f"\n{'':<11}".join(lines))
 
@@ -63,14 +63,14 @@ def describe(
     settings, data, facts = config.training, train.dataset, train.dataset.facts
     size = f"{settings.batch_size} x {config.data.max_length}"
     window, tokens = settings.gradient_accumulation_steps, int(data.lengths.sum())
-    say_all("model", *_model_lines(config, model, dtype))
+    say_lines("model", *_model_lines(config, model, dtype))
     share = f"{facts.labelled_tokens:,} labelled ({facts.labelled_tokens / tokens:.0%})"
     lines = [f"{count(len(data), 'row')}, {tokens:,} tokens, {share}"]
     if evaluation:
         same = " (the same rows)" * same_rows(data, evaluation.dataset)
         lines.append(f"{count(len(evaluation.dataset), 'row')} to evaluate on{same}")
     lines.append(f"read {', '.join(f'{n:,} as {shape}' for shape, n in facts.read_as.items())}")
-    say_all("data", *lines, *data_notes(facts))
+    say_lines("data", *lines, *data_notes(facts))
     lines, fill = [], "padded"
     if train.packing:
         room = train.sampler.batches * settings.batch_size * config.data.max_length
@@ -79,7 +79,7 @@ def describe(
         kind = model.config.model_type
         lines = [f"not packed: {kind} would let packed documents attend to each other"]
     processes = f"accumulation {window}, processes {distributed.WORLD_SIZE}"
-    say_all("batch", f"{size} tokens, {fill}; {processes}", *lines)
+    say_lines("batch", f"{size} tokens, {fill}; {processes}", *lines)
     say(
         f"schedule   {count(total_steps, 'step')}, {-(-len(train.sampler) // window):,} an epoch; "
         f"{settings.scheduler} from {settings.learning_rate:g}, {settings.warmup_steps} warm-up"
@@ -265,7 +265,7 @@ class Recorder:
         for name in (METRICS, "samples.jsonl"):
             rewind_metrics(folder / name, step)
         datasets = {"train": self._train} | ({"eval": self._eval} if self._eval else {})
-        files = (data.left_out.open("rb") for data in datasets.values())
+        files = (data.left_out.read_bytes().splitlines(keepends=True) for data in datasets.values())
         if left_out := dict.fromkeys(chain.from_iterable(files)):  # once, if both sets have a row
             (folder / "left_out.jsonl").write_bytes(b"".join(left_out))
         fingerprints = {name: data.facts.fingerprint for name, data in datasets.items()}

@@ -142,9 +142,8 @@ def syncing(objective: nn.Module, now: bool) -> AbstractContextManager:
     Once a step is enough, with its last microbatch. FSDP sums them with each microbatch: else each
     process would keep whole gradients.
     """
-    if now or not isinstance(objective, DistributedDataParallel):
-        return nullcontext()
-    return objective.no_sync()
+    waiting = isinstance(objective, DistributedDataParallel) and not now
+    return objective.no_sync() if waiting else nullcontext()
 
 
 def unwrapped(objective: nn.Module) -> Any:

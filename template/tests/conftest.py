@@ -1,5 +1,6 @@
 """Small models, tokenizers and files, made here: no test downloads anything or needs a GPU."""
 
+import copy
 import importlib
 import json
 import os
@@ -35,10 +36,18 @@ for arguments in {commands}:
 """
 
 
+def turn(role: str, content: str = "", **more: Any) -> dict:
+    """A message."""
+    return {"role": role, "content": content, **more}
+
+
 def chat(question: str, answer: str) -> dict:
     """A row of one question and one answer."""
-    turns = {"user": question, "assistant": answer}
-    return {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
+    return {"messages": [turn("user", question), turn("assistant", answer)]}
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"at": "where"}}}
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "home"}}}
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -83,6 +92,21 @@ def tokenizer():
     from src.models.model import load_tokenizer
 
     return load_tokenizer(ModelConfig(name="configs/tiny"))
+
+
+@pytest.fixture
+def speak(tokenizer) -> Callable:
+    """The tiny tokenizer with another chat template: `speak(template)`."""
+    names = ("im_start", "im_end", "user", "assistant", "tool", "system")
+
+    def make(template: str):
+        other = copy.deepcopy(tokenizer)
+        special = [f"<|{name}|>" for name in names] + ["<tool_call>", "</tool_call>"]
+        other.add_special_tokens({"additional_special_tokens": special})
+        other.chat_template = template
+        return other
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
 """What the assistant said is found in any template's text, and nothing else is."""
 
-import pytest
-from transformers import AutoTokenizer
+import json
 
-from conftest import ROOT
+import pytest
+
+from conftest import CALL, TOOL, turn
 from src.data import Rejected
 from src.data.chat import chat_text, render
 from src.data.encoding import stop_token_ids
@@ -28,37 +29,17 @@ TEXTUAL = OPEN.replace(
     "{% for t in m.tool_calls or [] %}{{ t.function.name + t.function.arguments }}{% endfor %}{% endfor %}",
     1,
 )
-SPECIAL = [
-    "<|im_start|>",
-    "<|im_end|>",
-    "<tool_call>",
-    "</tool_call>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|tool|>",
-    "<|system|>",
-]
 
 
 def user(text: str) -> dict:
-    return {"role": "user", "content": text}
+    return turn("user", text)
 
 
 def assistant(text: str, **more) -> dict:
-    return {"role": "assistant", "content": text, **more}
+    return turn("assistant", text, **more)
 
 
-@pytest.fixture
-def speak():
-    """A tokenizer with another chat template: `speak(template)`."""
-
-    def make(template: str):
-        tokenizer = AutoTokenizer.from_pretrained(ROOT / "configs/tiny")
-        tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-        tokenizer.chat_template = template
-        return tokenizer
-
-    return make
+CALLS = [user("When?"), assistant("", tool_calls=[CALL]), turn("tool", "It is late.")]
 
 
 def said(tokenizer, *messages: dict, tools=None) -> list[str]:
@@ -105,44 +86,42 @@ def test_calls_of_tools_are_labelled_and_their_results_are_not(
     speak, arguments, template, end
 ) -> None:
     call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
-    turns = [user("When?"), assistant("", tool_calls=[call])]
-    turns += [{"role": "tool", "content": "It is late."}, assistant("Late.")]
+    turns = [CALLS[0], assistant("", tool_calls=[call]), CALLS[2], assistant("Late.")]
     called, answered = said(speak(template), *turns)
     assert called.endswith('{"at": "noon"}' + end)
     assert answered.startswith(("Late.", "<think>\n\n</think>\n\nLate."))
     assert "It is late" not in called + answered
 
 
-def test_arguments_that_are_no_json_are_shown_as_they_are_or_refused_in_words(speak) -> None:
+def test_arguments_that_are_no_json_are_shown_as_they_are(speak) -> None:
     call = {"type": "function", "function": {"name": "look", "arguments": "{noon"}}
-    turns = [user("When?"), assistant("", tool_calls=[call]), {"role": "tool", "content": "x"}]
+    turns = [user("When?"), assistant("", tool_calls=[call]), CALLS[2]]
     assert said(speak(TEXTUAL), *turns)[0].startswith("look{noon")
-    with pytest.raises(ValueError, match=r"the chat template refuses it: .*no system"):
-        chat_text(speak("{{ raise_exception('no system') }}"), turns[:1], True)
 
 
-def test_calls_that_a_template_leaves_out_are_refused(speak) -> None:
-    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
-    with pytest.raises(Rejected, match="leaves out the tool calls of message 2"):
-        said(
-            speak(OPEN),
-            user("?"),
-            assistant("", tool_calls=[call]),
-            {"role": "tool", "content": "x"},
-        )
+@pytest.mark.parametrize(
+    ("template", "messages", "reason"),
+    [
+        (OPEN, CALLS, "leaves out the tool calls of message 2"),
+        (OPEN.replace("content | trim", "content | upper"), [user("1"), assistant("loud")],
+         "leaves out or changes what the assistant says"),
+        ("{{ raise_exception('no system') }}", [user("?")], "refuses it: no system"),
+        (THINKS.replace("<|im_start|>{{", "{% if loop.last or m.role != 'assistant' %}{{").replace(
+            "{{ c }}", "{{ c }}{% endif %}"), [user("1"), assistant("a"), user("2"), assistant("b")],
+         "leaves out message 2"),
+    ],
+)  # fmt: skip
+def test_what_a_template_leaves_out_changes_or_refuses_is_rejected(
+    speak, template: str, messages: list[dict], reason: str
+) -> None:
+    with pytest.raises(Rejected, match=reason):
+        said(speak(template), *messages)
 
 
-def test_what_a_template_changes_is_refused(speak) -> None:
-    shouts = OPEN.replace("m.content | trim", "m.content | upper")
-    with pytest.raises(Rejected, match="leaves out or changes what the assistant says"):
-        said(speak(shouts), user("1"), assistant("loud"))
-    # A user's turn may be changed: it carries no loss.
-    quotes = OPEN.replace(
-        "m.content | trim", "(m.content | tojson if m.role == 'user' else m.content)"
-    )
-    assert said(speak(quotes), user('say "hi"'), assistant("hi")) == ["hi<|user|>"]
-    with pytest.raises(ValueError, match="refuses it: no system"):
-        said(speak("{{ raise_exception('no system') }}"), user("?"))
+def test_a_users_turn_may_be_changed_as_it_carries_no_loss(speak) -> None:
+    quotes = "(m.content | tojson if m.role == 'user' else m.content)"
+    tokenizer = speak(OPEN.replace("m.content | trim", quotes))
+    assert said(tokenizer, user('say "hi"'), assistant("hi")) == ["hi<|user|>"]
 
 
 def test_a_conversation_is_rendered_a_few_times_however_many_turns_it_has(
@@ -153,28 +132,34 @@ def test_a_conversation_is_rendered_a_few_times_however_many_turns_it_has(
     monkeypatch.setattr(
         tokenizer, "apply_chat_template", lambda *a, **k: renderings.append(1) or real(*a, **k)
     )
-    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "noon"}}}
-    rounds = [
-        message
-        for number in range(100)
-        for message in (
-            assistant("", tool_calls=[call]),
-            {"role": "tool", "content": f"It is {number}." if number % 2 else ""},
-        )
-    ]
+    rounds = []
+    for number in range(100):
+        rounds += [CALLS[1], turn("tool", f"It is {number}." if number % 2 else "")]
     said(tokenizer, user("?"), assistant("!"))
     renderings.clear()
     called = said(tokenizer, user("When?"), *rounds, assistant("Late."))
-    assert called[:-1] == ['<tool_call>look {"at": "noon"}</tool_call><|im_end|>'] * 100
+    assert called[:-1] == ['<tool_call>look {"at": "home"}</tool_call><|im_end|>'] * 100
     assert len(renderings) <= 4, "what was 5 s for 400 calls"
 
 
-def test_a_header_is_not_labelled_after_a_call_that_has_no_result_or_does_not_train(speak) -> None:
+@pytest.mark.parametrize("template", [THINKS, PREFILLS])
+@pytest.mark.parametrize("weight", [0, 1])
+def test_a_header_is_not_labelled_after_a_call_that_has_no_result_or_does_not_train(
+    speak, template: str, weight: int
+) -> None:
     # As the last turn of a shorter conversation the call would have an empty <think> before it.
-    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
-    for template in (THINKS, PREFILLS):
-        for weight in (0, 1):
-            called = assistant("", tool_calls=[call], weight=weight)
-            spans = said(speak(template), user("?"), called, assistant("It."), user("!"))
-            assert spans[-1] == "It.<|im_end|>"
-            assert len(spans) == 1 + weight
+    called = assistant("", tool_calls=[CALL], weight=weight)
+    spans = said(speak(template), user("?"), called, assistant("It."), user("!"))
+    assert spans[weight:] == ["It.<|im_end|>"]
+
+
+def test_the_projects_own_template_round_trips_tools_in_the_common_form(tokenizer) -> None:
+    messages = [turn("system", "Be brief."), CALLS[0], assistant("", tool_calls=[CALL, CALL])]
+    text, spans, _ = render([*messages, CALLS[2]], [TOOL], tokenizer)
+    listed = text.partition("<tools>\n")[2].partition("\n</tools>")[0]
+    assert [json.loads(line) for line in listed.splitlines()] == [TOOL]
+    called = text[slice(*spans[0])].removesuffix("<|end|>")
+    found = [part.split("\n</tool_call>")[0] for part in called.split("<tool_call>\n")[1:]]
+    assert [json.loads(part) for part in found] == [CALL["function"]] * 2
+    assert "<tool_response>\nIt is late.\n</tool_response>" in text
+    assert text.count("### System:") == 1

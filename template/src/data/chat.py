@@ -43,7 +43,7 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
 
     Raises:
         Rejected: the template refuses the conversation, leaves out or changes what the assistant
-            says, or does not end its turn.
+            says, or does not begin or end its turn as elsewhere.
     """
     if MARK.search(str(messages)):
         raise Rejected("the row holds text such as Qzx1xzQ, which marks messages while rendering")
@@ -97,13 +97,14 @@ def _beginning(
     """
     start, until = within
     if not anchored:
-        token = special.search(prompt)
-        least = token.end() if token else len(prompt)  # less of it may be other text
+        # Up to the role's name: less of it may be another role's header, or other text.
+        role = re.search(rf"(?:{special.pattern})\w*", prompt)
+        least = role.end() if role else len(prompt)
         sizes = range(len(prompt), least - 1, -1)
         places = (text.find(prompt[:size], start, until) for size in sizes)
         start = next((place for place in places if place >= 0), -1)
-        if start < 0:
-            return within[0], False
+        if start < 0:  # Llama 3.1 with tools writes a first message as the user's, whosever it is
+            raise Rejected("the chat template writes an answer without the header of its prompt")
     shared = len(_shared(text[start:until], prompt))
     start += shared
     for token in special.finditer(text, within[0], until):
@@ -278,7 +279,10 @@ def _locate(
         if end < 0:
             break
     if not text.startswith(first) or at != len(text):
-        raise Rejected("the chat template writes other text around what was said")
+        raise Rejected(
+            "the chat template writes other text around messages when they say something else: "
+            "it may print the time; model.chat_template can name a copy that does not"
+        )
     return text, places, marked
 
 

@@ -115,17 +115,17 @@ class TokenLoader(DataLoader):
         pin_memory: bool,
     ) -> None:  # fmt: skip
         data, rows, self.packing = config.data, config.training.batch_size, packing
-        shape = {"max_length": data.max_length, "pad_id": pad_id}
-        collate = partial(collate_padded, **shape)
+        collate = collate_padded
         if packing:
-            collate = partial(collate_packed, budget=rows * data.max_length, **shape)
+            collate = partial(collate_packed, budget=rows * data.max_length)
         super().__init__(
             dataset,  # ty: ignore[invalid-argument-type] - it is indexed by lists
             sampler=TokenBudgetSampler(
                 dataset.lengths, data.max_length, rows, packing, config.seed, shuffle
             ),
             batch_size=None,  # the sampler's items are batches already
-            collate_fn=collate,  # no closure: where workers are spawned, it is pickled
+            # No closure: where workers are spawned, it is pickled.
+            collate_fn=partial(collate, max_length=data.max_length, pad_id=pad_id),
             num_workers=data.num_workers,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # its own: workers' seeds must not shift the run's RNG
@@ -151,8 +151,9 @@ def collate_packed(
     bounds = np.full(2 ** len(starts).bit_length(), budget, dtype=np.int32)
     bounds[: len(starts)] = starts
     batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.from_numpy(bounds))
-    batch |= {"max_length_q": max_length, "max_length_k": max_length, "tokens": tokens}
-    return with_targets({**batch, "position_ids": torch.from_numpy(positions)[None]})
+    batch |= dict.fromkeys(("max_length_q", "max_length_k"), max_length)
+    batch |= {"position_ids": torch.from_numpy(positions)[None], "tokens": tokens}
+    return with_targets(batch)
 
 
 def full_batch(rows: int, length: int, packing: bool, labelled: float = 1.0) -> dict[str, Any]:
@@ -166,19 +167,17 @@ def full_batch(rows: int, length: int, packing: bool, labelled: float = 1.0) -> 
     """
     ids = np.zeros(length, dtype=np.int32)
     labels = np.where(np.arange(length) < length * (1 - labelled), IGNORE, 0)
-    documents = [Document(0, ids, labels)] * rows
-    if packing:
-        return collate_packed(documents, budget=rows * length, max_length=length, pad_id=0)
-    return collate_padded(documents, max_length=length, pad_id=0)
+    collate = partial(collate_packed, budget=rows * length) if packing else collate_padded
+    return collate([Document(0, ids, labels)] * rows, max_length=length, pad_id=0)
 
 
 def padded_loader(
     sources: str | list[str], tokenizer: Tokenizer, config: Config, limit: int | None = None
 ) -> TokenLoader:
     """Rows in their order, padded, for a model in the attention that transformers picks."""
-    rows, pad = load_tokens(sources, tokenizer, config.data, limit), tokenizer.pad_token_id
+    rows = load_tokens(sources, tokenizer, config.data, limit)
     return TokenLoader(
-        rows, config=config, pad_id=pad, packing=False, shuffle=False, pin_memory=False
+        rows, config, tokenizer.pad_token_id, packing=False, shuffle=False, pin_memory=False
     )
 
 

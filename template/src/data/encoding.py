@@ -32,9 +32,7 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Encoded | Rejected
     rendered = [_render(row, tokenizer) for row in rows]
     texts = [each.text for each in rendered if isinstance(each, Rendered)]
     # The template has written BOS and EOS already: a second BOS is the classic mistake.
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
-    ) if texts else {"input_ids": [], "offset_mapping": []}  # fmt: skip
+    encoded = tokenizer(texts or [""], add_special_tokens=False, return_offsets_mapping=True)
     tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     result: list[Encoded | Rejected] = []
     for row in rendered:

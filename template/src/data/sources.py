@@ -120,18 +120,19 @@ def load_hub(source: str) -> "Dataset":
         UserError: there is no such dataset or split, or this process may not see it.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
 
     name, *more = source.split(":")
     configuration, split = more[:-1], more[-1] if more else "train"
     try:
         return load_dataset(name, *configuration, split=split)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        reason = f"not found on the hub and not in its cache ({str(error).splitlines()[0]})"
-        raise UserError(f"{source}: {reason}; a private one needs HF_TOKEN in .env") from None
-    except ValueError as error:  # an unknown split, or a dataset of several configurations
-        hint = "; write name:configuration:split" if "onfig" in str(error) else ""
-        raise UserError(f"{source}: {str(error).splitlines()[0]}{hint}") from None
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, OSError):
+            reason = f"not found on the hub and not in its cache ({reason})"
+            reason += "; a private one needs HF_TOKEN in .env"
+        elif "onfig" in reason:  # a dataset of several configurations, not an unknown split
+            reason += "; write name:configuration:split"
+        raise UserError(f"{source}: {reason}") from None
 
 
 def _reader(path: Path) -> Callable[[Path], Places] | None:

@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("which run? give its output folder, such as outputs/train")
 
     from src.training.record import Record
-    from src.training.tracking import Sender
+    from src.training.tracking import Sender, explain
     from src.utils.files import only_run_in
 
     for folder in folders:
@@ -27,8 +27,8 @@ def main(arguments: list[str]) -> None:
             try:
                 sent = Sender(record).send(status)
             except Exception as error:  # noqa: BLE001 - what MLflow, a server or a disk raises
-                raise RunError(f"{folder}: MLflow failed ({type(error).__name__})") from None
-        print(f"{folder}: {f'{sent} lines and models sent' if sent else 'nothing was missing'}")
+                raise RunError(f"{folder}: MLflow failed ({explain(error)})") from None
+        print(f"{folder}: {sent} lines of metrics were missing in MLflow, and are sent")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def _whole(value: Any) -> Any:
 PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 NotNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 NotEmpty = Annotated[str, Field(min_length=1)]
+MlflowName = Annotated[str, Field(min_length=1, max_length=250)]  # of a database's column
 Names = Annotated[list[NotEmpty], Field(min_length=1)]
 Sources = NotEmpty | Names
 ColumnName = Literal[
@@ -187,9 +188,9 @@ class TrackingConfig(Section):
     """MLflow; `metrics.jsonl` is written in any case."""
 
     enabled: bool = True
-    experiment: NotEmpty = PROJECT_ROOT.name
+    experiment: MlflowName = PROJECT_ROOT.name[:250]
     # null: the name of output_dir.
-    run_name: NotEmpty | None = None
+    run_name: MlflowName | None = None
     # The result is stored as a model in MLflow, with its evaluation. Of a larger one MLflow only
     # learns which folder it is in.
     max_model_gib: Annotated[float, Field(ge=0)] = 1.0

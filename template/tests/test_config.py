@@ -40,6 +40,7 @@ def test_every_shipped_config_loads(name: str) -> None:
         ("training=3", "training: 3 is not allowed: a section of keys is expected"),
         ("data.train=", "data.train: None is not allowed: text is expected"),
         ("tracking.experiment=no", "tracking.experiment: False is not allowed: text is expected (quote it"),
+        (f"tracking.experiment={'x' * 251}", f"tracking.experiment: '{'x' * 251}' is not allowed: String should have at most 250"),
         ("model.name=7e12345", "model.name: inf is not allowed: text is expected (quote it"),
         ("lora={target_modules: []}", "lora.target_modules: [] is not allowed: List should have at least 1 item"),
         ("lora={dropout: 1}", "lora.dropout: 1 is not allowed: expected less than 1"),

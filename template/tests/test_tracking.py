@@ -3,6 +3,8 @@
 import http.server
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,27 +21,29 @@ from pathlib import Path
 import pytest
 
 import scripts.inference
-import scripts.train
 from conftest import ROOT, SMOKE, metrics
 from src.config import load_config
+from src.data.dataset import Facts
 from src.trained import find_trained
 from src.training import tracking
-from src.training.checkpoint import TrainState
 from src.training.record import Record
 from src.training.tracking import Sender, Tracker, connect
-from src.utils.errors import Interrupted
+from src.utils.errors import RunError
 
 QUESTION = "What does LoRA train?"
+SAMPLE = ROOT / "data/sample.jsonl"
 ANSWER = "Two small matrices per layer, whose product is added to the frozen weight."
 
 
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch, mlflow_database: Path) -> Path:
-    """A database of MLflow's that runs are sent to."""
+def new_store(tmp_path: Path, monkeypatch, mlflow_database: Path) -> Path:
+    """A database of MLflow's that runs are sent to from now on."""
     path = Path(shutil.copy(mlflow_database, tmp_path / "mlflow.db"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
     connect().create_experiment(ROOT.name, (tmp_path / "store").as_uri())
     return path
+
+
+store = pytest.fixture(name="store")(new_store)
 
 
 @pytest.fixture
@@ -65,7 +70,10 @@ def begin(folder: Path, step: int = 0, **tracking: object) -> Record:
     _, written = load_config(SMOKE, [f"tracking.{k}={v}" for k, v in tracking.items()])
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(json.dumps(written), encoding="utf-8")
-    return Record.start(folder, written, {"train": "0" * 64}, step)
+    read = Facts(
+        Counter({"prompt and completion": 3}), unread=Counter(["id"]), fingerprint="0" * 64
+    )
+    return Record.start(folder, written, {"train": read}, step)
 
 
 def add(record: Record, *steps: int) -> None:
@@ -92,23 +100,20 @@ def send_later(folder: Path) -> int:
     return Sender(record).send(record.facts["status"])
 
 
-def test_mlflow_has_the_parameters_metrics_and_tags_of_the_run(seen: Path) -> None:
+def test_mlflow_has_the_parameters_metrics_tags_data_and_answers_of_the_run(seen: Path) -> None:
     client, (run,) = connect(), runs()
     assert run.info.status == "FINISHED"
     assert run.data.params["training.learning_rate"] == "0.003"
-    assert run.data.params["model.name"] == "configs/tiny"
     assert run.data.tags["final"] == "step 160 of 160, the best evaluation"
-    assert {"config", "fingerprint.train", "fingerprint.eval"} <= run.data.tags.keys()
     history = client.get_metric_history(run.info.run_id, "loss")
-    wanted = [(m["step"], m["loss"], int(m["time"] * 1000)) for m in metrics(seen)]
-    assert [(p.step, p.value, p.timestamp) for p in history] == wanted
+    logged = [(m["step"], m["loss"], int(m["time"] * 1000)) for m in metrics(seen)]
+    assert [(p.step, p.value, p.timestamp) for p in history] == logged
     assert "system/cpu_utilization_percentage" in run.data.metrics
-
-
-def test_mlflow_shows_the_answers_before_and_after_as_a_table(seen: Path) -> None:
-    (run,) = runs()
-    table = connect().load_table(run.info.experiment_id, "samples.json")
-    assert set(table["step"]) == {0, 160}
+    data = [each.dataset for each in run.inputs.dataset_inputs]
+    assert {each.name for each in data} == {"sample.jsonl"}
+    assert {"name": "messages", "type": "string"} in json.loads(data[0].schema)["mlflow_colspec"]
+    assert json.loads(data[0].profile)["num_rows"] == len(SAMPLE.read_text().splitlines())
+    table = client.load_table(run.info.experiment_id, "samples.json")
     asked = table[table["prompt"].map(lambda prompt: prompt[0]["content"] == QUESTION)]
     assert list(asked["step"]) == [0, 160]
     assert asked["answer"].iloc[0] != ANSWER == asked["answer"].iloc[1]
@@ -119,7 +124,6 @@ def test_the_result_is_a_model_that_answers_by_its_uri_with_its_evaluation(seen,
     best_first = [{"field_name": "metrics.eval_loss"}]
     (model,) = client.search_logged_models([run.info.experiment_id], order_by=best_first)
     assert (model.name, model.status) == ("final-160", "READY")
-    assert [out.model_id for out in run.outputs.model_outputs] == [model.model_id]
     last = metrics(seen)[-1]
     assert {m.key: m.value for m in model.metrics}["eval_loss"] == last["eval_loss"]
     for name in (f"models:/{model.model_id}", str(seen)):
@@ -162,34 +166,7 @@ def test_files_of_a_run_are_found_by_its_uri(tmp_path, seen: Path, refused) -> N
     assert lines[0].startswith("runs:/0123456789abcdef0123456789abcdef/model: ")
 
 
-def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(tmp_path, monkeypatch, store):
-    folder = tmp_path / "run"
-    arguments = [
-        SMOKE, f"output_dir={folder}", "device=cpu", "data.eval=null",
-        "training.max_steps=12", "training.log_every=2",
-    ]  # fmt: skip
-    counted = TrainState.count
-
-    def interrupt(self, *numbers):
-        counted(self, *numbers)
-        if self.step == 8:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(TrainState, "count", interrupt)
-    with pytest.raises(Interrupted, match=r"stopped by SIGINT after step 8 of 12") as stopped:
-        scripts.train.main(arguments)
-    assert stopped.value.exit_code == 130
-    (run,) = runs()
-    assert run.info.status == "KILLED"
-    monkeypatch.setattr(TrainState, "count", counted)
-    scripts.train.main([*arguments, "training.resume=auto", "training.learning_rate=1e-3"])
-    (run,) = runs()
-    assert run.info.status == "FINISHED"
-    assert steps(run) == [2, 4, 6, 8, 10, 12], "nothing twice"
-    assert run.data.params["training.learning_rate"] == "0.003"
-
-
-def test_steps_that_are_taken_again_after_a_kill_are_sent_once(tmp_path, store) -> None:
+def test_a_run_that_goes_on_is_the_same_in_mlflow_and_sends_no_step_twice(tmp_path, store) -> None:
     record = begin(tmp_path / "run")
     tracker = track(record)
     add(record, 2, 4, 6)
@@ -198,12 +175,13 @@ def test_steps_that_are_taken_again_after_a_kill_are_sent_once(tmp_path, store) 
         time.sleep(0.05)
     assert found[0].info.status == "RUNNING"
     (record.folder / "metrics.jsonl").unlink()  # as rewind_metrics would
-    again = begin(tmp_path / "run", step=2)
+    again = begin(tmp_path / "run", step=2, run_name="other")
     add(again, 2, 4, 6, 8)
     end(again, track(again))
     (run,) = runs()
     assert steps(run) == [2, 4, 6, 8]
     assert run.info.status == "FINISHED"
+    assert run.data.params["tracking.run_name"] == "None", "the first value stays"
 
 
 class Broken(http.server.BaseHTTPRequestHandler):
@@ -247,7 +225,7 @@ def fault(request, tmp_path, monkeypatch, mlflow_database) -> Iterator[None]:
 
 @pytest.mark.usefixtures("fault")
 def test_a_place_that_takes_no_runs_costs_one_warning_and_gets_all_later(
-    tmp_path, capfd, store_later
+    tmp_path, capfd, monkeypatch, mlflow_database
 ) -> None:
     warnings: list[str] = []
     record = begin(tmp_path / "run")
@@ -262,32 +240,20 @@ def test_a_place_that_takes_no_runs_costs_one_warning_and_gets_all_later(
         time.sleep(0.02)
     end(record, tracker, "KILLED")
     assert time.perf_counter() - started < 10
-    (told,) = warnings
-    assert "warning: MLflow " in told
-    assert told.endswith(f"uv run scripts/sync.py {tmp_path / 'run'}")
-    assert "sent" not in Record(record.folder).facts
-    store_later()
+    (warning,) = warnings
+    assert "warning: MLflow " in warning
+    assert warning.endswith(f"uv run scripts/sync.py {tmp_path / 'run'}")
+    tracker._thread.join()
+    new_store(tmp_path, monkeypatch, mlflow_database)
     assert send_later(tmp_path / "run") == 20
     (run,) = runs()
     assert steps(run) == [*range(1, 21)]
-    assert run.info.status == Record(record.folder).facts["sent"] == "KILLED"
+    assert run.info.status == "KILLED"
     assert send_later(tmp_path / "run") == 0
     (run,) = runs()
     assert steps(run) == [*range(1, 21)]
     printed = capfd.readouterr()
-    assert "canary" not in printed.out + printed.err + told
-
-
-@pytest.fixture
-def store_later(tmp_path, mlflow_database, monkeypatch):
-    """A database that works, once it is asked for."""
-
-    def use() -> None:
-        path = shutil.copy(mlflow_database, tmp_path / "later.db")
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
-        connect().create_experiment(ROOT.name, (tmp_path / "store").as_uri())
-
-    return use
+    assert "canary" not in printed.out + printed.err + warning
 
 
 def test_a_server_that_comes_back_gets_the_rest_at_the_end_at_the_latest(
@@ -314,7 +280,7 @@ def test_a_server_that_comes_back_gets_the_rest_at_the_end_at_the_latest(
     end(record, tracker)
     (run,) = runs()
     assert steps(run) == [1, 2, 3, 4]
-    assert run.info.status == Record(record.folder).facts["sent"] == "FINISHED"
+    assert run.info.status == "FINISHED"
     assert len(warnings) == 1
 
 
@@ -349,6 +315,50 @@ def test_where_to_look_is_the_server_even_if_it_knows_nothing_yet(tmp_path, monk
     assert tracking.where_to_look(record) == "http://host:5000/"
     record.update(mlflow="r", mlflow_experiment="1")
     assert tracking.where_to_look(record) == "http://host:5000/#/experiments/1/runs/r"
+
+
+def test_what_mlflow_refuses_for_ever_is_said_in_its_words_with_a_cure_that_works(
+    tmp_path, store, monkeypatch
+) -> None:
+    client, warnings, record = connect(), [], begin(tmp_path / "run")
+    experiment = client.get_experiment_by_name(ROOT.name)
+    client.delete_experiment(experiment.experiment_id)
+    end(record, track(record, warnings.append))
+    cure = f"mlflow experiments restore -x {experiment.experiment_id}"
+    assert f"the experiment {ROOT.name} was deleted: restore it (uv run {cure})" in warnings[0]
+    command = [sys.executable, "-m", *cure.split()]
+    subprocess.run(command, check=True, capture_output=True)
+    send_later(record.folder)
+    assert runs()[0].info.status == "FINISHED"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}")
+    warnings.clear()
+    end(record, track(record, warnings.append))
+    assert "'sqlite:///mlflow.db'" in warnings[0]
+
+
+def test_a_project_is_tracked_in_any_folder_and_says_what_to_do_after_a_move(
+    tmp_path, monkeypatch, mlflow_database
+) -> None:
+    old, new = tmp_path / "a%2Fb? #", tmp_path / "moved"
+    old.mkdir()
+    shutil.copy(mlflow_database, old / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(tracking, "PROJECT_ROOT", old)
+    record = begin(old / "run")
+    add(record, 1)
+    end(record, track(record))
+    kept = list((old / "mlruns").rglob("config.yaml"))
+    assert len(kept) == 1
+    old.rename(new)
+    monkeypatch.setattr(tracking, "PROJECT_ROOT", new)
+    with pytest.raises(RunError, match="the project has moved: link it") as error:
+        send_later(new / "run")
+    assert not old.exists()
+    (command,) = re.findall(r"\((ln .*)\)", str(error.value))
+    subprocess.run(shlex.split(command), check=True)
+    assert send_later(new / "run") == 0
+    kept = {file.path for file in connect().list_artifacts(runs()[0].info.run_id)}
+    assert "config.yaml" in kept
 
 
 @pytest.mark.slow  # four interpreters that import MLflow

@@ -11,8 +11,6 @@ import yaml
 from src.training.metrics import read_metrics
 from src.utils.files import METRICS, RECORD
 
-IGNORED_TAGS = {"command", "config"}  # they differ always, or repeat what the config says
-
 
 def compare(folders: list[Path]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return two tables of the runs, each with a value for each run by its name.
@@ -43,8 +41,8 @@ def _differences(settings: list[Any], name: str = "") -> dict[str, list[str]]:
 def _settings(folder: Path) -> dict[str, Any]:
     config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
     tags = json.loads((folder / RECORD).read_text("utf-8"))["tags"]
-    settings = config | {k: v for k, v in tags.items() if k not in IGNORED_TAGS}
-    del settings["output_dir"]
+    settings = config | tags
+    del settings["output_dir"], settings["command"]  # they differ always
     if (changes := folder / "uncommitted.diff").is_file():
         settings["uncommitted.diff"] = sha256(changes.read_bytes()).hexdigest()[:16]
     return settings

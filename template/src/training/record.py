@@ -3,6 +3,8 @@
 Secrets are hidden before anything is written to `record.json` or `uncommitted.diff`.
 """
 
+from __future__ import annotations
+
 import getpass
 import hashlib
 import json
@@ -16,14 +18,17 @@ import time
 import uuid
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
 import yaml
 
 from src.utils.environment import PROJECT_ROOT
 from src.utils.files import RECORD, write_text
+
+if TYPE_CHECKING:
+    from src.data.dataset import Facts
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "torchao", "datasets")
 MAX_DIFF = 1_000_000  # characters of uncommitted changes that are kept
@@ -39,8 +44,8 @@ class Record:
     Attributes:
         folder: the run's.
         facts: key (identifies the run), started (ms since 1970), status (RUNNING, FINISHED, FAILED
-            or KILLED), tags (see `provenance`), and what `update` adds: ended, final, final_step,
-            mlflow and mlflow_experiment (ids), sent (the status, once MLflow has all).
+            or KILLED), tags (see `provenance`), data (columns and counts of train and eval), and
+            what `update` adds: ended, final, final_step, mlflow and mlflow_experiment (ids).
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
@@ -56,24 +61,26 @@ class Record:
 
     @classmethod
     def start(
-        cls, folder: Path, written: dict[str, Any], fingerprints: dict[str, str], step: int
+        cls, folder: Path, written: dict[str, Any], read: dict[str, Facts], step: int
     ) -> Self:
         """Write the record of a run that begins; from a step above 0 it continues the earlier one.
 
         Args:
             folder: the run's.
             written: its config as plain data.
-            fingerprints: of its data, by name: train, eval.
+            read: what became of the rows of `train` and `eval`.
             step: where it begins.
         """
         facts: dict[str, Any] = {"key": uuid.uuid4().hex, "started": int(time.time() * 1000)}
         if step and (earlier := cls.find(folder)):
             facts = {name: earlier.facts[name] for name in facts}
-        config = json.dumps(written | {"output_dir": ""}, sort_keys=True)  # equal in any folder
-        tags = provenance() | {"config": _hash(config.encode())}
-        tags |= {f"fingerprint.{name}": digest[:16] for name, digest in fingerprints.items()}
+        fingerprints = {f"fingerprint.{part}": rows.fingerprint[:16] for part, rows in read.items()}
+        tags = provenance() | fingerprints
+        if "mlflow.source.git.commit" not in tags and (PROJECT_ROOT / ".git").exists():
+            print(f"warning: {RECORD} has no commit, because git fails here: see `git status`")
         record = cls(folder, facts)
-        record.update(status="RUNNING", tags=tags)
+        data = {part: _describe(written["data"], part, rows) for part, rows in read.items()}
+        record.update(status="RUNNING", tags=tags, data=data)
         if changes := uncommitted():
             write_text(folder / "uncommitted.diff", changes)
         return record
@@ -83,6 +90,20 @@ class Record:
         with self._lock:
             self.facts |= facts
             write_text(self.folder / RECORD, json.dumps(self.facts, indent=1) + "\n")
+
+
+def _describe(data: dict[str, Any], part: str, rows: Facts) -> dict[str, Any]:
+    """The files, columns and counts of the rows of `train` or `eval`."""
+    # A share of the training rows, or a run that overfits, has no file of its own.
+    source = data[part] if isinstance(data[part], str | list) else data["train"]
+    files = [source] if isinstance(source, str) else source
+    shapes = [shape.split(" and ") for shape in rows.read_as]
+    return {
+        "name": hide(", ".join(Path(file).name for file in files)),
+        "source": hide(", ".join(files)),
+        "columns": [*dict.fromkeys(chain(*shapes, rows.unread))],
+        "counts": {"num_rows": sum(rows.read_as.values()), "labelled": rows.labelled_tokens},
+    }
 
 
 def hide(text: str) -> str:
@@ -95,7 +116,7 @@ def hide(text: str) -> str:
 
 def provenance() -> dict[str, str]:
     """Code, lock, template, machine and command line of this process, as tags for MLflow."""
-    changed = git(PROJECT_ROOT, "status", "--porcelain")
+    changed, lock = git(PROJECT_ROOT, "status", "--porcelain"), PROJECT_ROOT / "uv.lock"
     tags = {
         "mlflow.source.name": sys.argv[0],
         "mlflow.source.type": "LOCAL",
@@ -104,13 +125,15 @@ def provenance() -> dict[str, str]:
         "command": shlex.join(["uv", "run", *sys.argv]),
         "python": sys.version.split()[0],
         "template": _template_version(),
-        "uv.lock": lock_hash(),
+        "uv.lock": hashlib.sha256(lock.read_bytes()).hexdigest()[:16] if lock.is_file() else None,
     }
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
             tags[name] = version(name)
     with suppress(OSError, KeyError):  # no user name in some containers
         tags["mlflow.user"] = getpass.getuser()
+    import torch  # here, so that scripts/sync.py starts without it
+
     if torch.cuda.is_available():
         tags["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return {key: hide(value)[:500] for key, value in tags.items() if value}
@@ -119,12 +142,6 @@ def provenance() -> dict[str, str]:
 def uncommitted() -> str:
     """The changes since the last commit, cut where they are long."""
     return hide((git(PROJECT_ROOT, "diff", "HEAD") or "")[:MAX_DIFF])
-
-
-def lock_hash() -> str | None:
-    """The start of uv.lock's SHA-256; None without the file."""
-    lock = PROJECT_ROOT / "uv.lock"
-    return _hash(lock.read_bytes()) if lock.is_file() else None
 
 
 def git(root: Path, *words: str) -> str | None:
@@ -139,11 +156,8 @@ def git(root: Path, *words: str) -> str | None:
 
 def _template_version() -> str | None:
     """The template's version that rendered this project; None where no file says it."""
-    with suppress(OSError, yaml.YAMLError):  # no such file, or one with conflict markers
+    # No such file, or one with conflict markers or without this answer.
+    with suppress(OSError, yaml.YAMLError, KeyError, TypeError):
         answers = yaml.safe_load((PROJECT_ROOT / ".copier-answers.yml").read_text("utf-8"))
-        return str(answers["_commit"]) if answers and "_commit" in answers else None
+        return str(answers["_commit"])
     return None
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]

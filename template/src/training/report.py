@@ -268,8 +268,8 @@ class Recorder:
         files = (data.left_out.read_bytes().splitlines(keepends=True) for data in datasets.values())
         if left_out := dict.fromkeys(chain.from_iterable(files)):  # once, if both sets have a row
             (folder / "left_out.jsonl").write_bytes(b"".join(left_out))
-        fingerprints = {name: data.facts.fingerprint for name, data in datasets.items()}
-        return Record.start(folder, self._written, fingerprints, step)
+        facts = {name: data.facts for name, data in datasets.items()}
+        return Record.start(folder, self._written, facts, step)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.close()

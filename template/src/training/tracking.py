@@ -14,17 +14,20 @@ import shlex
 import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote, urlsplit
 
 from filelock import FileLock
 
 from src.config import flatten, load_config
 from src.training.metrics import read_metrics
-from src.training.record import Record, hide, lock_hash
+from src.training.record import Record, hide
 from src.utils.environment import PROJECT_ROOT, to_root
+from src.utils.errors import RunError, first_line
+from src.utils.files import METRICS, RECIPE, write_text
 from src.utils.memory import GIB
 
 if TYPE_CHECKING:
@@ -36,9 +39,11 @@ RETRY_SECONDS = 30.0  # after a failure, until MLflow is tried again
 CLOSE_SECONDS = 20.0  # how long the end of a run waits for a server that may be gone
 UPLOAD_SECONDS = 1800.0  # and for one that answers, as models may be large
 MAX_VALUE = 500  # characters of a parameter's value, which every MLflow store takes
+MAX_NAME = 250  # and of a name
 MAX_FILE_BYTES = 10_000_000  # of a file that is sent along
 FILES = ("config.yaml", "samples.jsonl", "left_out.jsonl", "loss.png", "uncommitted.diff")
 TABLE = "samples.json"
+CONTEXT = "mlflow.data.context"  # the tag that says what data was used for
 
 
 class Tracker:
@@ -71,17 +76,20 @@ class Tracker:
             self._complain("did not answer in time")
 
     def _work(self, record: Record) -> None:
-        sender, status = Sender(record, live=True), ""
+        sender, monitor, status = None, None, ""
         while not status:
             self._news.wait()
             self._news.clear()
-            status = self._status
-            pause = PAUSE_SECONDS
+            status, pause = self._status, PAUSE_SECONDS
             try:
+                sender = sender or Sender(record)
+                monitor = monitor or _watch_machine(sender.run_id)
+                if status:
+                    monitor.finish()
                 sender.send(status)
             except Exception as error:  # noqa: BLE001 - tracking must never stop a training
-                # Its type alone: MLflow's messages repeat the URI with user and password.
-                self._complain(f"failed ({type(error).__name__})")
+                sender = None  # the next one looks at what has arrived
+                self._complain(f"failed ({explain(error)})")
                 pause = RETRY_SECONDS
             self._end.wait(pause)  # so the end of the run is always tried, and at once
 
@@ -93,97 +101,95 @@ class Tracker:
 
 
 class Sender:
-    """Sends one run. It finds the run by its key and a line by its step, so it can begin again."""
+    """Sends one run: the run is found by its key and a line by its step, so nothing comes twice.
 
-    def __init__(self, record: Record, live: bool = False) -> None:
-        """Prepare; nothing is sent yet.
+    Attributes:
+        run_id: MLflow's.
+    """
 
-        Args:
-            record: of the run.
-            live: whether the run is going on in this process, whose machine is then watched.
+    def __init__(self, record: Record) -> None:
+        """Find the run by its key, or create it; and learn which steps it has.
+
+        Raises:
+            Exception: whatever MLflow raises, here and in `send`. `explain` makes a line of it.
         """
-        self._record, self._folder, self._live = record, record.folder, live
+        self._record, self._folder = record, record.folder
         config, self._written = load_config(self._folder / "config.yaml")
-        self._settings, self._uri = config.tracking, tracking_uri()
-        self._client: Any = None
-        self._monitor: Any = None
+        self._settings, uri = config.tracking, tracking_uri()
+        # Two starts on a fresh database both create its tables, and one fails.
+        with FileLock(PROJECT_ROOT / "mlflow.db.lock") if "sqlite" in uri else nullcontext():
+            self._client = client = connect()
+            self._experiment = experiment = self._find_experiment()
+        key, name = record.facts["key"], hide(self._settings.run_name or self._folder.name)
+        runs: list[Any] = list(client.search_runs([experiment], f"tags.run_key = '{key}'"))
+        if not runs:
+            tags, started = {"run_key": key}, record.facts["started"]
+            runs.append(client.create_run(experiment, started, tags, run_name=name[:MAX_NAME]))
+        self.run_id = runs[0].info.run_id
+        record.update(mlflow=self.run_id, mlflow_experiment=experiment)
+        client.update_run(self.run_id, status="RUNNING")  # again, where it was stopped
+        self._describe(runs[0])
+        points = client.get_metric_history(self.run_id, "learning_rate")
+        self._steps, self._offset = {point.step for point in points}, 0
 
     def send(self, status: str = "") -> int:
         """Send what is missing; with a status also files and the model, and end the run.
 
         Returns:
-            How many lines of numbers and models MLflow did not have.
-
-        Raises:
-            Exception: whatever MLflow raises. `send` may be called again.
+            How many lines of numbers MLflow did not have.
         """
-        try:
-            if self._client is None:
-                self._connect()
-            sent = self._send_lines()
-            if status:
-                self._send_files()
-                self._send_samples()
-                sent += self._send_model()
-                self._finish(status)
-        except Exception:
-            self._client = None  # the next call looks at what has arrived
-            raise
+        sent = self._send_lines()
+        if status:
+            self._send_files()
+            self._send_samples()
+            self._send_model()
+            facts = self._record.facts
+            self._client.set_tag(self.run_id, "final", facts.get("final", "nothing"))
+            self._client.set_terminated(self.run_id, status, facts.get("ended"))
         return sent
 
-    def _connect(self) -> None:
-        """Find the run by its key, or create it; and learn which steps it has."""
-        record = self._record
-        with _lock(self._uri):
-            client = connect(self._uri)
-            experiment = self._find_experiment(client)
-        key, name = record.facts["key"], hide(self._settings.run_name or self._folder.name)
-        runs: list[Any] = list(client.search_runs([experiment], f"tags.run_key = '{key}'"))
-        if not runs:
-            tags, started = {"run_key": key}, record.facts["started"]
-            runs.append(client.create_run(experiment, started, tags, run_name=name))
-        self._run_id, self._experiment = runs[0].info.run_id, experiment
-        record.update(mlflow=self._run_id, mlflow_experiment=experiment)
-        self._describe(client, runs[0])
-        if self._live:
-            client.update_run(self._run_id, status="RUNNING")
-            self._watch_machine()
-        points = client.get_metric_history(self._run_id, "learning_rate")
-        self._steps, self._offset = {point.step for point in points}, 0
-        self._client = client
+    def _find_experiment(self) -> str:
+        name, own = self._settings.experiment, PROJECT_ROOT / "mlruns"
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            # MLflow's own default is in the current folder.
+            default = None if os.environ.get("MLFLOW_TRACKING_URI") else own.as_uri()
+            return self._client.create_experiment(name, default)
+        number, other = experiment.experiment_id, "or choose another tracking.experiment"
+        if experiment.lifecycle_stage == "deleted":
+            restore = f"uv run mlflow experiments restore -x {number}"
+            raise RunError(f"the experiment {name} was deleted: restore it ({restore}), {other}")
+        files = Path(unquote(urlsplit(experiment.artifact_location).path))
+        if files.name == own.name and not files.parent.exists():
+            link = shlex.join(["ln", "-s", str(PROJECT_ROOT), str(files.parent)])
+            moved = f"its files were in {files}, and the project has moved"
+            raise RunError(f"the experiment {name}: {moved}: link it ({link}), {other}")
+        return number
 
-    def _find_experiment(self, client: Any) -> str:
-        name = self._settings.experiment
-        if experiment := client.get_experiment_by_name(name):
-            return experiment.experiment_id
-        location = None
-        if not os.environ.get("MLFLOW_TRACKING_URI"):  # MLflow's own is in the current folder
-            location = (PROJECT_ROOT / "mlruns").as_uri()
-        return client.create_experiment(name, location)
-
-    def _describe(self, client: Any, run: Any) -> None:
+    def _describe(self, run: Any) -> None:
         """Parameters, tags and data. MLflow's parameters are final: the first value stays."""
         from mlflow import entities
 
-        tags, known = self._record.facts["tags"], run.data.params
+        client, facts, known = self._client, self._record.facts, run.data.params
         config = {k: hide(str(v))[:MAX_VALUE] for k, v in flatten(self._written).items()}
         new = [entities.Param(key, config[key]) for key in config if key not in known]
         for part in batched(new, 100):  # as many as MLflow takes in one request
-            client.log_batch(self._run_id, params=part)
-        client.log_batch(self._run_id, tags=[entities.RunTag(*tag) for tag in tags.items()])
+            client.log_batch(self.run_id, params=part)
+        client.log_batch(self.run_id, tags=[entities.RunTag(*tag) for tag in facts["tags"].items()])
         inputs = []
-        for name in ("train", "eval"):
-            if digest := tags.get(f"fingerprint.{name}"):
-                source = json.dumps({"uri": config[f"data.{name}"]})
-                data = entities.Dataset(name, digest, "local", source)
-                context = entities.InputTag("mlflow.data.context", name)
-                inputs.append(entities.DatasetInput(data, [context]))
+        for part, rows in facts["data"].items():
+            columns = [{"name": name, "type": "string"} for name in rows["columns"]]
+            schema, counts = json.dumps({"mlflow_colspec": columns}), json.dumps(rows["counts"])
+            source = json.dumps({"uri": rows["source"][:MAX_VALUE]})
+            name, digest = rows["name"][:MAX_NAME], facts["tags"][f"fingerprint.{part}"]
+            data = entities.Dataset(name, digest, "local", source, schema, counts)
+            inputs.append(entities.DatasetInput(data, [entities.InputTag(CONTEXT, part)]))
         if not run.inputs.dataset_inputs:
-            client.log_inputs(self._run_id, inputs)
+            client.log_inputs(self.run_id, inputs)
 
     def _send_lines(self) -> int:
         """The whole lines of `metrics.jsonl` that are new."""
-        path = self._folder / "metrics.jsonl"
+        path = self._folder / METRICS
         if not path.is_file():
             return 0
         with path.open("rb") as file:
@@ -193,32 +199,18 @@ class Sender:
         new = [line for line in map(json.loads, lines) if line["step"] not in self._steps]
         for part in batched(new, 50):  # MLflow takes 1000 numbers in one request
             points = [point for line in part for point in _points(line)]
-            self._client.log_batch(self._run_id, metrics=points)
+            self._client.log_batch(self.run_id, metrics=points)
         self._steps |= {line["step"] for line in new}
         return len(new)
 
-    def _watch_machine(self) -> None:
-        """Let MLflow log the use of CPU, memory, disk and network while the run lives."""
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        if self._monitor is None:
-            uri = self._uri
-            self._monitor = SystemMetricsMonitor(
-                self._run_id, resume_logging=True, tracking_uri=uri
-            )
-            self._monitor.start()
-
     def _send_files(self) -> None:
-        paths = [self._folder / name for name in FILES]
-        if self._record.facts["tags"].get("uv.lock") == lock_hash():  # unchanged since the start
-            paths.append(PROJECT_ROOT / "uv.lock")
-        for path in paths:
+        for path in [self._folder / name for name in FILES]:
             if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
                 continue
             if path.suffix == ".png":
-                self._client.log_artifact(self._run_id, str(path))
+                self._client.log_artifact(self.run_id, str(path))
             else:
-                self._client.log_text(self._run_id, hide(path.read_text("utf-8")), path.name)
+                self._client.log_text(self.run_id, hide(path.read_text("utf-8")), path.name)
 
     def _send_samples(self) -> None:
         """The answers as a table that MLflow shows. Its own log_table would append them again."""
@@ -230,50 +222,50 @@ class Sender:
         if rows:
             table = {"columns": ["step", "prompt", "answer"], "data": rows}
             text = hide(json.dumps(table, ensure_ascii=False))
-            self._client.log_text(self._run_id, text, TABLE)
+            self._client.log_text(self.run_id, text, TABLE)
             tag = json.dumps([{"path": TABLE, "type": "table"}])
-            self._client.set_tag(self._run_id, "mlflow.loggedArtifacts", tag)
+            self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", tag)
 
-    def _send_model(self) -> int:
+    def _send_model(self) -> None:
         """The result as a model of MLflow's, with the numbers of its step."""
-        from mlflow.entities import LoggedModelOutput
-
-        client, run_id, final = self._client, self._run_id, self._folder / "final"
+        client, run_id, final = self._client, self.run_id, self._folder / "final"
         step = self._record.facts.get("final_step")
         if step is None or not final.is_dir():
-            return 0
+            return
         name = f"final-{step}"
         same = f"source_run_id = '{run_id}' AND name = '{name}'"
-        for model in client.search_logged_models([self._experiment], same):
-            if model.status == "READY":
-                return 0
-            client.delete_logged_model(model.model_id)  # of an upload that failed
-        tags = {"folder": str(final)}
-        model = client.create_logged_model(self._experiment, name, run_id, tags).model_id
+        models: list[Any] = list(client.search_logged_models([self._experiment], same))
+        if not models:
+            tags = {"folder": str(final)}
+            models.append(client.create_logged_model(self._experiment, name, run_id, tags))
+        if models[0].status == "READY":
+            return
+        model = models[0].model_id
         size = sum(file.stat().st_size for file in final.iterdir())
         if size <= self._settings.max_model_gib * GIB:
-            _upload(client, model, final)
-        for line in read_metrics(self._folder / "metrics.jsonl"):
+            with tempfile.TemporaryDirectory() as copy:
+                for file in final.iterdir():
+                    Path(copy, file.name).symlink_to(file.resolve())
+                write_text(Path(copy, RECIPE), hide((final / RECIPE).read_text("utf-8")))
+                client.log_model_artifacts(model, copy)
+        for line in read_metrics(self._folder / METRICS):
             if line["step"] == step:
                 client.log_batch(run_id, metrics=_points(line, model_id=model))
-        client.log_outputs(run_id, [LoggedModelOutput(model, step)])
         client.finalize_logged_model(model, "READY")
-        return 1
-
-    def _finish(self, status: str) -> None:
-        facts = self._record.facts
-        if "final" in facts:
-            self._client.set_tag(self._run_id, "final", facts["final"])
-        if self._monitor is not None:
-            self._monitor.finish()
-        self._client.set_terminated(self._run_id, status, facts.get("ended"))
-        self._record.update(sent=status)
 
 
-def _lock(uri: str) -> AbstractContextManager:
-    """Around connecting: two starts on a fresh database both create its tables, and one fails."""
-    database = uri.removeprefix("sqlite:///")
-    return nullcontext() if database == uri else FileLock(f"{database}.lock")
+def explain(error: Exception) -> str:
+    """What MLflow says: its messages may repeat an address with user and password."""
+    return hide(first_line(error))
+
+
+def _watch_machine(run_id: str) -> Any:
+    """Let MLflow log the use of CPU, memory, disk and network, until `finish` is called."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri())
+    monitor.start()
+    return monitor
 
 
 def _points(line: dict[str, Any], **options: str) -> list[Metric]:
@@ -288,27 +280,16 @@ def _points(line: dict[str, Any], **options: str) -> list[Metric]:
     ]
 
 
-def _upload(client: Any, model: str, folder: Path) -> None:
-    """Upload a model's files; from its copy of the config, secrets are removed first."""
-    with tempfile.TemporaryDirectory() as temporary:
-        for file in folder.iterdir():
-            copy = Path(temporary) / file.name
-            if file.suffix == ".yaml":
-                copy.write_text(hide(file.read_text("utf-8")), encoding="utf-8")
-            else:
-                copy.symlink_to(file.resolve())
-        client.log_model_artifacts(model, temporary)
-
-
 def tracking_uri() -> str:
     """Where runs are sent: MLFLOW_TRACKING_URI, or a database in the project's root.
 
     MLflow's own default is a database in the current folder.
     """
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{PROJECT_ROOT / 'mlflow.db'}"
+    default = f"sqlite:///{quote(str(PROJECT_ROOT / 'mlflow.db'))}"  # there may be a ? in its path
+    return os.environ.get("MLFLOW_TRACKING_URI") or default
 
 
-def connect(uri: str | None = None) -> MlflowClient:
+def connect() -> MlflowClient:
     """A client that gives up within seconds, and prints no address with a password."""
     # MLflow's defaults wait four minutes for a server that refuses, twenty for one that hangs.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -318,17 +299,15 @@ def connect(uri: str | None = None) -> MlflowClient:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    return MlflowClient(uri or tracking_uri())
+    return MlflowClient(tracking_uri())
 
 
 def where_to_look(record: Record) -> str:
     """The run's page on a server, or the command that shows a database in a browser."""
     facts, uri = record.facts, tracking_uri()
     if uri.startswith("http"):
-        page = ""  # of a run that the server has not heard of
-        if "mlflow" in facts:
-            page = f"#/experiments/{facts['mlflow_experiment']}/runs/{facts['mlflow']}"
-        return f"{hide(uri).replace('***@', '').rstrip('/')}/{page}"
+        page = "#/experiments/{mlflow_experiment}/runs/{mlflow}" if "mlflow" in facts else ""
+        return f"{hide(uri).replace('***@', '').rstrip('/')}/{page.format_map(facts)}"
     # The address of another database may hold a password: name the variable that has it.
     address = shlex.quote(uri) if uri.startswith("sqlite:///") else '"$MLFLOW_TRACKING_URI"'
     return f"uv run mlflow ui --backend-store-uri {address}"
@@ -347,4 +326,4 @@ def send_evaluation(folder: Path, figures: dict[str, float], files: list[Path]) 
         for file in files:
             client.log_artifact(run_id, str(file))
     except Exception as error:  # noqa: BLE001 - the files are written in any case
-        print(f"warning: MLflow did not take the evaluation ({type(error).__name__})")
+        print(f"warning: MLflow did not take the evaluation ({explain(error)})")

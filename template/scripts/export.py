@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     options = _parse(arguments)
     folder, out = Path(find_trained(options.run, options.base)), Path(options.out)
     config = trained_config(str(folder))
-    if config is None:
+    if config is None or not (folder / RECIPE).is_file():
         raise UserError(f"{options.run}: no {RECIPE} in it: not the result of a run")
     if out.exists():
         raise UserError(f"{out}: exists already; nothing is overwritten")

@@ -72,11 +72,13 @@ def _checkpoint_config(folder: Path) -> Config:
 
 
 def trained_config(folder: str) -> Config | None:
-    """Read the config that a saved model was trained with; None if it is not the result of a run.
+    """Read the config that a saved model was trained with; None if no run of this project made it.
 
     Args:
         folder: what `find_trained` returned.
     """
+    if Path(folder, CHECKPOINT).is_file():
+        return _checkpoint_config(Path(folder))
     path = Path(folder) / RECIPE
     return load_config(path)[0] if path.is_file() else None
 

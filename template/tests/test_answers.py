@@ -15,6 +15,7 @@ from src.config import DataConfig
 from src.data.answers import answer_rows, check_answers
 from src.data.chat import chat_text
 from src.models import generation
+from src.trained import trained_config
 from src.utils.errors import UserError
 
 DATA = DataConfig(train="-")
@@ -174,5 +175,7 @@ def test_a_checkpoint_answers_as_the_result_that_was_made_of_it_unless_it_is_dam
     last = sorted(shutil.copytree(smoke, tmp_path / "run").glob("checkpoints/step-*"))[-1]
     scripts.inference.main([str(last), "Say hello.", "--max-length", "32"])
     assert capsys.readouterr().out.strip() == HELLO
+    read = trained_config(str(last))
+    assert read == trained_config(str(smoke / "final")), "rows to answer are read as the run did"
     next((last / "weights").iterdir()).write_bytes(b"x")
     assert "(checksum)" in refused(scripts.inference.main, str(last), "hi")[0]

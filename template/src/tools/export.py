@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
@@ -16,8 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
 from src.config import Config, ModelConfig
-from src.data.batching import collate_padded, padded_loader
-from src.data.dataset import Document
+from src.data.batching import padded_loader, short_row
 from src.models.adapters import load_adapters
 from src.models.model import (
     load_tokenizer,
@@ -131,9 +129,7 @@ def _batches(tokenizer: Tokenizer, config: Config) -> tuple[list[dict[str, Any]]
     try:
         return list(padded_loader(source, tokenizer, config, limit=COMPARED_ROWS)), ""
     except (OSError, UserError):
-        row = Document(0, np.arange(64), np.arange(64))
-        note = f", on made-up tokens as {source} cannot be read"
-        return [collate_padded([row], max_length=64, pad_id=0)], note
+        return [short_row(*range(0, 64, 8))], f", on made-up tokens as {source} cannot be read"
 
 
 def _merge(adapted: PreTrainedModel) -> PreTrainedModel:

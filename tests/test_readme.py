@@ -2,7 +2,7 @@
 
 import re
 
-from helpers import QUESTIONS, ROOT, SETTINGS
+from helpers import QUESTIONS, ROOT, SETTINGS, TEMPLATE
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
@@ -35,3 +35,14 @@ def test_the_readme_lists_every_question_with_its_key_default_and_choices() -> N
             assert f"`{choice}`" in row.split("|")[2]
         if "{{" not in (default := asked[key]["default"]) and default:
             assert f"`{default}`" in row.split("|")[3]
+
+
+def test_a_heading_that_the_code_names_is_in_the_projects_readme() -> None:
+    headings = re.findall(r"^#+ (.+)$", (TEMPLATE / "README.md.jinja").read_text(), re.MULTILINE)
+    named = [
+        heading
+        for file in TEMPLATE.glob("s*/**/*.py")
+        for heading in re.findall(r'README\.md, "([^"]+)"', " ".join(file.read_text().split()))
+    ]
+    assert len(named) >= 2
+    assert set(named) <= set(headings)

@@ -3,7 +3,7 @@
 Prints loss, perplexity and the share of right answers on DATA (a file or hub dataset, read as in
 training); for an adapter also those of its base. Writes them to evaluation.md and evaluation.json
 beside the run, or into the folder of any other model.
-MODEL is what scripts/inference.py takes. README.md, "What a run is good for", has the command for
+MODEL is what scripts/inference.py takes. README.md, "Use the result", has the command for
 standard benchmarks.
 """
 

@@ -129,43 +129,28 @@ def load_trained(
     from transformers.utils import logging
 
     from src.models.adapters import load_adapters
-    from src.models.model import load_tokenizer, read_weights
+    from src.models.model import build_model, load_tokenizer, read_weights
+    from src.training.checkpoint import MOMENTS, find_damage, load_weights
     from src.utils.device import pick_dtype
 
     logging.disable_progress_bar()  # of loading: only answers are printed
     folder, dtype = Path(name), pick_dtype("auto", device)
-    source = _source(folder, base)
-    if (folder / CHECKPOINT).is_file():
-        return _load_checkpoint(folder, device, dtype, source, quantization)
-    trained, is_adapter = trained_config(str(folder)), (folder / ADAPTER).is_file()
-    if trained and is_adapter:
-        quantization = quantization or trained.model.quantization
-    config = ModelConfig(
-        name=source, quantization=quantization or "none",
-        trust_remote_code=trained is not None and trained.model.trust_remote_code,
-    )  # fmt: skip
+    is_checkpoint, is_adapter = ((folder / file).is_file() for file in (CHECKPOINT, ADAPTER))
+    trained = _checkpoint_config(folder) if is_checkpoint else trained_config(str(folder))
+    settings = trained.model if trained else ModelConfig(name="-")
+    kind = quantization or (settings.quantization if is_checkpoint or is_adapter else "none")
+    settings = settings.model_copy(update={"name": _source(folder, base), "quantization": kind})
+    if trained and is_checkpoint:
+        if damage := find_damage(folder, without=MOMENTS):
+            raise UserError(f"{folder}: {damage}")
+        tokenizer = load_tokenizer(settings)
+        model = build_model(settings, trained.lora, tokenizer, device, dtype, trained_in=dtype)
+        load_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, folder)
+        return model.eval(), tokenizer
     # With the attention that transformers picks, which supports padding and a cache.
-    model = read_weights(config, device, dtype)
-    tokenizer = load_tokenizer(config.model_copy(update={"name": str(folder)}))
+    model = read_weights(settings, device, dtype)
+    own = {"name": str(folder), "chat_template": None}  # its template is saved with it
+    tokenizer = load_tokenizer(settings.model_copy(update=own))
     if is_adapter:
         model = load_adapters(model, folder)
-    return model.eval(), tokenizer
-
-
-def _load_checkpoint(
-    folder: Path, device: "torch.device", dtype: "torch.dtype", source: str, quantization: Any
-) -> "tuple[PreTrainedModel, Tokenizer]":
-    """The weights of a checkpoint, in the model that its run's config describes."""
-    from src.models.model import build_model, load_tokenizer
-    from src.training.checkpoint import MOMENTS, find_damage, load_weights
-
-    if damage := find_damage(folder, without=MOMENTS):
-        raise UserError(f"{folder}: {damage}")
-    config = _checkpoint_config(folder)
-    settings = config.model.model_copy(
-        update={"name": source, "quantization": quantization or config.model.quantization}
-    )
-    tokenizer = load_tokenizer(settings)
-    model = build_model(settings, config.lora, tokenizer, device, dtype, trained_in=dtype)
-    load_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, folder)
     return model.eval(), tokenizer

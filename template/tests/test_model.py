@@ -32,6 +32,7 @@ from src.models.model import build_model, check_positions, save_model
 from src.trained import load_trained
 from src.training.loss import find_plain_head, summed_loss
 from src.training.trainer import evaluate
+from src.utils.environment import load_environment
 from src.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -168,6 +169,7 @@ def test_checkpointing_frees_what_8bit_layers_keep_and_nothing_is_logged(
 ) -> None:
     # bitsandbytes' 8-bit matmul keeps its input outside of save_for_backward, where only
     # reentrant checkpointing frees it: without, 0.57 is left here.
+    load_environment()  # as each script does; it sets the levels of loggers
     held, gradients = {}, {}
     for checkpointing in (False, True):
         model = make_model(

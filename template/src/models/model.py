@@ -1,7 +1,6 @@
 """Load a tokenizer and a model as the config says; save what was trained, adapter or model."""
 
 import copy
-import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -233,27 +232,22 @@ def check_positions(config: ModelConfig, max_length: int) -> None:
         UserError: naming both; and as `build_model` does.
     """
     known = getattr(read_config(config).get_text_config(), "max_position_embeddings", None)
-    if known is None or max_length <= known:  # nearly always; not every model can be built on meta
-        return
-    limit = position_limit(without_weights(config))
-    if limit is not None and max_length > limit:
+    # Rarely true: not every model can be built on meta.
+    if known and max_length > known and position_limit(without_weights(config)):
         raise UserError(
-            f"data.max_length: {max_length} is more than the {limit} positions that {config.name} "
-            f"has learnt; use data.max_length={limit}"
+            f"data.max_length: {max_length} is more than the {known} positions that {config.name} "
+            f"has learnt; use data.max_length={known}"
         )
 
 
 def read_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Saved weights as they are, quantized or not, with the attention that transformers picks."""
     quantized = None
-    if (kind := config.quantization) == "8bit":
-        # It logs at every matmul that its inputs are cast to fp16.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    if kind != "none":
+    if config.quantization != "none":
         from transformers import BitsAndBytesConfig
 
         quantized = BitsAndBytesConfig(
-            **{f"load_in_{kind}": True},
+            **{f"load_in_{config.quantization}": True},
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             # Unset, bitsandbytes computes in fp32 without a warning, even inside bf16 autocast.

@@ -41,7 +41,8 @@ def load_environment() -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # An unset tracker sends usage statistics; an offline first run must not try.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # bitsandbytes warns, when imported, that a CPU kernel of the hub is missing: not needed.
+    # bitsandbytes warns, when imported, that a CPU kernel of the hub is missing: not needed. In 8
+    # bits it logs at every matmul that inputs are cast to fp16.
     # torchao, which PEFT imports where it is installed, makes torch warn of a deprecated call.
     for library in ("bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from src.config import Config, LoraConfig, TrainingConfig, flatten
@@ -36,7 +37,7 @@ from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError, first_line
 from src.utils.files import new_folder
 
-# DCP warns that there is one process, even if it is told so by no_dist.
+# DCP warns that it assumes one process, even if no_dist says so.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 MANIFEST, RUN = "manifest.json", "run.json"
 WEIGHTS, MOMENTS = "weights", "moments"  # folders
@@ -123,7 +124,7 @@ def identify(config: Config, data: Facts) -> dict[str, Any]:
 def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
     """Write `folder/step-N`, then prune: the newest `keep` stay, and the best one.
 
-    All processes call it: each writes its part, and has random generators of its own.
+    All processes call it: each has random generators of its own, and perhaps shards.
 
     Raises:
         RunError: it could not be written, e.g. to a full disk; those before are untouched.
@@ -168,14 +169,16 @@ def _folder_for_all(path: Path) -> Generator[Path]:
 
 
 def _write(training: Training, folder: Path) -> None:
-    """Each process its part of the tensors; the main one all the rest."""
+    """The main process writes everything, but for shards, which each process writes itself."""
     # Of the optimizer its moments alone: learning rate and decay are configuration, and the rate
     # follows from the step. Saved, they would overrule the configuration of a resumed run.
+    sharded = _is_sharded(training.trained())
     for part, tensors in ((WEIGHTS, training.trained()), (MOMENTS, training.moments())):
         files = {name: 1 + number // TENSORS_A_FILE for number, name in enumerate(tensors)}
         writer = HuggingFaceStorageWriter(str(folder / part), files, save_distributed=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        dcp.save(tensors, storage_writer=writer, no_dist=WORLD_SIZE == 1)
+        if sharded or is_main():
+            dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
     # Each reads back its own files, as one process would take long to read all.
     mine = list(folder.rglob(f"shard-{RANK + 1:05}-*"))
     record = {
@@ -209,7 +212,11 @@ def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
     if _sizes(folder) != {name: tensor.shape for name, tensor in tensors.items()}:
         raise UserError(f"{folder}: not made for this model and optimizer")
     reader = HuggingFaceStorageReader(str(folder))
-    dcp.load(tensors, storage_reader=reader, no_dist=WORLD_SIZE == 1)
+    dcp.load(tensors, storage_reader=reader, no_dist=not _is_sharded(tensors))
+
+
+def _is_sharded(tensors: dict[str, Tensor]) -> bool:
+    return any(isinstance(tensor, DTensor) for tensor in tensors.values())
 
 
 def _sizes(folder: Path) -> dict[str, torch.Size]:

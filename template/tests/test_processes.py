@@ -73,7 +73,8 @@ def options(folder: Path) -> list[str]:
 def runs(tmp_path_factory: pytest.TempPathFactory, saved_model: Path) -> Path:
     """A folder of runs that all do the same, with one process or several; or end as another one."""
     folder = tmp_path_factory.mktemp("runs")
-    lora = [f"model.name={saved_model}", "lora.r=4", "model.gradient_checkpointing=true"]
+    pretrained = [f"model.name={saved_model}", "model.init=pretrained"]
+    lora = [*pretrained, "lora.r=4", "model.gradient_checkpointing=true"]
 
     def command(name: str, window: int, *more: str) -> list[str]:
         saved = ["training.save_every=3", "training.keep_checkpoints=99"]

@@ -123,7 +123,7 @@ def test_answers_that_the_generation_prompt_does_not_lead_to_are_counted(
     )
     file = write_rows(chat("q", "a"), chat("q", "<think>hm</think>a"))
     (note,) = data_notes(tokens(file, other, max_length=64).facts)
-    assert note == "1 row answer without what the generation prompt ends with, e.g. <think>"
+    assert note == "1 row whose answers lack what the generation prompt ends with, e.g. <think>"
     assert not list(data_notes(tokens(file, tokenizer, max_length=64).facts))
 
 

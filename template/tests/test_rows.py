@@ -226,8 +226,13 @@ def test_a_pattern_names_several_files_and_what_exists_is_no_pattern(tmp_path: P
         ]
         assert messages(names[2]) == [GOOD["messages"]]
         assert "a folder; name the files in it" in problems(tmp_path / folder)[0]
-    with pytest.raises(UserError, match="no file fits this pattern"):
-        expand(f"{tmp_path}/a [1]/*.csv")
+    for source, problem in (
+        (f"{tmp_path}/a [1]/*.csv", "no file fits this pattern"),
+        ("long" * 100, "File name too long"),
+        ("~no-such-user/rows.jsonl", "Could not determine home"),
+    ):
+        with pytest.raises(UserError, match=f": {problem}"):
+            expand(source)
 
 
 def test_the_same_rows_come_from_every_format(tmp_path: Path, write_rows) -> None:

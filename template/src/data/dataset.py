@@ -245,8 +245,8 @@ def _documents(
 def _notes(row: Row, encoded: Encoded, tokenizer: Tokenizer) -> Iterator[str]:
     """Say what is suspicious about a row."""
     if "messages" in row and types_token(row["messages"], tokenizer):
-        yield "hold a token of the chat template as text: it ends or opens a turn there"
+        yield "with a token of the chat template as text: it ends or opens a turn there"
     if row.get("tools") and not knows_tools(tokenizer):
-        yield "list tools, which the chat template does not print"
+        yield "with tools, which the chat template does not print"
     if not encoded.prompted:
-        yield "answer without what the generation prompt ends with, e.g. <think>"
+        yield "whose answers lack what the generation prompt ends with, e.g. <think>"

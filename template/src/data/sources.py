@@ -30,12 +30,16 @@ def expand(sources: str | list[str]) -> list[str]:
     """Files and hub ids one by one: a pattern such as data/*.jsonl becomes the files that fit it.
 
     Raises:
-        UserError: no file fits a pattern.
+        UserError: no file fits a pattern, or this cannot be a path.
     """
     names: list[str] = []
     for source in [sources] if isinstance(sources, str) else sources:
-        path = from_root(source)
-        if path.exists() or not any(sign in source for sign in "*?["):
+        try:
+            path = from_root(source)
+            exists = path.exists()
+        except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
+            raise UserError(f"{source}: {reason_of(error)}") from None
+        if exists or not any(sign in source for sign in "*?["):
             names.append(source)
             continue
         # A folder that exists is no pattern, whatever its name holds.

@@ -29,7 +29,7 @@ def look(config: Config, marks: tuple[str, str]) -> Iterator[str]:
     if evaluation is not None and evaluation is not train:  # with overfit it is the same
         yield from _describe("data.eval", evaluation, config.data)
         if both := shared(evaluation, train):
-            yield f"           {both:,} documents are in data.train too"
+            yield f"           documents that are in data.train too: {both:,}"
     for document in train[list(range(min(EXAMPLES, len(train))))]:
         yield f"\n--- document {document.row + 1}, {len(document.input_ids)} tokens"
         yield show_document(document, tokenizer, marks)
@@ -41,7 +41,7 @@ def _describe(name: str, dataset: TokenDataset, data: DataConfig) -> Iterator[st
     shapes = ", ".join(f"{count:,} as {shape}" for shape, count in facts.read_as.items())
     tokens, labelled = int(lengths.sum()), facts.labelled_tokens
     median, high = np.percentile(lengths, (50, 90)).astype(int)
-    yield f"{name:<10} {len(dataset):,} documents, read {shapes}"
+    yield f"{name:<10} documents: {len(dataset):,}, read {shapes}"
     yield f"tokens     {tokens:,}, of which {labelled:,} labelled ({labelled / tokens:.0%})"
     yield f"lengths    median {median:,}, 90 % up to {high:,}, longest {lengths.max():,}"
     for note in data_notes(facts):
@@ -51,4 +51,4 @@ def _describe(name: str, dataset: TokenDataset, data: DataConfig) -> Iterator[st
             row = json.loads(line)
             yield f"             {row['place']}: {row['reason']}"
     if count := repeated(dataset):
-        yield f"           {count:,} documents repeat another one"
+        yield f"           documents that repeat another one: {count:,}"

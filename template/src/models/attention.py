@@ -7,7 +7,6 @@ variable-length flash attention (no flash-attn package), on a CPU document by do
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -119,8 +118,6 @@ def _attend_by_document(
 # No mask function is registered with it: transformers then makes no mask at all, and does not
 # test position_ids, which would synchronise with the host.
 AttentionInterface.register("varlen", varlen_attention)
-# The GPU's kernel on any device, for a plan on tensors without data.
-AttentionInterface.register("varlen_kernel", partial(varlen_attention, kernel=attend_by_kernel))
 
 
 def set_attention(

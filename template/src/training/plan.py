@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -30,6 +30,7 @@ from src.config import Config, changed
 from src.data.batching import TokenBudgetSampler, full_batch
 from src.data.dataset import TokenDataset
 from src.models.adapters import add_adapters, head_of, without_input_casts
+from src.models.attention import attend_by_kernel, varlen_attention
 from src.models.model import check_positions, checkpoint_layers, without_weights
 from src.training.fit import next_settings
 from src.training.loss import CHUNK, Objective, PlainHead
@@ -80,24 +81,21 @@ class Tracker(TorchDispatchMode):
         self.known, self.now, self.peaks, self.phase = WeakIdKeyDictionary(), 0, [0, 0], 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for result in tree_leaves(out):
-            if isinstance(result, Tensor):
-                self.count(result)
-        return out
+        return tree_map_only(Tensor, self.count, func(*args, **(kwargs or {})))
 
-    def count(self, tensor: Tensor) -> None:
-        """Add a tensor's storage, unless it is counted already."""
+    def count(self, tensor: Tensor) -> Tensor:
+        """Add a tensor's storage, unless it is counted already; return the tensor."""
         storage = tensor.untyped_storage()
         if storage not in self.known:
+            self.known[storage] = True
             size = -(-storage.nbytes() // BLOCK) * BLOCK
-            self.known[storage] = size
-            self.now += size
-            self.peaks[self.phase] = max(self.peaks[self.phase], self.now)
-            weakref.finalize(storage, self._free, size)
+            self._add(size)
+            weakref.finalize(storage, self._add, -size)
+        return tensor
 
-    def _free(self, size: int) -> None:
-        self.now -= size
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.now)
 
     def watch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Begin the second phase when the last layer, whose pre-hook this is, is done."""
@@ -135,6 +133,8 @@ def _sdpa_without_dropout(*arguments: Any, dropout: float, **options: Any) -> An
     return sdpa_attention_forward(*arguments, **options)
 
 
+# The GPU's kernel, on any device.
+AttentionInterface.register("varlen_kernel", partial(varlen_attention, kernel=attend_by_kernel))
 AttentionInterface.register("planned_sdpa", _sdpa_without_dropout)
 AttentionMaskInterface.register("planned_sdpa", sdpa_mask)
 
@@ -156,9 +156,9 @@ def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
         model.set_attn_implementation("planned_sdpa")
     mode, tracker, settings = FakeTensorMode(allow_non_fake_inputs=True), Tracker(), config.training
     batch = full_batch(settings.batch_size, config.data.max_length, packing=True, labelled=0.5)
-    batch = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    if layers := layers_of(model):
-        layers[-1].register_forward_pre_hook(tracker.watch)
+    batch = tree_map_only(Tensor, mode.from_tensor, batch)
+    for layer in layers_of(model)[-1:]:
+        layer.register_forward_pre_hook(tracker.watch)
     with mode, tracker, without_input_casts(model):
         _make_fake(model)
         weights, tracker.peaks = tracker.now, [0, 0]  # of the step, not of making the weights
@@ -183,33 +183,29 @@ def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
 def extrapolate(config: Config, measure: Callable[[nn.Module], np.ndarray]) -> np.ndarray:
     """Measure shallow models, and extrapolate each figure to the layers of the whole one.
 
-    The first has one layer of each kind below the last layer. Each other one has one more of one
-    kind, and the difference is what a layer of that kind adds.
+    The first has the last two layers of each kind. Each other one has a third of one kind, and the
+    difference is what a layer of that kind adds.
     """
     places = defaultdict(list)  # of each kind
-    layers = layers_of(without_weights(config.model)) or ()
-    for place, layer in enumerate(layers):
+    for place, layer in enumerate(layers_of(without_weights(config.model))):
         places[_kind(layer)].append(place)
-    least = {kind: 1 + (len(layers) - 1 in where) for kind, where in places.items()}
-    if sum(least.values()) * (1 + len(least)) + len(least) >= len(layers):
-        return measure(build(config))  # the whole model is as quick
 
-    def measure_with(counts: dict[Any, int]) -> np.ndarray:
-        kept = [place for kind, count in counts.items() for place in places[kind][-count:]]
+    def measure_with(third: Any) -> np.ndarray:
+        kept = [n for kind, where in places.items() for n in where[-3 if kind == third else -2 :]]
         return measure(build(config, sorted(kept)))
 
-    total = first = measure_with(least)
-    for kind, count in least.items():
-        if more := len(places[kind]) - count:
-            total = total + more * (measure_with(least | {kind: count + 1}) - first)
+    total = first = measure_with(None)
+    for kind, where in places.items():
+        if len(where) > 2:
+            total = total + (len(where) - 2) * (measure_with(kind) - first)
     return total
 
 
-def layers_of(model: Any) -> nn.ModuleList | None:
-    """The model's decoder layers, if it has as long a list of modules as its config says."""
+def layers_of(model: Any) -> Any:
+    """The list of the model's decoder layers; empty if none is as long as its config says."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-    return next(lists, None)
+    return next(lists, ())
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
@@ -306,13 +302,12 @@ def cost(config: Config, data: TokenDataset) -> tuple[int, int, float]:
     return steps, int(epochs * tokens), epochs * (per_token * tokens + per_label * labelled)
 
 
-def build(config: Config, kept: list[int] | None = None) -> nn.Module:
-    """Build the model as it would be loaded, without weights; `kept`: with these layers only."""
+def build(config: Config, kept: list[int]) -> nn.Module:
+    """Build the model as it would be loaded, without weights, and with these layers only."""
     settings, dtype = config.model, _dtype(config)
     stored = dtype_of_trained(config.training, dtype) if config.lora is None else dtype
     model = without_weights(settings, stored)
-    if kept is not None:
-        _keep_layers(model, kept)
+    _keep_layers(model, kept)
     if settings.quantization == "4bit":
         from transformers import BitsAndBytesConfig
         from transformers.integrations import replace_with_bnb_linear
@@ -329,13 +324,13 @@ def build(config: Config, kept: list[int] | None = None) -> nn.Module:
 
 def _keep_layers(model: Any, kept: list[int]) -> None:
     """Remove the other layers, and what the config says of each of them."""
-    layers: Any = layers_of(model)
-    config, count = model.config.get_text_config(), len(layers)
+    layers, config = layers_of(model), model.config.get_text_config()
     for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == count:  # such as layer_types
+        if isinstance(value, list) and len(value) == len(layers):  # such as layer_types
             setattr(config, name, [value[place] for place in kept])
-    for place in sorted({*range(count)} - {*kept}, reverse=True):
-        del layers[place]
+    for place in reversed(range(len(layers))):
+        if place not in kept:
+            del layers[place]
     config.num_hidden_layers = len(kept)
 
 

@@ -163,7 +163,7 @@ def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
         _make_fake(model)
         weights, tracker.peaks = tracker.now, [0, 0]  # of the step, not of making the weights
         base = model.get_base_model() if hasattr(model, "peft_config") else model
-        head = head_of(base)
+        head = head_of(model)
         plain = PlainHead(base.base_model, head, CHUNK) if type(head) is nn.Linear else None
         trained = [p for p in model.parameters() if p.requires_grad]
         if settings.gradient_accumulation_steps > 1:

@@ -37,7 +37,7 @@ class Speed:
 def measure_speed(
     model: nn.Module, lengths: np.ndarray, device: torch.device, dtype: torch.dtype
 ) -> Speed:
-    """What a token needs, and what this device does: a matmul is timed for well under a second."""
+    """Count what a token needs, and time a matmul on this device for well under a second."""
     return Speed(*count_flops(model, lengths), matmul_rate(device, dtype))
 
 
@@ -53,24 +53,19 @@ def count_flops(model: nn.Module, lengths: np.ndarray) -> tuple[float, float]:
         model: with or without adapters, quantized or not.
         lengths: tokens of each document; attention costs more in longer ones.
     """
-    base: Any = model
-    if hasattr(model, "peft_config"):
-        base = base.get_base_model()
-    head = head_of(base)
+    config: Any = model.config
+    config, head = config.get_text_config(), head_of(model)
     linears = [
         m
         for name, m in model.named_modules()
         # PEFT keeps the original of a module whose copy is trained.
         if isinstance(m, nn.Linear) and m is not head and "original_module" not in name
     ]
-    per_token = sum(map(_flops, linears))
-    config = base.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Two products (scores, values) of 2 FLOPs, half of the square, averaged over all tokens.
     attended = (lengths.astype(float) ** 2).sum() / lengths.sum() / 2
     heads = config.num_hidden_layers * config.num_attention_heads * head_dim
-    per_token += 3 * 4 * heads * attended
-    return per_token, _flops(head)
+    return sum(map(_flops, linears)) + 3 * 4 * heads * attended, _flops(head)
 
 
 def _flops(linear: nn.Linear) -> float:
@@ -84,16 +79,15 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size, rounds = (768, 5) if dtype == torch.float32 else (384, 2)
     if device.type == "cuda":
         size, rounds = 8192, 10
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     # Random, as zeros draw less power and multiply faster; a generator of its own, so that
     # measuring does not shift the run's random numbers.
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(size, size, device=device, generator=generator).to(dtype)
-    started = 0.0
-    for turn in range(-2, rounds):  # two to warm up
-        if turn == 0:
-            wait()
-            started = time.perf_counter()
-        a @ a
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for count in (2, rounds):  # first to warm up
+        wait()
+        started = time.perf_counter()
+        for _ in range(count):
+            a @ a
     wait()
     return 2 * size**3 * rounds / (time.perf_counter() - started)

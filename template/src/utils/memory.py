@@ -21,18 +21,19 @@ def gpu_memory(device: torch.device | int | None = None) -> dict[str, float]:
         return {}
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     free, total = torch.cuda.mem_get_info(device)
-    found = {"allocated": allocated, "reserved": reserved, "free": free, "total": total}
-    found["peak"] = torch.cuda.max_memory_allocated(device)
-    return {name: size / GIB for name, size in found.items()}
+    sizes = {"allocated": allocated, "reserved": reserved, "free": free, "total": total}
+    sizes["peak"] = torch.cuda.max_memory_allocated(device)
+    return {name: size / GIB for name, size in sizes.items()}
 
 
 def print_gpu_memory(label: str = "GPU memory") -> None:
     """Print one line per CUDA device, or one line saying that there is none."""
     if not torch.cuda.is_available():
         print(f"{label}: no CUDA device")
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        shown = "{allocated:.2f} GiB · reserved {reserved:.2f} · peak {peak:.2f} · free {free:.2f}"
-        line = (shown + " of {total:.2f}").format(**gpu_memory(index))
+        return
+    sizes = "{allocated:.2f} GiB · reserved {reserved:.2f} · peak {peak:.2f} · free {free:.2f}"
+    for index in range(torch.cuda.device_count()):
+        line = (sizes + " of {total:.2f}").format(**gpu_memory(index))
         print(f"{label}: cuda:{index} allocated {line}")
 
 

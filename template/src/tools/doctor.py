@@ -127,8 +127,8 @@ def _check_project() -> Iterator[Finding]:
     if status is None:
         text, fix = "no git repository", "git init && git add -A && git commit -m 'Begin'"
         if any((folder / ".git").exists() for folder in (PROJECT_ROOT, *PROJECT_ROOT.parents)):
-            cure = f"git config --global --add safe.directory {PROJECT_ROOT}"
-            text, fix = "git fails here, see `git status`", f"of another user's folder: {cure}"
+            command = f"git config --global --add safe.directory {PROJECT_ROOT}"
+            text, fix = "`git status` fails", f"if it says 'dubious ownership': {command}"
         yield Finding("WARN", f"{text}: a run cannot record its code", fix)
         return
     text = f"{len(status.splitlines())} uncommitted files; a run records the diff of tracked ones"

@@ -91,15 +91,16 @@ class LoraConfig(Section):
     # Dropout keeps one more copy of each layer's input: about +50 % activation memory.
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     # all-linear: every linear layer but the head, which beats attention only (QLoRA, 2023).
-    # Of a mixture of experts PEFT adds experts and router, where it knows the architecture.
+    # In a mixture of experts PEFT adapts experts and router too, where it knows the architecture.
     target_modules: Sources = "all-linear"
-    # Parameters that are no layer: experts that all-linear does not reach, as training prints.
+    # Parameters outside of linear layers: experts that all-linear does not reach (training
+    # prints their names).
     target_parameters: Names | None = None
     # Whole modules to train beside the adapters, and to save with them: [embed_tokens, lm_head]
-    # where the tokenizer has new tokens. Where the two share their weights, they still will.
+    # where the tokenizer has new tokens. Tied weights stay tied.
     modules_to_save: Names | None = None
-    # Go on from a saved adapter, the folder of one or a hub id, in place of fresh weights. Rank,
-    # alpha and layers are then those that it was made with, whatever stands above.
+    # Continue training a saved adapter (a folder or a hub id) instead of a new one. Its own rank,
+    # alpha and layers then apply, not the values above.
     adapter: NotEmpty | None = None
 
 
@@ -109,11 +110,11 @@ class DataConfig(Section):
     # A .jsonl, .json, .csv or .parquet file, also .gz or .zst (relative to the project's root; *
     # stands for several), or a hub id with configuration and split: "org/name:main:train".
     train: Sources
-    # The same; or a share of the training rows, such as 0.02; or null for no evaluation.
+    # The same, or a share of the training rows such as 0.02, or null for no evaluation.
     eval: Sources | Annotated[float, Field(gt=0, lt=1)] | None = None
-    # Where your columns have other names: {prompt: my_question, completion: my_answer}.
+    # If your columns have other names: {prompt: my_question, completion: my_answer}.
     columns: dict[ColumnName, NotEmpty] | None = None
-    # Rows that cannot be read: stop and name them, or leave them out, counted and written down.
+    # Rows that cannot be read: stop and name them; or leave them out (see left_out.jsonl).
     bad_rows: Literal["stop", "skip"] = "stop"
     # drop: without reasoning (<think> or reasoning_content); template: as the template keeps it.
     thinking: Literal["template", "drop"] = "template"
@@ -122,9 +123,9 @@ class DataConfig(Section):
     # A longer conversation is cut to max_length, or left out; both are counted.
     too_long: Literal["cut", "drop"] = "cut"
     # Lay documents end to end in one row of batch_size x max_length tokens: no padding. A model
-    # that cannot keep them apart (state-space, linear attention) gets padded rows all the same.
+    # that cannot keep them apart (state-space, linear attention) gets padded rows anyway.
     packing: bool = True
-    # Processes that build batches ahead. Tokens are memory-mapped; 0 is enough for most.
+    # Processes that prepare batches. Tokens are memory-mapped, so 0 is enough for most runs.
     num_workers: NotNegativeInt = 0
 
 
@@ -134,13 +135,13 @@ class TrainingConfig(Section):
     # Several processes: ddp, each has the whole model; fsdp, each a shard of it (also of moments
     # and gradients); hsdp, a shard among those of a machine. auto: fsdp where ddp does not fit.
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    # Seconds to wait for a process that hangs; what the others do alone takes less.
+    # Seconds to wait for a process that hangs; work on the main process alone takes less.
     timeout: PositiveInt = 1800
     # A microbatch is batch_size x data.max_length tokens.
     batch_size: PositiveInt = 4
     gradient_accumulation_steps: PositiveInt = 1
     epochs: PositiveInt = 1
-    # Stop after so many steps, whatever epochs says; null: no limit.
+    # Stop after so many steps, even if epochs asks for more; null: no limit.
     max_steps: PositiveInt | None = None
     # LoRA's usual rate, about ten times a full fine-tuning's: give 2e-5 with lora=null.
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
@@ -159,16 +160,16 @@ class TrainingConfig(Section):
     eval_every: PositiveInt | None = None
     # Stop after so many evaluations without a better loss; null: never.
     patience: PositiveInt | None = None
-    # null: no checkpoints but the best evaluated one, and the final model.
+    # null: only the best evaluated checkpoint and the final model.
     save_every: PositiveInt | None = 100
-    # The newest so many stay, and the best one always.
+    # Keep the newest so many, and always the best one.
     keep_checkpoints: PositiveInt = 2
     # never | auto: continue the newest whole checkpoint under output_dir, if there is one |
     # the path of a checkpoint, or of a run: its newest one.
     resume: NotEmpty = "never"
     # Resume although the model, the data or the batch geometry are not what they were.
     resume_despite_changes: bool = False
-    # Train and evaluate on the first so many rows: a loss that will not go to zero shows a
+    # Train and evaluate on the first so many rows: a loss that does not reach zero reveals a
     # wrong mask, template or stop token within a minute.
     overfit: PositiveInt | None = None
 
@@ -176,11 +177,11 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """What the model is asked before the first step and at each evaluation: samples.jsonl."""
 
-    # null: what the first rows of data.eval ask.
+    # null: the prompts of the first rows of data.eval.
     prompts: Names | None = None
     # How many of these rows. 0, without prompts: no answers are generated.
     samples: NotNegativeInt = 2
-    # Tokens of an answer at most.
+    # The most tokens of an answer.
     max_length: PositiveInt = 64
 
 
@@ -200,7 +201,7 @@ class Config(Section):
     """One run."""
 
     seed: Annotated[NotNegativeInt, Field(lt=2**32)] = 42
-    # Same bits on the same machine and versions, at a price in speed.
+    # The same bits on the same machine and versions; slower.
     deterministic: bool = False
     output_dir: NotEmpty
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -258,8 +259,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
         UserError: with one line per problem, each naming file and line, or the command line.
     """
     path, overrides = Path(path), overrides or []
-    text = _read(path)
-    merged, lines = _merge(path, text, overrides), dict(_lines(yaml.compose(text)))
+    read, lines = _read(path)
+    merged = _merge(read, overrides)
 
     def located(problem: str) -> str:
         """The problem of a key, behind the file and line, or the command line, that gave it."""
@@ -274,9 +275,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
     try:
         config = Config.model_validate(OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
-        raise UserError(
-            located(f"{error.full_key or path}: {str(error).splitlines()[0]}")
-        ) from None
+        raise UserError(located(f"{error.full_key}: {str(error).splitlines()[0]}")) from None
     except ValidationError as error:
         raise UserError(*map(located, _problems(error))) from None
     written, plain = OmegaConf.to_container(merged, resolve=False), config.model_dump()
@@ -310,37 +309,36 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> tuple[Any, dict[str, int]]:
+    """A YAML file's content, and the line of each key."""
     try:
-        # utf-8-sig: editors on Windows leave a byte order mark.
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows leave a byte order mark
+        read, lines = OmegaConf.create(text or "{}"), dict(_lines(yaml.compose(text)))
     except FileNotFoundError:
         configs = ", ".join(map(to_root, sorted(from_root("configs").glob("*.yaml"))))
-        text = f"no such config file; the project has {configs}"
-        raise UserError(f"{path.absolute()}: {text}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        problem = f"{path.absolute()}: no such config file; the project has {configs}"
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = f"{path}:{line}: not valid YAML: {error.problem}"
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = f"{path}: cannot be read as UTF-8 text ({error})"
+    else:
+        if OmegaConf.is_dict(read):
+            return read, lines
+        problem = f"{path}: a config is a mapping of keys to values, not a list or a word"
+    raise UserError(problem)
 
 
-def _merge(path: Path, text: str, overrides: list[str]) -> Any:
-    try:
-        merged = OmegaConf.create(text or "{}")
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        place = f"{path}:{mark.line + 1}" if mark else path
-        raise UserError(f"{place}: not valid YAML: {what}") from None
-    if not OmegaConf.is_dict(merged):
-        raise UserError(f"{path}: a config is a mapping of keys to values, not a list or a word")
+def _merge(merged: Any, overrides: list[str]) -> Any:
     # One at a time, so that a message can name the one that is wrong.
     for item, following in pairwise([*overrides, "…"]):
-        if item.startswith(("-", "=")) or "=" not in item:
-            problem = f"{item!r} is not key=value"
-            if item.startswith("-"):
-                name, _, value = item.strip("-").partition("=")
-                key = _nearest(name.replace("-", "_")) or "key"
-                problem = f"unknown option {item}; write {key}={value or following}"
-            raise UserError(f"command line: {problem}. A config file comes before the keys.")
+        name, _, value = item.strip("-").partition("=")
+        if item.startswith("-"):
+            key = _nearest(name.replace("-", "_")) or "key"
+            text = f"unknown option {item}; write {key}={value or following}"
+            raise UserError(f"command line: {text}. {FILE_FIRST}")
+        if not name or "=" not in item:
+            raise UserError(f"command line: {item!r} is not key=value. {FILE_FIRST}")
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
         except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
@@ -356,6 +354,7 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]
         yield from _lines(value, f"{prefix}{name.value}.")
 
 
+FILE_FIRST = "A config file comes before the keys."
 # For pydantic's types of error, where its own words are not those of a config file.
 WORDS = {
     "string_type": "text is expected (quote it, if YAML took it for something else)",

@@ -37,7 +37,7 @@ def process_group(device: torch.device, timeout: int) -> Generator[None]:
         timeout: seconds to wait for one that hangs.
 
     Raises:
-        RunError: naming the processes that were waited for in vain.
+        RunError: a process did not answer in time; the message names it.
     """
     if WORLD_SIZE == 1:
         yield
@@ -46,7 +46,7 @@ def process_group(device: torch.device, timeout: int) -> Generator[None]:
         torch.cuda.set_device(LOCAL_RANK)
     # gloo beside NCCL: counts and flags are summed on the CPU, without waiting for the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # Under its own prefix: the store outlives a restart, and with it the addresses of the dead.
+    # The store survives restarts; a new prefix hides stale rank addresses.
     store, rank, size = next(rendezvous("env://"))
     store = dist.PrefixStore(str(RESTARTS), store)
     limit = timedelta(seconds=timeout)
@@ -64,7 +64,7 @@ def process_group(device: torch.device, timeout: int) -> Generator[None]:
 
 
 def _silent(store: dist.Store) -> list[int]:
-    """The ranks that do not say, within some seconds, that they have noticed it too."""
+    """The ranks that do not report the timeout within five seconds."""
     store.set(f"noticed/{RANK}", "")
     time.sleep(5)
     return [rank for rank in range(WORLD_SIZE) if not store.check([f"noticed/{rank}"])]
@@ -85,14 +85,14 @@ def barrier() -> None:
 
 
 def on_main(work: Callable[..., object], *arguments: object) -> None:
-    """Let the main process do it, while the others wait."""
+    """Run `work` on the main process, while the others wait."""
     if is_main():
         work(*arguments)
     barrier()
 
 
 def from_main(work: Callable[..., Any], *arguments: object) -> Any:
-    """What the main process gets for it, on all."""
+    """Run `work` on the main process, and return its result on all."""
     return gather(work(*arguments) if is_main() else None)[0]
 
 
@@ -100,9 +100,9 @@ def gather(value: Any) -> list[Any]:
     """The values of all processes, by rank."""
     if WORLD_SIZE == 1:
         return [value]
-    found: list[Any] = [None] * WORLD_SIZE
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * WORLD_SIZE
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sum_tensor(value: torch.Tensor) -> torch.Tensor:

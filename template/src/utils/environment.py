@@ -33,20 +33,20 @@ def load_environment() -> None:
         encoding = "UTF-16" if b"\0" in path.read_bytes() else "Latin-1 or similar"
         raise UserError(f"{path}: not UTF-8 text but {encoding}: save it as UTF-8") from None
     os.environ["HF_HOME"] = str(hf_home())  # huggingface_hub takes "" as the current folder
-    # One Rust thread pool per process; its fork warning would land in the middle of a progress bar.
+    # The tokenizers' thread pool warns after a fork, in the middle of a progress bar.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Threads that wait by spinning: a tiny model takes three times as long on a busy CPU.
+    # Else waiting threads spin: on a busy CPU a tiny model takes three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Fragmentation costs gigabytes when lengths vary; torch's own advice in its OOM message.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    # An unset tracker sends usage statistics; an offline first run must not try.
+    # MLflow sends usage statistics by default; an offline first run must not try.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # bitsandbytes warns, when imported, that a CPU kernel of the hub is missing: not needed. In 8
-    # bits it logs at every matmul that inputs are cast to fp16.
+    # bitsandbytes warns on import that a CPU kernel of the hub is missing, which is not needed, and
+    # in 8 bits at every matmul that inputs are cast to fp16.
     # torchao, which PEFT imports where it is installed, makes torch warn of a deprecated call.
     for library in ("bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    # And Python, when it first compiles torchao 0.18, of an escape sequence in a docstring.
+    # Python warns of an escape sequence in a docstring when it first compiles torchao 0.18.
     warnings.filterwarnings("ignore", category=SyntaxWarning, module=".*torchao")
 
 
@@ -72,6 +72,6 @@ def from_root(path: str) -> Path:
 
 
 def to_root(path: Path) -> str:
-    """A path as people would type it: relative to the project's root where it lies below."""
+    """A path as people would type it: relative to the project's root where it is inside it."""
     inside = path.is_relative_to(PROJECT_ROOT)
     return str(path.relative_to(PROJECT_ROOT) if inside else path)

@@ -32,6 +32,6 @@ class Interrupted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """An error's type and first line; of what Dynamo wraps, not of its long message about it."""
+    """An error's type and first line; of an error that Dynamo wraps, those of the inner one."""
     cause = getattr(error, "inner_exception", error)
     return f"{type(cause).__name__}: {next(iter(str(cause).strip().splitlines()), '')}"

@@ -41,8 +41,8 @@ def new_folder(path: Path) -> Generator[Path]:
     """Fill a temporary folder, then rename it to `path`: it appears whole, or not at all.
 
     Everything reaches the disk before the rename does, so that this holds for a power cut too.
-    What an exception leaves behind is removed; what a crash leaves is a `.tmp` folder, which
-    the next writer of the same path replaces.
+    After an exception the temporary folder is removed; after a crash a `.tmp` folder remains,
+    which the next writer of the same path replaces.
 
     Raises:
         FileExistsError: `path` exists; nothing is overwritten.
@@ -72,7 +72,7 @@ def new_folder(path: Path) -> Generator[Path]:
 
 @contextmanager
 def only_run_in(output: Path) -> Generator[None]:
-    """Hold the output folder: a second run in it would write into the first one's files."""
+    """Lock the output folder, so that a second run cannot write into the files of the first."""
     output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the folder, not in it: nothing is written inside before all checks are done.
     lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)

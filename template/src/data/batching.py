@@ -32,7 +32,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
     Which documents share a batch is decided once, from the seed; an epoch permutes the batches.
     Every epoch then has the same number of steps, which the learning rate's schedule needs.
     All ranks compute the same plan and take every world_size-th batch of it. Where the last
-    round lacks batches, ranks get an empty one (all filler), so that nobody waits for ever.
+    round lacks batches, ranks get an empty one (all filler), so that no rank waits for ever.
 
     Attributes:
         batches: of a whole epoch, over all ranks.
@@ -55,7 +55,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self._documents = np.fromiter(chain.from_iterable(plan), np.int64, len(order))
         counts = np.fromiter(map(len, plan), np.int64, len(plan))
         self._bounds, self.batches = np.concatenate([[0], counts.cumsum()]), len(plan)
-        # The batch that needs the most memory opens the first epoch: trouble comes in step 1.
+        # The first epoch begins with the batch that needs the most memory: if it is too much,
+        # step 1 shows it.
         longest = np.maximum.reduceat(lengths[self._documents], self._bounds[:-1])
         self._largest = int(np.argmax(longest * counts))
 
@@ -124,7 +125,7 @@ class TokenLoader(DataLoader):
                 dataset.lengths, data.max_length, rows, packing, config.seed, shuffle
             ),
             batch_size=None,  # the sampler's items are batches already
-            # No closure: where workers are spawned, it is pickled.
+            # No closure: spawned workers get it pickled.
             collate_fn=partial(collate, max_length=data.max_length, pad_id=pad_id),
             num_workers=data.num_workers,
             pin_memory=pin_memory,
@@ -157,7 +158,7 @@ def collate_packed(
 
 
 def full_batch(rows: int, length: int, packing: bool, labelled: float = 1.0) -> dict[str, Any]:
-    """A microbatch as large as they come, of made-up tokens, to try a step or to plan one.
+    """A microbatch of the largest size, of made-up tokens, to try a step or to plan one.
 
     Args:
         rows: documents, each of `length` tokens.
@@ -224,13 +225,13 @@ def _lay_out(
 def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
     """Add where labels are predicted and how many there are, if that is not there yet.
 
-    It has to happen on the CPU, before memory is pinned: how many there are depends on values,
-    for which a GPU would have to be waited for.
+    This happens on the CPU, before memory is pinned: how many there are depends on values, which
+    the CPU would have to wait for if they were on a GPU.
 
     Returns:
         The batch with `positions` in the flattened (rows x length) batch and `targets`, both of
         shape (labels,), padded with target -100 to a multiple of 128, so that few shapes occur;
-        `labelled`, how many are real; and `tokens`, all of them where nobody counted.
+        `labelled`, how many are real; and `tokens`, all of them if `collate_…` did not count.
     """
     if "positions" in batch:
         return batch
@@ -249,7 +250,7 @@ def with_targets(batch: dict[str, Any]) -> dict[str, Any]:
 def to_device(
     batch: dict[str, Any], device: torch.device, names: tuple[str, ...] = FOR_THE_LOSS
 ) -> dict[str, Any]:
-    """What the loss reads of a batch, on a device."""
+    """Return what the loss reads of a batch, on a device."""
     return {
         # non_blocking: the loader pins its memory, so the copy runs beside the step before.
         k: v.to(device, non_blocking=True) if isinstance(v := batch[k], torch.Tensor) else v

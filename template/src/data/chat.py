@@ -24,7 +24,7 @@ Span = tuple[int, int]  # of characters: start and end
 MARK = re.compile(r"Qzx(\d+)xzQ")  # letters and digits: templates neither trim nor escape them
 PARAMETERS = {"type": "object", "properties": {"at": {"type": "string"}}}
 LOOK = {"name": "look", "description": "Look something up.", "parameters": PARAMETERS}
-TOOL = {"type": "function", "function": LOOK}
+TOOL = {"type": "function", "function": LOOK}  # to see how a template writes one
 
 
 class Rendered(NamedTuple):
@@ -119,7 +119,7 @@ def _prompt_after(
     """Return what the template writes between an answer and the message before it.
 
     Rendering all that comes before each answer would be quadratic in turns. So it is rendered
-    after the first message of the same kind, which is soon in the cache.
+    after the first message of the same kind only, and cached.
     """
     kind = _kind(marked[number - 1])
     first = next(n for n, message in enumerate(marked) if _kind(message) == kind)
@@ -195,7 +195,7 @@ class TurnEnds:
 
 @lru_cache(maxsize=16)
 def turn_ends(tokenizer: Tokenizer, template: str) -> TurnEnds:
-    """Read off two short conversations how this template ends a turn.
+    """Return how this template ends a turn, as seen in two short conversations.
 
     Args:
         tokenizer: whose special tokens the template writes.

@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 1000  # the tokenizer runs a list of texts in parallel
 TOKENS, LENGTHS, FACTS, LEFT_OUT = "tokens.bin", "lengths.bin", "facts.json", "left_out.jsonl"
 TOKEN = np.dtype([("input_ids", np.int32), ("labels", np.int32)])
 Part = Literal["all", "train", "eval"]
-# Who edits these makes other tokens: part of a cache's name, so that nobody has to empty it.
+# Other lines in these files can make other tokens: their text is part of a cache's name.
 CODE = ("sources.py", "rows.py", "chat.py", "encoding.py", "dataset.py")
 
 
@@ -90,7 +90,7 @@ def load_documents(
 ) -> tuple[TokenDataset, TokenDataset | None]:
     """A run's documents to train on and to evaluate on, as `load_tokens` makes them."""
     data, overfit = config.data, config.training.overfit
-    if overfit is not None:  # what is overfitted is what must be learnt: evaluate on it too
+    if overfit is not None:  # evaluate on the same rows: these are what must be learnt
         train = load_tokens(data.train, tokenizer, data, overfit)
         return train, train
     if isinstance(data.eval, int | float):
@@ -106,7 +106,7 @@ def load_tokens(
 ) -> TokenDataset:  # fmt: skip
     """Read, check and tokenise files or hub datasets, or reuse what an earlier run made.
 
-    Of several processes that want the same tokens one makes them, and the others wait.
+    If several processes need the same tokens, one makes them and the others wait.
 
     Args:
         sources: `data.train` or `data.eval`.

@@ -20,7 +20,7 @@ class Encoded(NamedTuple):
 
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Encoded | Rejected]:
-    """Token ids and labels of each row; only what the assistant says carries a label.
+    """Return token ids and labels of each row; only what the assistant says carries a label.
 
     The whole conversation is tokenised once, as one text, because tokens of pieces need not be
     the tokens of the whole. A token is labelled if it holds a part of an assistant's turn, the
@@ -52,7 +52,7 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Encoded | Rejected
 
 
 def _render(row: Row, tokenizer: Tokenizer) -> Rendered | Rejected:
-    """The row as one text, and the (start, end) character spans that carry loss."""
+    """Return the row as one text, and the spans of its characters that carry loss."""
     if "text" in row:
         begin, end = str(tokenizer.bos_token or ""), str(tokenizer.eos_token)
         # As the tokenizer would; but never twice, where the row has them already.
@@ -66,7 +66,7 @@ def _render(row: Row, tokenizer: Tokenizer) -> Rendered | Rejected:
 
 
 def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end an answer: the tokenizer's EOS and the template's end of turn.
+    """Return the tokens that end an answer: the tokenizer's EOS and the template's end of turn.
 
     They often differ: Qwen's base tokenizers carry a chat template that closes turns with
     <|im_end|> while their EOS is <|endoftext|>, and a model trained so never stops.

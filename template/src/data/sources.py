@@ -27,7 +27,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")  # org/name[:configura
 
 
 def expand(sources: str | list[str]) -> list[str]:
-    """Files and hub ids one by one: a pattern such as data/*.jsonl becomes the files that fit it.
+    """Return files and hub ids one by one, with a pattern such as data/*.jsonl as its files.
 
     Raises:
         UserError: no file fits a pattern, or this cannot be a path.
@@ -108,7 +108,7 @@ def reason_of(error: Exception) -> str:
 
 
 def fingerprint(source: str) -> bytes:
-    """A hash of what a source holds."""
+    """Return a hash of what a source holds."""
     if not is_file(source):
         return load_hub(source)._fingerprint.encode()
     path = from_root(source)
@@ -118,7 +118,7 @@ def fingerprint(source: str) -> bytes:
 
 
 def load_hub(source: str) -> "Dataset":
-    """A split of a dataset on the hub, or in its cache: `org/name[:configuration][:split]`.
+    """Return a split of a dataset on the hub, or in its cache: `org/name[:configuration][:split]`.
 
     Raises:
         UserError: there is no such dataset or split, or this process may not see it.

@@ -47,24 +47,19 @@ def tuned(tune) -> Path:
 
 def answers(model: Path, capsys) -> list[str]:
     capsys.readouterr()
-    questions = ["What does LoRA train?", "Say hello.", "What is a batch?"]
-    scripts.inference.main([str(model), *questions, "--max-length", "24"])
+    questions = ["What does LoRA train?", "Say hello.", "your question"]
+    scripts.inference.main([str(model), *questions])
     return capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "lora.r=4",
-        "lora.dora=true",
-        "lora.target_modules=[q_proj,lm_head]",
-        "lora.modules_to_save=[embed_tokens,lm_head]",
-    ],
-)
+OPTIONS = "r=4 dora=true target_modules=[q_proj,lm_head] modules_to_save=[embed_tokens,lm_head]"
+
+
+@pytest.mark.parametrize("option", OPTIONS.split())
 def test_the_merged_model_says_what_the_adapter_says(
     tune, tuned, tmp_path, capsys, smoke: Path, option: str
 ) -> None:
-    run, out = tuned if option == "lora.r=4" else tune(option), tmp_path / "exported"
+    run, out = tuned if option == "r=4" else tune(f"lora.{option}"), tmp_path / "exported"
     capsys.readouterr()
     scripts.export.main([str(run), str(out)])
     printed = capsys.readouterr().out
@@ -99,19 +94,16 @@ def test_an_export_is_complete_and_its_card_names_only_what_is_there(
     snippet = tmp_path / "snippet.py"
     snippet.write_text(card.split("```")[1].removeprefix("python"))
     monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
+    said = answers(out, capsys)
     runpy.run_path(str(snippet))
-    said = capsys.readouterr().out
-    scripts.inference.main([str(out), "your question"])
-    assert said == capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines() == said[2:]
 
 
 def test_all_weights_are_exported_as_they_are(smoke: Path, tmp_path, capsys) -> None:
     scripts.export.main([str(smoke), str(tmp_path / "exported")])
     assert "nothing to merge" in capsys.readouterr().out
-    one, two = (
-        load_file(f / "model.safetensors") for f in (smoke / "final", tmp_path / "exported")
-    )
+    folders = (smoke / "final", tmp_path / "exported")
+    one, two = (load_file(folder / "model.safetensors") for folder in folders)
     assert all(one[name].equal(two[name]) for name in one)
 
 
@@ -130,15 +122,23 @@ def test_a_merge_that_changes_the_model_is_not_written(tuned, tmp_path, monkeypa
     assert not (tmp_path / "exported").exists()
 
 
-def test_without_the_runs_rows_merging_is_measured_on_other_tokens(tuned, tmp_path) -> None:
+def test_a_card_gives_the_figures_of_its_step_and_says_that_the_rows_are_gone(
+    tuned, tmp_path
+) -> None:
     run, out = shutil.copytree(tuned, tmp_path / "run"), tmp_path / "exported"
     recipe = run / "final/training_config.yaml"
     config = yaml.safe_load(recipe.read_text())
     config["data"] |= {"train": "gone.jsonl", "eval": None}
     recipe.write_text(yaml.safe_dump(config))
+    record = json.loads((run / "record.json").read_text())
+    earlier = {"step": 1, "loss": 7.25, "eval_loss": None}
+    lines = f"{json.dumps(earlier)}\n{(run / 'metrics.jsonl').read_text()}"
+    (run / "metrics.jsonl").write_text(lines)
+    (run / "record.json").write_text(json.dumps(record | {"final_step": 1}))
     scripts.export.main([str(run), str(out)])
     card = (out / "README.md").read_text()
     assert ", on made-up tokens as gone.jsonl cannot be read; the loss is now " in card
+    assert "\n- step: 1\n- loss: 7.25\n- eval_loss: not finite\n" in card
 
 
 def test_what_cannot_be_exported_is_refused(tuned, tmp_path, refused, smoke: Path) -> None:
@@ -177,32 +177,18 @@ def test_the_commands_that_serve_are_real_and_say_what_vllm_refuses(tmp_path) ->
         assert expected in alone
 
 
-def test_the_card_gives_the_figures_of_the_step_that_is_exported(tuned, tmp_path) -> None:
-    run = shutil.copytree(tuned, tmp_path / "run")
-    record = json.loads((run / "record.json").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    earlier = lines[0] | {"step": 1, "loss": 7.25, "eval_loss": None}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [earlier, *lines]))
-    (run / "record.json").write_text(json.dumps(record | {"final_step": 1}))
-    export.write_card(run / "final", tmp_path, "name", "result")
-    card = (tmp_path / "README.md").read_text()
-    assert "\n- step: 1\n- loss: 7.25\n- eval_loss: not finite\n" in card
-
-
 SAMPLING = {"temperature": 0.6, "top_p": 0.9}
+
+
+BEAMS = {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}
 
 
 @pytest.mark.parametrize(
     ("lora", "file", "values"),
     [
         ("null", "generation_config.json", {"eos_token_id": 0, "do_sample": False, **SAMPLING}),
-        ("null", "config.json", SAMPLING),
+        ("{r: 4}", "generation_config.json", BEAMS),
         ("{r: 4}", "config.json", SAMPLING),
-        (
-            "{r: 4}",
-            "generation_config.json",
-            {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0},
-        ),
     ],
 )
 def test_a_base_whose_generation_config_transformers_refuses_is_trained_and_saved(

@@ -4,16 +4,10 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma2Config,
-    GenerationConfig,
-    GPT2Config,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
 
 from src.models import generation
-from src.models.generation import generate, is_compiled_for
+from src.models.generation import generate
 from src.models.model import save_model, set_generation_config
 from src.trained import load_trained
 from src.utils.errors import UserError
@@ -55,43 +49,18 @@ def speaking(make_model, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("said", ["    indented", "\n\nafter blanks  ", "<|begin|> is a token"])
-def test_an_answer_is_all_that_follows_the_prompt_up_to_the_stop_token(
-    speaking, tokenizer, said: str
+def test_an_answer_is_all_that_follows_the_prompt_up_to_a_stop_token(
+    speaking, tokenizer, monkeypatch, said: str
 ) -> None:
+    stops = [tokenizer.eos_token_id, 300]
+    monkeypatch.setattr(generation, "stops_of", lambda *_: stops)
     ids = tokenizer(said, add_special_tokens=False)["input_ids"]
-    model, seen = speaking([*ids, tokenizer.eos_token_id, 5])
-    assert generate(model, tokenizer, "a long prompt " * 10, max_length=12) == said
+    model, seen = speaking(*([*ids, stop, 5] for stop in stops))
+    asked = ["a long prompt " * 10, "b"]
+    assert generate(model, tokenizer, asked, max_length=12) == [said, said]
     assert seen["max_new_tokens"] == 12 < seen["length"]
     assert seen["inference"]
-    assert seen["config"].eos_token_id == [tokenizer.eos_token_id]
-
-
-def test_an_answer_ends_at_either_of_two_stop_tokens(speaking, tokenizer, monkeypatch) -> None:
-    stops = [1, tokenizer.convert_tokens_to_ids("<|begin|>")]
-    monkeypatch.setattr(generation, "stops_of", lambda *_: stops)
-    said = tokenizer("said", add_special_tokens=False)["input_ids"]
-    model, seen = speaking(*([*said, stop, *said] for stop in stops))
-    assert generate(model, tokenizer, ["a", "b"]) == ["said", "said"]
     assert seen["config"].eos_token_id == stops
-
-
-def test_a_model_that_knows_no_sdpa_is_loaded_and_answers(tmp_path, tokenizer) -> None:
-    config = Gemma2Config(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    save_model(AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "m", torch.float32)
-    model, saved = load_trained(tmp_path / "m", CPU)
-    assert model.config._attn_implementation == "eager"
-    assert isinstance(generate(model, saved, "Hi", max_length=2), str)
-
-
-def test_answers_are_compiled_on_a_gpu_for_long_jobs_only(make_model, monkeypatch) -> None:
-    model = make_model(packing=False).eval()
-    assert not is_compiled_for(model, 10_000), "a CPU"
-    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    assert [is_compiled_for(model, steps) for steps in (256, 10_000)] == [False, True]
-    assert not is_compiled_for(model.train(), 10_000)
 
 
 def test_a_long_job_gets_the_same_answers_in_few_shapes_and_if_it_cannot_be_compiled(
@@ -100,8 +69,13 @@ def test_a_long_job_gets_the_same_answers_in_few_shapes_and_if_it_cannot_be_comp
     model, shapes = make_model(packing=False).eval(), set()
     prompts = [f"{'why ' * (9 * n)}{n}?" for n in range(11)]
     expected = generate(model, tokenizer, prompts, max_length=4, batch_size=4)
+    assert not generation.is_compiled_for(model, 10_000), "a CPU"
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "device", torch.device("cuda"))
+        assert [generation.is_compiled_for(model, n) for n in (256, 10_000)] == [False, True]
+        assert not generation.is_compiled_for(model.train(), 10_000)
     monkeypatch.setattr(generation, "is_compiled_for", lambda *_: True)
-    model.register_forward_pre_hook(
+    model.eval().register_forward_pre_hook(
         lambda _, __, given: shapes.add(tuple(given["input_ids"].shape)), with_kwargs=True
     )
     assert generate(model, tokenizer, prompts, max_length=4, batch_size=4) == expected
@@ -114,6 +88,7 @@ def test_a_long_job_gets_the_same_answers_in_few_shapes_and_if_it_cannot_be_comp
         return real(self, *args, **options)
 
     monkeypatch.setattr(type(model), "generate", without_compiler)
+    capsys.readouterr()
     assert generate(model, tokenizer, prompts, max_length=4, batch_size=4) == expected
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "warning: answers are not compiled: RuntimeError: no C compiler"

@@ -169,8 +169,7 @@ def write_card(folder: Path, out: Path, name: str, result: str) -> None:
     text = CARD.format(
         base=base, title=Path(name).name, name=_public(name), data=data, result=result
     )
-    record = Record.find(run)
-    facts = record.facts if record else {"tags": {}}
+    facts = getattr(Record.find(run), "facts", {"tags": {}})
     # The step that final/ holds: the best evaluation may have been before the last step.
     lines = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
     figures = facts["tags"] | lines.get(facts.get("final_step"), {})

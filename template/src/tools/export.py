@@ -44,7 +44,7 @@ library_name: transformers
 pipeline_tag: text-generation
 ---
 # {title}
-Fine-tuned from `{base}`; the base model's licence applies to it too.
+Fine-tuned from `{base}`; the base model's license applies to it too.
 ```python
 from transformers import pipeline
 answer = pipeline("text-generation", "{name}")

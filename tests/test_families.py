@@ -93,6 +93,7 @@ def load(family: Family, lora: bool) -> tuple[Any, bool]:
     from src.models.attention import set_attention
     from src.models.model import build_model, load_tokenizer
 
+    torch.set_num_threads(1)  # tiny models: more threads only wait
     torch.manual_seed(0)
     cpu, dtype = torch.device("cpu"), torch.bfloat16 if lora else torch.float32
     with tempfile.TemporaryDirectory() as folder:

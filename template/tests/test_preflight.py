@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 import scripts.train
 from conftest import SMOKE, chat
 from src.config import Config, DataConfig, LoraConfig, ModelConfig
-from src.data.rows import FIRST_ROWS
 from src.models.model import build_model, load_tokenizer
 from src.preflight import check_run
 from src.trained import find_trained, load_trained
@@ -201,17 +200,6 @@ def test_a_run_with_bad_input_reports_everything_and_writes_nothing(
         "model.chat_template=missing.j2",
     )  # fmt: skip
     assert len(lines) == 3, lines
-    assert not output.exists()
-
-
-def test_a_bad_row_that_is_found_while_tokenising_is_one_line_too(
-    tmp_path: Path, write_rows, refused
-) -> None:
-    output, file = tmp_path / "run", write_rows(*[chat("q", "a")] * FIRST_ROWS, {"text": 5})
-    lines = refused(
-        scripts.train.main, SMOKE, f"output_dir={output}", f"data.train={file}", "device=cpu"
-    )
-    assert lines == [f"{file}:{FIRST_ROWS + 1}: `text` must be text, not a number"]
     assert not output.exists()
 
 

@@ -176,7 +176,7 @@ def load_adapters(
         if getattr(config, "use_dora", False) and getattr(model, "is_loaded_in_8bit", False):
             raise UserError(f"{what}: DoRA does not work on 8-bit weights; use 4bit or none")
         adapted = PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
-        # PEFT only warns of layers that the base lacks, and of layers that the adapter lacks.
+        # PEFT ignores layers that the base lacks, and only warns of those that the adapter lacks.
         made = [key for key, _ in adapted.named_parameters(remove_duplicate=False)]
         saved = load_peft_weights(name, device="cpu")
         if sum("lora_" in key for key in made) != sum("lora_" in key for key in saved):

@@ -24,7 +24,7 @@ ADVICE = {
     "model.trust_remote_code=true to run it with your rights",
     "out of memory": "does not fit: try model.quantization=4bit, or a smaller model",
     "couldn't connect": ABSENT,
-    "offline": ABSENT,
+    "offline mode": ABSENT,
     "not a valid model": ABSENT,
     "can't find 'adapter_config.json'": ABSENT,
     "the backend tokenizer": "has no tokenizer.json: fetch it; for a tokenizer.model, uv add "

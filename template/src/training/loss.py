@@ -19,7 +19,7 @@ from src.models.adapters import head_of
 from src.utils.device import autocast
 
 CHUNK = 1024  # rows of logits at a time: 0.5 GiB in fp32 with a vocabulary of 128k
-CPU_CHUNK = 128  # which a CPU's cache holds: a fifth more tokens a second
+CPU_CHUNK = 128  # on a CPU, whose cache holds so many: a fifth more tokens a second
 
 
 def chunk_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def chunk_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     dtype, logits = logits.dtype, logits.float()  # one name for both, to free the first
     loss = _cross_entropy(logits, target)
     delta, token = logits.softmax(-1), target.clamp(min=0)[:, None]  # softmax - one_hot
-    if torch.compiler.is_compiling():  # then it is one kernel from logits to gradient
+    if torch.compiler.is_compiling():  # without a scatter it is one kernel
         delta = delta - (torch.arange(delta.shape[1], device=delta.device) == token).float()
     else:
         delta.scatter_add_(1, token, -torch.ones_like(token, dtype=delta.dtype))

@@ -50,8 +50,8 @@ def build_objective(
     objective = distribute(build, shared, device, dtype)
 
     def finish(model: PreTrainedModel) -> tuple[bool, PlainHead | None]:
-        wanted = config.model.attention, config.data.packing
-        return set_attention(model, *wanted, device, dtype), find_plain_head(model, device, dtype)
+        packing = set_attention(model, config.model.attention, config.data.packing, device, dtype)
+        return packing, find_plain_head(model, device, dtype)
 
     packing, unwrapped(objective).head = within(objective, finish)
     return objective, packing

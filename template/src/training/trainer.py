@@ -64,11 +64,12 @@ def train_epoch(
     Raises:
         RunError: a loss or gradient was not finite, and `skip_non_finite` is not set.
     """
-    total, labelled, step = torch.zeros((), device=device), 0, None
+    total, labelled, finite = torch.zeros((), device=device), 0, True
     for step in training_steps(model, loader, optimizer, scaler, device, **options):
-        total += torch.where(step.finite, step.loss * step.labelled, 0)
-        labelled += step.finite * step.labelled
-    if step is not None and not options.get("skip_non_finite") and not step.finite:
+        finite = step.finite
+        total += torch.where(finite, step.loss * step.labelled, 0)
+        labelled += finite * step.labelled
+    if not finite and not options.get("skip_non_finite"):
         raise RunError("a loss or gradient was not finite; no step was taken from there on")
     return float(total / max(labelled, 1))
 

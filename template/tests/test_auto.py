@@ -113,7 +113,7 @@ def on_a_gpu(make_model, monkeypatch):
         monkeypatch.setattr(auto, "memory_limit", lambda _: gib)
         monkeypatch.setattr(auto, "to_device", lambda batch, _: batch)
         monkeypatch.setattr(auto, "compile_layers", lambda _: compiled.append(True))
-        training = SimpleNamespace(model=built, trained=dict, moments=list)
+        training = SimpleNamespace(model=built, trained=dict, moments=dict)
         monkeypatch.setattr(type(built), "device", torch.device("cuda"))
         config = config_of(**model).model_copy(update={"deterministic": deterministic})
         settle(config, Objective(built), training, packing, 1000, torch.bfloat16)

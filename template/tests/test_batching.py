@@ -34,45 +34,35 @@ def test_packing_loses_no_document_and_wastes_under_three_percent() -> None:
     assert lengths.sum() / (len(rows) * 2048) > 0.97
 
 
-def test_the_order_depends_on_seed_and_epoch_only() -> None:
-    def walk(seed: int, epoch: int) -> list:
-        sampler = TokenBudgetSampler(short_chats(400), 512, 4, packing=True, seed=seed)
-        sampler.epoch = epoch
-        return list(sampler)
-
-    assert walk(1, 1) == walk(1, 1)
-    assert walk(1, 1) != walk(1, 2)
-    assert sorted(map(sorted, walk(1, 1))) == sorted(map(sorted, walk(1, 2)))
-    assert sorted(map(sorted, walk(1, 1))) != sorted(map(sorted, walk(2, 1)))
+def sampler(seed: int = 0, epoch: int = 0, packing: bool = True, **ranks) -> TokenBudgetSampler:
+    made = TokenBudgetSampler(short_chats(401), 512, 4, packing=packing, seed=seed, **ranks)
+    made.epoch = epoch
+    return made
 
 
-def test_a_resumed_sampler_goes_on_where_it_stopped() -> None:
-    sampler = TokenBudgetSampler(short_chats(400), 512, 4, packing=True, seed=3)
-    sampler.epoch = 2
-    whole = list(sampler)
-    sampler.position = 4
-    assert list(sampler) == whole[4:]
-    assert len(sampler) == len(whole)
+def test_the_order_depends_on_seed_and_epoch_only_and_is_resumed() -> None:
+    first, whole = (list(sampler(seed=1, epoch=epoch)) for epoch in (1, 2))
+    assert first == list(sampler(seed=1, epoch=1)) != whole
+    assert sorted(map(sorted, first)) == sorted(map(sorted, whole))
+    assert sorted(map(sorted, first)) != sorted(map(sorted, sampler(seed=2, epoch=1)))
+    resumed = sampler(seed=1, epoch=2)
+    resumed.position = 4
+    assert list(resumed) == whole[4:]
+    assert len(resumed) == len(whole)
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_ranks_share_the_batches_equally_and_completely(packing: bool) -> None:
-    def make(rank: int, world: int) -> TokenBudgetSampler:
-        return TokenBudgetSampler(
-            short_chats(401), 512, 4, packing=packing, seed=0, rank=rank, world_size=world
-        )
-
-    alone = list(make(0, 1))
-    ranks = [list(make(rank, 3)) for rank in range(3)]
+    alone = list(sampler(packing=packing))
+    ranks = [list(sampler(packing=packing, rank=rank, world_size=3)) for rank in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
     merged = [batch for step in zip(*ranks, strict=True) for batch in step]
     assert [batch for batch in merged if batch] == alone
 
 
 def test_the_batch_that_needs_the_most_memory_comes_first() -> None:
-    lengths = short_chats(400)
-    sampler = TokenBudgetSampler(lengths, 512, 4, packing=False, seed=0)
-    sizes = [max(lengths[batch]) * len(batch) for batch in sampler]
+    lengths = short_chats(401)
+    sizes = [max(lengths[batch]) * len(batch) for batch in sampler(packing=False)]
     assert sizes[0] == max(sizes)
 
 
@@ -116,26 +106,24 @@ def make_loader(data, *overrides: str) -> TokenLoader:
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
-def test_batches_of_the_loader_carry_the_rows_they_hold(data, packing: str) -> None:
-    batches = list(make_loader(data, f"data.packing={packing}"))
+def test_batches_carry_the_rows_they_hold_and_can_be_made_by_a_spawned_worker(
+    data, packing: str
+) -> None:
+    loader = make_loader(data, f"data.packing={packing}")
+    batches = list(loader)
     assert sorted(row for batch in batches for row in batch["rows"]) == list(range(12))
     for batch in batches:
         assert batch["tokens"] == sum(data.lengths[batch["rows"]])
         assert packing == "false" or batch["input_ids"].shape == (1, 256)
+    collate, rows = pickle.loads(pickle.dumps((loader.collate_fn, loader.dataset)))
+    for indices in ([0, 3], [], [5, 1, 2]):
+        assert same(collate(rows[indices]), loader.collate_fn(data[indices]))
 
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(
         torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
     )
-
-
-@pytest.mark.parametrize("packing", ["true", "false"])
-def test_what_makes_batches_can_be_sent_to_a_spawned_worker(data, packing: str) -> None:
-    loader = make_loader(data, f"data.packing={packing}")
-    collate, rows = pickle.loads(pickle.dumps((loader.collate_fn, loader.dataset)))
-    indices = [[0, 3], [], [5, 1, 2]]
-    assert all(same(collate(rows[i]), loader.collate_fn(data[i])) for i in indices)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

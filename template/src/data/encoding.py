@@ -1,6 +1,6 @@
 """A row becomes token ids and labels: what the assistant says carries loss, and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -19,14 +19,14 @@ class Encoded(NamedTuple):
     prompted: bool  # whether each answer follows all that the generation prompt writes
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Encoded | Rejected]:
-    """Return token ids and labels of each row; only what the assistant says carries a label.
+def encode(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[Encoded | Rejected]:
+    """Yield token ids and labels of each row; only what the assistant says carries a label.
 
     The whole conversation is tokenised once, as one text, because tokens of pieces need not be
     the tokens of the whole. A token is labelled if it holds a part of an assistant's turn, the
     stop token that ends the turn included. Position 0 never is: nothing predicts it.
 
-    Returns:
+    Yields:
         One for each row; `Rejected` where the chat template cannot write it.
     """
     rendered = [_render(row, tokenizer) for row in rows]
@@ -34,10 +34,9 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Encoded | Rejected
     # The template has written BOS and EOS already: a second BOS is the classic mistake.
     encoded = tokenizer(texts or [""], add_special_tokens=False, return_offsets_mapping=True)
     tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    result: list[Encoded | Rejected] = []
     for row in rendered:
         if isinstance(row, Rejected):
-            result.append(row)
+            yield row
             continue
         ids, offsets = next(tokens)
         spoken = bytearray(len(row.text) + 1)  # 1 where a character is the assistant's
@@ -47,8 +46,7 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Encoded | Rejected
         said = (1 in spoken[start:end] for start, end in offsets)
         labels = [i if each else IGNORE for i, each in zip(ids, said, strict=True)]
         labels[:1] = [IGNORE]
-        result.append(Encoded(ids, labels, row.prompted))
-    return result
+        yield Encoded(ids, labels, row.prompted)
 
 
 def _render(row: Row, tokenizer: Tokenizer) -> Rendered | Rejected:

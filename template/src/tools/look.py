@@ -6,7 +6,7 @@ from itertools import islice
 
 import numpy as np
 
-from src.config import Config, DataConfig
+from src.config import Config
 from src.data.dataset import TokenDataset, load_documents
 from src.data.describe import data_notes, show_document
 from src.data.duplicates import repeated, shared
@@ -25,9 +25,9 @@ def look(config: Config, marks: tuple[str, str]) -> Iterator[str]:
     """
     tokenizer = load_tokenizer(config.model)
     train, evaluation = load_documents(config, tokenizer)
-    yield from _describe("data.train", train, config.data)
+    yield from _describe("data.train", train)
     if evaluation is not None and evaluation is not train:  # with overfit it is the same
-        yield from _describe("data.eval", evaluation, config.data)
+        yield from _describe("data.eval", evaluation)
         if both := shared(evaluation, train):
             yield f"           documents that are in data.train too: {both:,}"
     for document in train[list(range(min(EXAMPLES, len(train))))]:
@@ -35,7 +35,7 @@ def look(config: Config, marks: tuple[str, str]) -> Iterator[str]:
         yield show_document(document, tokenizer, marks)
 
 
-def _describe(name: str, dataset: TokenDataset, data: DataConfig) -> Iterator[str]:
+def _describe(name: str, dataset: TokenDataset) -> Iterator[str]:
     """Yield counts, lengths, notes and duplicates of a dataset, a line each."""
     lengths, facts = dataset.lengths, dataset.facts
     shapes = ", ".join(f"{count:,} as {shape}" for shape, count in facts.read_as.items())

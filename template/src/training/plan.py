@@ -309,12 +309,15 @@ def build(config: Config, kept: list[int]) -> nn.Module:
     model = without_weights(settings, stored)
     _keep_layers(model, kept)
     if settings.quantization == "4bit":
+        from bitsandbytes.functional import quantize_4bit
         from transformers import BitsAndBytesConfig
         from transformers.integrations import replace_with_bnb_linear
 
         four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
         replace_with_bnb_linear(model, ["lm_head"], quantization_config=four_bit)
         setattr(model, "is_loaded_in_4bit", True)  # noqa: B010
+        # bitsandbytes keeps the tables that its first call makes: with data, not fake ones.
+        quantize_4bit(torch.zeros(64), compress_statistics=True)
     if config.lora is not None:
         model = add_adapters(model, config.lora.model_copy(update={"adapter": None}))
     if settings.gradient_checkpointing is True:
@@ -346,24 +349,12 @@ def _make_fake(model: nn.Module) -> None:
                     weight = isinstance(real, nn.Parameter)
                     fakes[real] = nn.Parameter(new, real.requires_grad) if weight else new
                 table[name] = fakes[real]
-        if hasattr(module, "quant_state"):
-            _pack(module)
+    quantized: list[Any] = [m for m in model.modules() if hasattr(m, "quant_state")]
+    for layer in quantized:
+        from bitsandbytes.functional import quantize_4bit
 
-
-def _pack(layer: Any) -> None:
-    """Make a 4-bit weight: half a byte each, a byte for 64 of them, four bytes for 256 of those.
-
-    Not by bitsandbytes' own function, which would keep a fake table for real weights later.
-    """
-    from bitsandbytes.functional import QuantState
-
-    count, shape = layer.weight.numel(), layer.weight.shape
-    blocks = -(-count // 64)
-    scales, offset = torch.empty(-(-blocks // 256)), torch.empty(())
-    nested = QuantState(scales, code=torch.empty(256), blocksize=256, dtype=torch.float32)
-    absmax, codes = torch.empty(blocks, dtype=torch.uint8), torch.empty(16)
-    dtype = layer.compute_dtype
-    state = QuantState(absmax, shape, codes, 64, "nf4", dtype, offset, nested)
-    weight: Any = nn.Parameter(torch.empty((count + 1) // 2, 1, dtype=torch.uint8), False)
-    weight.quant_state = layer.quant_state = state
-    layer.weight = weight
+        weight = torch.empty(layer.weight.shape, dtype=layer.compute_dtype)
+        packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+        frozen: Any = nn.Parameter(packed, False)
+        frozen.quant_state = layer.quant_state = state
+        layer.weight = frozen

@@ -47,9 +47,10 @@ def test_a_run_says_who_made_it_of_what_and_holds_no_secret(
     assert tags["mlflow.source.git.commit"] == "0123abc"
     assert tags["git.dirty"] == "true"
     assert tags["command"].startswith("uv run scripts/train.py")
-    (data, _) = [each.dataset for each in run.inputs.dataset_inputs]
-    assert "data/sample.jsonl" in data.source
-    assert data.digest == tags["fingerprint.train"]
+    (data,) = run.inputs.dataset_inputs
+    assert "data/sample.jsonl" in data.dataset.source
+    assert data.dataset.digest == tags["fingerprint.train"]
+    assert data.tags[0].value == "train and eval", "the smoke run evaluates on its training rows"
     kept = {file.path for file in client.list_artifacts(run.info.run_id)}
     files = {"config.yaml", "samples.jsonl", "loss.png", "uncommitted.diff", "samples.json"}
     assert kept == files

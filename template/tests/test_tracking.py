@@ -15,20 +15,24 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
 import scripts.inference
+import scripts.train
 from conftest import ROOT, SMOKE, metrics
 from src.config import load_config
 from src.data.dataset import Facts
 from src.trained import find_trained
 from src.training import tracking
+from src.training.checkpoint import TrainState
 from src.training.record import Record
 from src.training.tracking import Sender, Tracker, connect
-from src.utils.errors import RunError
+from src.utils.errors import Interrupted, RunError
 
 QUESTION = "What does LoRA train?"
 SAMPLE = ROOT / "data/sample.jsonl"
@@ -184,43 +188,41 @@ def test_a_run_that_goes_on_is_the_same_in_mlflow_and_sends_no_step_twice(tmp_pa
     assert run.data.params["tracking.run_name"] == "None", "the first value stays"
 
 
-class Broken(http.server.BaseHTTPRequestHandler):
-    """A server that answers everything with 500."""
+def test_an_interrupted_run_ends_as_killed(tmp_path, monkeypatch, store) -> None:
+    counted = TrainState.count
 
-    def answer(self) -> None:
-        self.send_response(500)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+    def interrupt(self, *numbers):
+        counted(self, *numbers)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    do_GET = do_POST = answer  # noqa: N815
+    monkeypatch.setattr(TrainState, "count", interrupt)
+    folder = f"output_dir={tmp_path / 'run'}"
+    with pytest.raises(Interrupted, match="stopped by SIGINT after step 1 of") as stopped:
+        scripts.train.main([SMOKE, folder, "device=cpu", "data.eval=null"])
+    assert stopped.value.exit_code == 130
+    assert runs()[0].info.status == "KILLED"
 
-    def log_message(self, *_: object) -> None:
-        """Print nothing."""
 
-
-@pytest.fixture(params=["refuses", "hangs", "answers 500", "is locked"])
+@pytest.fixture(params=["refuses", "hangs", "answers 501", "is locked"])
 def fault(request, tmp_path, monkeypatch, mlflow_database) -> Iterator[None]:
     """A place that takes no runs, in its ways."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # 10 s else
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 3.0)
-    uri = "http://user:canary@127.0.0.1:{}"
-    if request.param == "is locked":
-        path = shutil.copy(mlflow_database, tmp_path / "locked.db")
-        with closing(sqlite3.connect(path)) as held:
+    uri, port = "http://user:canary@127.0.0.1:{}", 9
+    with ExitStack() as stack:
+        if request.param == "is locked":
+            uri = f"sqlite:///{shutil.copy(mlflow_database, tmp_path / 'locked.db')}"
+            held = stack.enter_context(closing(sqlite3.connect(tmp_path / "locked.db")))
             held.execute("BEGIN EXCLUSIVE")
-            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
-            yield
-    elif request.param == "answers 500":
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(server.server_port))
-            yield
-            server.shutdown()
-    else:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = 9 if request.param == "refuses" else server.getsockname()[1]
-            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(port))
-            yield
+        elif request.param == "answers 501":
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+            threading.Thread(target=stack.enter_context(server).serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            port = server.server_port
+        elif request.param == "hangs":
+            port = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(port))
+        yield
 
 
 @pytest.mark.usefixtures("fault")
@@ -320,14 +322,15 @@ def test_where_to_look_is_the_server_even_if_it_knows_nothing_yet(tmp_path, monk
 def test_what_mlflow_refuses_for_ever_is_said_in_its_words_with_a_cure_that_works(
     tmp_path, store, monkeypatch
 ) -> None:
+    from mlflow.cli import cli
+
     client, warnings, record = connect(), [], begin(tmp_path / "run")
     experiment = client.get_experiment_by_name(ROOT.name)
     client.delete_experiment(experiment.experiment_id)
     end(record, track(record, warnings.append))
     cure = f"mlflow experiments restore -x {experiment.experiment_id}"
     assert f"the experiment {ROOT.name} was deleted: restore it (uv run {cure})" in warnings[0]
-    command = [sys.executable, "-m", *cure.split()]
-    subprocess.run(command, check=True, capture_output=True)
+    cli.main(cure.split()[1:], standalone_mode=False)
     send_later(record.folder)
     assert runs()[0].info.status == "FINISHED"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}")
@@ -383,30 +386,44 @@ def test_four_runs_that_start_at_once_on_a_fresh_store_all_arrive(tmp_path, monk
     assert [steps(run) for run in runs()] == [[1, 2, 3]] * 4
 
 
+@contextmanager
+def served(folder: Path, port: int) -> Iterator[None]:
+    """`mlflow server` on a database in this folder, until it is killed."""
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)),
+        *("--backend-store-uri", f"sqlite:///{folder / 'server.db'}"),
+        *("--artifacts-destination", str(folder / "artifacts")),
+    ]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, start_new_session=True, cwd=ROOT, **quiet) as server:
+        for _ in range(600):
+            with suppress(OSError):
+                urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+                break
+            time.sleep(0.2)
+        yield
+        os.killpg(server.pid, signal.SIGKILL)
+
+
 @pytest.mark.slow  # a server takes a quarter of a minute to start
 def test_a_real_server_dies_and_comes_back_and_has_all_in_the_end(tmp_path, monkeypatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 3.0)
     warnings: list[str] = []
-    with serve(tmp_path, port) as server:
-        record = begin(tmp_path / "run")
+    record = begin(tmp_path / "run")
+    with served(tmp_path, port):
         tracker = track(record, warnings.append)
         add(record, 1, 2)
         tracker.wake()
         while not runs() or steps(runs()[0]) != [1, 2]:
             time.sleep(0.1)
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-        add(record, 3)
-        tracker.wake()
-        add(record, 4)
-        (record.folder / "loss.png").write_bytes(b"png")
-        end(record, tracker)
-        assert len(warnings) == 1
-    with serve(tmp_path, port):
+    add(record, 3, 4)
+    (record.folder / "loss.png").write_bytes(b"png")
+    end(record, tracker)
+    assert len(warnings) == 1
+    with served(tmp_path, port):
         for _ in range(2):
             send_later(record.folder)
             (run,) = runs()
@@ -414,35 +431,3 @@ def test_a_real_server_dies_and_comes_back_and_has_all_in_the_end(tmp_path, monk
             assert steps(run) == [1, 2, 3, 4]
         kept = {file.path for file in connect().list_artifacts(run.info.run_id)}
         assert kept >= {"config.yaml", "loss.png"}
-
-
-class serve:  # noqa: N801 - a context manager
-    """`mlflow server` on a database in this folder."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self.command = [
-            *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)),
-            *("--backend-store-uri", f"sqlite:///{folder / 'server.db'}"),
-            *("--artifacts-destination", str(folder / "artifacts")),
-        ]
-        self.health = f"http://127.0.0.1:{port}/health"
-
-    def __enter__(self) -> subprocess.Popen:
-        import requests
-
-        self.server = subprocess.Popen(
-            self.command, start_new_session=True, cwd=ROOT,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        for _ in range(600):
-            try:
-                if requests.get(self.health, timeout=1).ok:
-                    return self.server
-            except requests.RequestException:
-                time.sleep(0.2)
-        raise TimeoutError(self.health)
-
-    def __exit__(self, *_: object) -> None:
-        if self.server.poll() is None:
-            os.killpg(self.server.pid, signal.SIGKILL)
-            self.server.wait()

@@ -62,9 +62,8 @@ def _result(folder: Path) -> dict[str, str]:
             result[name] = f"{summarize(values):,.4g}"
     if lines and lines[-1]["loss"] is None:
         result["loss"] = "not finite"
-    for report in (folder / "evaluation.json", folder / "final/evaluation.json"):
-        if report.is_file():
-            measured = json.loads(report.read_text("utf-8"))
-            for name, figure in measured["scores"]["model"].items():
-                result[f"{name} on {measured['data']}"] = f"{figure:,.4g}"
+    if (report := folder / "evaluation.json").is_file():
+        measured = json.loads(report.read_text("utf-8"))
+        for name, figure in measured["scores"]["model"].items():
+            result[f"{name} on {measured['data']}"] = f"{figure:,.4g}"
     return result

@@ -1,6 +1,6 @@
-"""MLflow: it gets what a run's folder holds, nothing twice, and never delays or stops a training.
+"""Send a run's folder to MLflow: nothing twice, and without delaying or stopping the training.
 
-`metrics.jsonl` and the other files are written first. A thread sends them while the run lives; what
+`metrics.jsonl` and the other files are written first. A thread sends them during the run; what
 did not arrive, `uv run scripts/sync.py FOLDER` sends later. MLflow takes seconds to import, so
 only functions that need it do.
 """
@@ -13,8 +13,8 @@ import os
 import shlex
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, nullcontext
 from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from src.training.metrics import read_metrics
 from src.training.record import Record, hide
 from src.utils.environment import PROJECT_ROOT, to_root
 from src.utils.errors import RunError, first_line
-from src.utils.files import METRICS, RECIPE, write_text
+from src.utils.files import METRICS
 from src.utils.memory import GIB
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ CLOSE_SECONDS = 20.0  # how long the end of a run waits for a server that may be
 UPLOAD_SECONDS = 1800.0  # and for one that answers, as models may be large
 MAX_VALUE = 500  # characters of a parameter's value, which every MLflow store takes
 MAX_NAME = 250  # and of a name
-MAX_FILE_BYTES = 10_000_000  # of a file that is sent along
 FILES = ("config.yaml", "samples.jsonl", "left_out.jsonl", "loss.png", "uncommitted.diff")
 TABLE = "samples.json"
 CONTEXT = "mlflow.data.context"  # the tag that says what data was used for
@@ -176,14 +175,17 @@ class Sender:
         for part in batched(new, 100):  # as many as MLflow takes in one request
             client.log_batch(self.run_id, params=part)
         client.log_batch(self.run_id, tags=[entities.RunTag(*tag) for tag in facts["tags"].items()])
-        inputs = []
-        for part, rows in facts["data"].items():
+        inputs, uses = [], {}
+        for part in facts["data"]:
+            uses.setdefault(facts["tags"][f"fingerprint.{part}"], []).append(part)
+        for digest, parts in uses.items():
+            rows = facts["data"][parts[0]]
             columns = [{"name": name, "type": "string"} for name in rows["columns"]]
             schema, counts = json.dumps({"mlflow_colspec": columns}), json.dumps(rows["counts"])
             source = json.dumps({"uri": rows["source"][:MAX_VALUE]})
-            name, digest = rows["name"][:MAX_NAME], facts["tags"][f"fingerprint.{part}"]
+            name, use = rows["name"][:MAX_NAME], " and ".join(parts)
             data = entities.Dataset(name, digest, "local", source, schema, counts)
-            inputs.append(entities.DatasetInput(data, [entities.InputTag(CONTEXT, part)]))
+            inputs.append(entities.DatasetInput(data, [entities.InputTag(CONTEXT, use)]))
         if not run.inputs.dataset_inputs:
             client.log_inputs(self.run_id, inputs)
 
@@ -204,13 +206,8 @@ class Sender:
         return len(new)
 
     def _send_files(self) -> None:
-        for path in [self._folder / name for name in FILES]:
-            if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
-                continue
-            if path.suffix == ".png":
-                self._client.log_artifact(self.run_id, str(path))
-            else:
-                self._client.log_text(self.run_id, hide(path.read_text("utf-8")), path.name)
+        with _without_secrets([self._folder / name for name in FILES]) as copies:
+            self._client.log_artifacts(self.run_id, copies)
 
     def _send_samples(self) -> None:
         """The answers as a table that MLflow shows. Its own log_table would append them again."""
@@ -243,15 +240,25 @@ class Sender:
         model = models[0].model_id
         size = sum(file.stat().st_size for file in final.iterdir())
         if size <= self._settings.max_model_gib * GIB:
-            with tempfile.TemporaryDirectory() as copy:
-                for file in final.iterdir():
-                    Path(copy, file.name).symlink_to(file.resolve())
-                write_text(Path(copy, RECIPE), hide((final / RECIPE).read_text("utf-8")))
-                client.log_model_artifacts(model, copy)
+            with _without_secrets(final.iterdir()) as copies:
+                client.log_model_artifacts(model, copies)
         for line in read_metrics(self._folder / METRICS):
             if line["step"] == step:
                 client.log_batch(run_id, metrics=_points(line, model_id=model))
         client.finalize_logged_model(model, "READY")
+
+
+@contextmanager
+def _without_secrets(paths: Iterable[Path]) -> Generator[str]:
+    """A folder of the files that are there: links, and copies of texts that may hold secrets."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in filter(Path.is_file, paths):
+            copy = Path(folder, path.name)
+            if path.suffix in {".yaml", ".jsonl", ".diff"}:
+                copy.write_text(hide(path.read_text("utf-8")), encoding="utf-8")
+            else:
+                copy.symlink_to(path.resolve())
+        yield folder
 
 
 def explain(error: Exception) -> str:

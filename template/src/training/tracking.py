@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
@@ -292,8 +292,8 @@ def tracking_uri() -> str:
 
     MLflow's own default is a database in the current folder.
     """
-    default = f"sqlite:///{quote(str(PROJECT_ROOT / 'mlflow.db'))}"  # there may be a ? in its path
-    return os.environ.get("MLFLOW_TRACKING_URI") or default
+    path = str(PROJECT_ROOT / "mlflow.db").replace("%", "%25").replace("?", "%3F")  # as in a URL
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
 
 
 def connect() -> MlflowClient:

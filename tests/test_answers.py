@@ -23,43 +23,22 @@ AS_TEXT = [
     "&anchor *alias !!python/object:os.system",
     *("no", "null", "~", "1e3", "007", "2026-01-01", "0x1f", "---", "...", "=", "@", "#"),
 ]
-REFUSED_LINES = {
-    "empty": "",
-    "blank": " ",
-    "leading blank": " text",
-    "trailing blank": "text ",
-    "no-break space at the end": "text\u00a0",
-    "newline": "one\ntwo",
-    "newline at the end": "text\n",
-    "an index injected as TOML": 'text"\n[[tool.uv.index]]\nurl = "http://127.0.0.1"\nname = "x',
-    "carriage return": "one\rtwo",
-    "tab": "one\ttwo",
-    "escape sequence": "\x1b[31mred",
-    "null": "one\x00two",
-    "delete": "one\x7ftwo",
-    "next line": "one\x85two",
-    "line separator": "one\u2028two",
-    "paragraph separator": "one\u2029two",
-    "right-to-left override": "one\u202etwo",
-    "bidi isolate": "one\u2066two",
-    "zero-width space": "one\u200btwo",
-    "byte order mark": "\ufefftext",
-    "lone surrogate": "one\udcfftwo",
-    "not a character": "one\uffffttwo",
-    "too long": "x" * 201,
-}
+REFUSED_LINES = [
+    *("", " ", " text", "text ", "text\u00a0"),  # empty, or blanks at an end
+    *("one\ntwo", "text\n", "one\rtwo", "one\ttwo", "one\x85two", "one\u2028two", "one\u2029two"),
+    'text"\n[[tool.uv.index]]\nurl = "http://127.0.0.1"\nname = "x',  # an index injected as TOML
+    *("\x1b[31mred", "one\x00two", "one\x7ftwo"),  # an escape sequence, null, delete
+    *("one\u202etwo", "one\u2066two", "one\u200btwo", "\ufefftext"),  # bidi, zero width, BOM
+    *("one\udcfftwo", "one\uffffttwo"),  # a lone surrogate, not a character
+    "x" * 201,
+]
 REFUSED_NAMES = [
-    *(
-        "",
-        " ",
+    *("", " ", "my finetune", "my-finetune\n", "🦙", "x" * 65, 'a"b', "{{a}}"),
+    *[
         "My-Finetune",
         "my_finetune",
-        "my finetune",
         "my.finetune",
-        "my-finetune\n",
         "ünïcode",
-    ),
-    *(
         "-my",
         "my-",
         "my--finetune",
@@ -68,69 +47,32 @@ REFUSED_NAMES = [
         ".",
         "../up",
         "a/b",
-        "🦙",
-        "x" * 65,
-        'a"b',
-        "{{a}}",
-    ),
-    *("torch", "transformers", "huggingface-hub", "pytest", "ruff", "json", "email", "asyncio"),
-    *("src", "tests", "scripts", "configs", "data"),
+    ],
+    *["torch", "transformers", "huggingface-hub", "pytest", "ruff", "json", "email", "asyncio"],
+    *["src", "tests", "scripts", "configs", "data"],
 ]
 REFUSED = {
     "description": REFUSED_LINES,
     "user_name": REFUSED_LINES,
-    "project_name": {name: name for name in REFUSED_NAMES},
-    "user_email": {
-        answer: answer
-        for answer in (
-            *(
-                "ada",
-                "ada@",
-                "@example.org",
-                "ada@example",
-                "ada@example.org\n",
-                " ada@example.org",
-            ),
-            *(
-                "ada@exa mple.org",
-                'a"@example.org',
-                "a,b@example.org",
-                "<ada@example.org>",
-                "ä@b.org",
-            ),
-        )
-    },
-    "github_user": {
-        answer: answer
-        for answer in (*("..", ".", "a/b", "a b", "ada\n", "-ada", "ada-", 'a"b', "🦙"), "x" * 101)
-    },
-    "base_model": {
-        answer: answer
-        for answer in (
-            *(
-                "",
-                " ",
-                " a/b",
-                "a/b ",
-                "a/b\n",
-                'a"b',
-                "a'b",
-                "${oc.env:HF_TOKEN}",
-                "{{ a }}",
-                "a\u202eb",
-            ),
-            *("--option", "a#b", "a,b", "a=b", "x" * 201),
-        )
-    },
-    "copyright_year": {answer: answer for answer in ("", "26", "20266", "2026\n", "MMXX", "٢٠٢٦")},
-    "license": {answer: answer for answer in ("", "WTFPL", "mit", "none")},
-    "quantization": {answer: answer for answer in ("", "int8", "4", "None")},
-    "ci": {answer: answer for answer in ("", "GitHub Actions", "jenkins", "None")},
+    "project_name": REFUSED_NAMES,
+    "user_email": [
+        *("ada", "ada@", "@example.org", "ada@example", "ada@example.org\n", " ada@example.org"),
+        *("ada@exa mple.org", 'a"@example.org', "a,b@example.org", "<ada@example.org>", "ä@b.org"),
+    ],
+    "github_user": ["..", ".", "a/b", "a b", "ada\n", "-ada", "ada-", 'a"b', "🦙", "x" * 101],
+    "base_model": [
+        *("", " ", " a/b", "a/b ", "a/b\n", 'a"b', "a'b", "${oc.env:HF_TOKEN}", "{{ a }}"),
+        *("a\u202eb", "--option", "a#b", "a,b", "a=b", "x" * 201),
+    ],
+    "copyright_year": ["", "26", "20266", "2026\n", "MMXX", "٢٠٢٦"],
+    "license": ["", "WTFPL", "mit", "none"],
+    "quantization": ["", "int8", "4", "None"],
+    "ci": ["", "GitHub Actions", "jenkins", "None"],
 }
 CASES = [
-    pytest.param(question, answer, id=f"{question}-{title}".encode("unicode_escape").decode())
+    pytest.param(question, answer, id=ascii(f"{question}-{answer}"[:40]))
     for question, answers in REFUSED.items()
-    for title, answer in answers.items()
+    for answer in answers
 ]
 
 

@@ -32,7 +32,7 @@ def test_the_loss_is_the_one_that_training_found_and_mlflow_gets_it(smoke: Path,
     assert figures["exact"] == figures["contains"] == 1
     assert (len(result["samples"]), warned) == (5, "")
     page = smoke / "evaluation.md"
-    asked = f"Loss on all {result['rows']} rows, answers to the first 5."
+    asked = f"Rows in loss: all {result['rows']}; answered: the first 5."
     assert result["rows"] == len(Path(SAMPLE).read_text().splitlines())
     assert printed == f"{page.read_text()}Written to {page} and evaluation.json.\n"
     assert page.read_text().splitlines()[-1] == asked

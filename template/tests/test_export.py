@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import scripts.export
 import scripts.inference
@@ -155,6 +155,10 @@ def test_what_cannot_be_exported_is_refused(tuned, tmp_path, refused, smoke: Pat
     (base / "config.json").write_text(json.dumps(described | quantized))
     (line,) = lines("--base", str(base))
     assert "is quantized, and merging would round the adapter away" in line
+    narrow = AutoConfig.for_model(**described | {"hidden_size": 64})
+    AutoModelForCausalLM.from_config(narrow).save_pretrained(tmp_path / "narrow")
+    (line,) = lines("--base", str(tmp_path / "narrow"))
+    assert f"was made for another model than {tmp_path / 'narrow'}" in line
     run = shutil.copytree(tuned, tmp_path / "run")
     (run / "final/training_config.yaml").unlink()
     assert "not the result of a run" in lines()[0]

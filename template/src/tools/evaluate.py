@@ -87,8 +87,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     if samples:
         columns = ["prompt", "expected", *scores]
         text += f"\n{_table([columns, *([_cell(row[key]) for key in columns] for row in samples)])}"
-    asked = f"answers to the first {len(samples)}" if samples else "no answers"
-    return f"{text}\nLoss on all {result['rows']:,} rows, {asked}.\n"
+    asked = f"the first {len(samples)}" if samples else "none"
+    return f"{text}\nRows in loss: all {result['rows']:,}; answered: {asked}.\n"
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
         batch_size=options.batch_size, temperature=options.temperature, top_p=options.top_p,
     )  # fmt: skip
     if options.chat:
-        _chat(answer, tokenizer, stops_of(model, tokenizer), _system(options))
+        _chat(answer, tokenizer, stops_of(model, tokenizer), options.system)
     elif options.input:
         answer_rows(options.input, options.output, data, done, total, answer)
     else:
@@ -73,11 +73,7 @@ def _prompts(options: argparse.Namespace) -> list[Any]:
     prompts = options.prompt or [sys.stdin.read()]
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("an empty prompt: there is nothing to answer")
-    return [[*_system(options), {"role": "user", "content": prompt}] for prompt in prompts]
-
-
-def _system(options: argparse.Namespace) -> list[dict[str, str]]:
-    return [{"role": "system", "content": options.system}] if options.system else []
+    return [[*options.system, {"role": "user", "content": prompt}] for prompt in prompts]
 
 
 def _chat(
@@ -106,7 +102,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add, count = parser.add_argument, between(1, 2**31)
     add("model", metavar="MODEL", help="see above")
     add("prompt", metavar="PROMPT", nargs="*", help="a question; several are answered as a batch")
-    add("--system", help="a system turn before the first question")
+    turn = lambda text: [{"role": "system", "content": text}]  # noqa: E731
+    add("--system", type=turn, default=[], help="a system turn before the first question")
     add("--input", help="a file of rows: `messages`, `prompt`, or `text` to be continued")
     output = "the file that gets these rows with their answers as `generated` (default: printed)"
     add("--output", type=Path, help=output)

@@ -8,7 +8,7 @@ import pytest
 
 import scripts.evaluate
 from conftest import SMOKE, chat, metrics
-from src.tools.evaluate import as_markdown
+from src.tools.evaluate import write_evaluation
 from src.training.tracking import connect
 
 SAMPLE = str(Path(SMOKE).parents[1] / "data/sample.jsonl")
@@ -81,7 +81,8 @@ def test_bad_rows_and_numbers_are_named_before_anything_is_loaded(
     assert "--max-length/--max-new-tokens: 0 is not from 1 to" in capsys.readouterr().err
 
 
-def test_a_table_survives_what_models_say() -> None:
+def test_a_table_survives_what_models_say(tmp_path) -> None:
     row = {"prompt": [{"role": "user", "content": "a | b\nc"}], "expected": "x" * 300, "model": ""}
     result = {"data": "d", "rows": 1, "scores": {"model": {"loss": 1.0}}, "samples": [row]}
-    assert r"| a \| b c | " + "x" * 200 + " … |  |" in as_markdown(result)
+    text = write_evaluation(result, tmp_path / "new").read_text()
+    assert r"| a \| b c | " + "x" * 200 + " … |  |" in text

@@ -120,7 +120,7 @@ def _complete(
 ) -> list[list[int]]:  # fmt: skip
     """Return the tokens after each prompt up to the stop token; the first prompt is the longest.
 
-    With `rows`, for the compiler, as a batch of so many and in one of few lengths.
+    `rows` is not 0 for the compiler: then a batch has so many, and one of few lengths.
     """
     width, limit = len(batch[0]), position_limit(model)
     if rows:
@@ -148,7 +148,7 @@ def _encode(
 ) -> tuple[list[int], str]:
     """Return a prompt's tokens, and the blanks at its end that are left out of them.
 
-    A blank that training's tokenizer merges with the answer's first word is the model's to say.
+    They are if training's tokens merge such a blank with the answer's first word.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     row: dict[str, Any] = prompt if isinstance(prompt, dict) else {"messages": messages}

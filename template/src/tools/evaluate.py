@@ -69,17 +69,7 @@ def compare_with_base(
 
 
 def write_evaluation(result: dict[str, Any], folder: Path) -> Path:
-    """Write evaluation.json and evaluation.md; return the latter."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    write_text(folder / "evaluation.json", f"{text}\n")
-    page = folder / "evaluation.md"
-    write_text(page, as_markdown(result))
-    return page
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    """Return a table of the scores, and one of the samples."""
+    """Write evaluation.json, and evaluation.md with tables of it; return the latter."""
     scores, samples = result["scores"], result["samples"]
     figures = [["", *scores["model"]]]
     figures += [[name, *(f"{x:.4g}" for x in row.values())] for name, row in scores.items()]
@@ -88,7 +78,11 @@ def as_markdown(result: dict[str, Any]) -> str:
         columns = ["prompt", "expected", *scores]
         text += f"\n{_table([columns, *([_cell(row[key]) for key in columns] for row in samples)])}"
     asked = f"the first {len(samples)}" if samples else "none"
-    return f"{text}\nRows in loss: all {result['rows']:,}; answered: {asked}.\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    data, page = json.dumps(result, indent=1, ensure_ascii=False), folder / "evaluation.md"
+    write_text(folder / "evaluation.json", f"{data}\n")
+    write_text(page, f"{text}\nRows in loss: all {result['rows']:,}; answered: {asked}.\n")
+    return page
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -31,10 +31,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
         UserError: there is none, it has no EOS token, or it is a slow one, which cannot say where
             its tokens begin in the text.
     """
-    with explained(f"model.name: {config.name}"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve(config.name), trust_remote_code=config.trust_remote_code
-        )
+    tokenizer = _from_pretrained(AutoTokenizer, config)
     if tokenizer is None or not tokenizer.is_fast:
         raise UserError(f"model.name: {config.name}: needs a fast tokenizer (a tokenizer.json)")
     if tokenizer.eos_token is None:
@@ -111,7 +108,7 @@ def set_generation_config(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
 
 
 def stops_of(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
-    """The tokenizer's and the template's stop tokens, and those special ones that the base has."""
+    """The stop tokens of the tokenizer and the chat template, and special ones of the base."""
     stops, base = stop_token_ids(tokenizer), model.generation_config.eos_token_id
     also = base if isinstance(base, list) else [base]
     return stops + [i for i in also if i in tokenizer.added_tokens_decoder and i not in stops]
@@ -143,20 +140,20 @@ def save_model(
         tokenizer: it is saved beside them.
         folder: to write into.
         dtype: of a full model's file, as models are published without their fp32 masters.
-        state: the model's weights, where it has none itself.
+        state: the weights to save, if the model's own are sharded.
     """
-    transformers_logging.disable_progress_bar()  # of saving, which takes a moment
+    transformers_logging.disable_progress_bar()  # saving takes a moment
     if hasattr(model, "peft_config"):
-        # An adapter that was gone on from may name its base by where it once was.
+        # An adapter that was trained further may name the place where its base was before.
         cast(Any, model).peft_config["default"].base_model_name_or_path = model.name_or_path
         # False: else PEFT asks the hub whether the base's vocabulary has changed.
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-        # Whoever loads the adapter elsewhere has the base's stops, unless they take these.
+        # Without it, whoever loads the adapter elsewhere stops at the base's stop tokens.
         model.generation_config.save_pretrained(folder)
     else:
         state = {k: v.to(dtype) for k, v in (state or model.state_dict()).items()}
         model.save_pretrained(folder, state_dict=state)
-        # It has written the dtype of the fp32 masters, and use_cache=False, which is ours.
+        # That wrote the dtype of the fp32 masters, and use_cache=False, which only training needs.
         config = copy.deepcopy(model.config)
         config.dtype, config.use_cache = dtype, True
         config.save_pretrained(folder)
@@ -164,7 +161,7 @@ def save_model(
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int, int]:
-    """(trainable, quantized, all) parameters; a 4-bit weight counts as what it stands for."""
+    """(trainable, quantized, all) parameters; packed 4-bit weights count as unpacked."""
     trainable = quantized = total = 0
     for p in model.parameters():
         count = (getattr(p, "quant_state", None) or p).shape.numel()
@@ -172,18 +169,6 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int, int]:
         quantized += count * (p.dtype in {torch.uint8, torch.int8})
         trainable += p.numel() * p.requires_grad
     return trainable, quantized, total
-
-
-def read_config(config: ModelConfig) -> Any:
-    """The model's config.json, as transformers reads it.
-
-    Raises:
-        UserError: as `build_model` does.
-    """
-    with explained(f"model.name: {config.name}"):
-        return AutoConfig.from_pretrained(
-            resolve(config.name), trust_remote_code=config.trust_remote_code
-        )
 
 
 def without_weights(
@@ -194,7 +179,7 @@ def without_weights(
     Raises:
         UserError: as `build_model` does.
     """
-    described = read_config(config)
+    described = _from_pretrained(AutoConfig, config)
     with explained(f"model.name: {config.name}"), torch.device(device):
         return AutoModelForCausalLM.from_config(
             described, dtype=dtype, trust_remote_code=config.trust_remote_code
@@ -231,7 +216,8 @@ def check_positions(config: ModelConfig, max_length: int) -> None:
     Raises:
         UserError: naming both; and as `build_model` does.
     """
-    known = getattr(read_config(config).get_text_config(), "max_position_embeddings", None)
+    described = _from_pretrained(AutoConfig, config).get_text_config()
+    known = getattr(described, "max_position_embeddings", None)
     # Rarely true: not every model can be built on meta.
     if known and max_length > known and position_limit(without_weights(config)):
         raise UserError(
@@ -253,12 +239,18 @@ def read_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
             # Unset, bitsandbytes computes in fp32 without a warning, even inside bf16 autocast.
             bnb_4bit_compute_dtype=torch.bfloat16 if dtype == torch.float32 else dtype,
         )
+    return _from_pretrained(
+        AutoModelForCausalLM, config, dtype=dtype, device_map={"": device},
+        quantization_config=quantized,
+        use_safetensors=True,  # a pickled .bin can run code when it is read
+    )  # fmt: skip
+
+
+def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
+    """`kind.from_pretrained` of the model that a config names, as each part of it is read."""
+    options |= {"trust_remote_code": config.trust_remote_code}
     with explained(f"model.name: {config.name}"):
-        return AutoModelForCausalLM.from_pretrained(
-            resolve(config.name), dtype=dtype, device_map={"": device},
-            trust_remote_code=config.trust_remote_code, quantization_config=quantized,
-            use_safetensors=True,  # a pickled .bin can run code when it is read
-        )  # fmt: skip
+        return kind.from_pretrained(resolve(config.name), **options)
 
 
 def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:

@@ -36,7 +36,7 @@ def test_longer_conversations_are_cut_or_left_out_and_counted(
     data = tokens(source, tokenizer, max_length=64, too_long=too_long)
     assert data.lengths.tolist()[1:] == [64] * (2 - len(left_out))
     cut = "2 rows cut: longer than data.max_length=64"
-    assert list(data_notes(data.facts)) == ([cut, note] if too_long == "cut" else [note])
+    assert list(data_notes(data.facts))[1:] == ([cut, note] if too_long == "cut" else [note])
     kept = [json.loads(line) for line in data.left_out.read_text().splitlines()]
     assert [row["place"] for row in kept] == [f"{source}:{n}" for n in left_out]
     reason = note.partition("left out: ")[2]
@@ -48,7 +48,7 @@ def test_a_longer_text_becomes_documents_and_loses_nothing(tokenizer, write_rows
     text = " ".join(f"word{n}" for n in range(100))
     data = tokens(write_rows({"text": text}, {"text": "short"}), tokenizer, max_length=64)
     *pieces, short = documents(data)
-    assert list(data_notes(data.facts)) == ["1 row split: longer than data.max_length=64"]
+    assert list(data_notes(data.facts))[1:] == ["1 row split: longer than data.max_length=64"]
     assert len(pieces) > 2
     assert max(map(len, pieces)) <= 64
     assert tokenizer.decode([*chain.from_iterable(pieces)]) == f"{text}<|end|>"
@@ -122,9 +122,9 @@ def test_answers_that_the_generation_prompt_does_not_lead_to_are_counted(
         "{% if add_generation_prompt %}assistant: <think>{% endif %}"
     )
     file = write_rows(chat("q", "a"), chat("q", "<think>hm</think>a"))
-    (note,) = data_notes(tokens(file, other, max_length=64).facts)
-    assert note == "1 row whose answers lack what the generation prompt ends with, e.g. <think>"
-    assert not list(data_notes(tokens(file, tokenizer, max_length=64).facts))
+    notes = list(data_notes(tokens(file, other, max_length=64).facts))
+    assert notes[1] == "1 row whose answers lack what the generation prompt ends with, e.g. <think>"
+    assert list(data_notes(tokens(file, tokenizer, max_length=64).facts)) == notes[:1]
 
 
 def test_a_rows_labels_depend_on_nothing_but_the_row(tokenizer, write_rows) -> None:

@@ -48,7 +48,7 @@ def test_a_run_on_tools_is_proved_by_the_call_itself(train, write_rows) -> None:
 
 def test_a_token_of_the_template_typed_as_text_is_counted(write_rows, tokenizer) -> None:
     source = write_rows(chat("q", "The token <|end|> ends."), chat("q", "<|eot|> does not"))
-    (note,) = data_notes(tokens(source, tokenizer).facts)
+    _, note = data_notes(tokens(source, tokenizer).facts)
     assert note.startswith("1 row with a token of the chat template as text")
 
 

@@ -10,7 +10,8 @@ from src.data.dataset import Document, Facts
 
 
 def data_notes(facts: Facts) -> Iterator[str]:
-    """Say how many rows were changed, left out or suspicious, a line for each reason."""
+    """Say how rows were read; how many were changed, left out or suspicious; what is not read."""
+    yield "read " + ", ".join(f"{count:,} as {shape}" for shape, count in facts.read_as.items())
     for note, count in facts.notes.items():
         yield f"{count:,} {'row' if count == 1 else 'rows'} {note}"
     if facts.unread:

@@ -19,9 +19,9 @@ UNUSABLE = "left out as unusable: left_out.jsonl says why"
 FIRST_ROWS = 100  # what is looked at before a start
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "tool": "tool",
+    "function": "tool", "observation": "tool", "function_response": "tool",
     "function_call": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 SHAREGPT = {"from": "role", "value": "content"}
 LOSS = ("weight", "train", "trainable")  # of a message: OpenAI's, axolotl's; 0 or false is no loss

@@ -38,10 +38,9 @@ def look(config: Config, marks: tuple[str, str]) -> Iterator[str]:
 def _describe(name: str, dataset: TokenDataset) -> Iterator[str]:
     """Yield counts, lengths, notes and duplicates of a dataset, a line each."""
     lengths, facts = dataset.lengths, dataset.facts
-    shapes = ", ".join(f"{count:,} as {shape}" for shape, count in facts.read_as.items())
     tokens, labelled = int(lengths.sum()), facts.labelled_tokens
     median, high = np.percentile(lengths, (50, 90)).astype(int)
-    yield f"{name:<10} documents: {len(dataset):,}, read {shapes}"
+    yield f"{name:<10} documents: {len(dataset):,}"
     yield f"tokens     {tokens:,}, of which {labelled:,} labelled ({labelled / tokens:.0%})"
     yield f"lengths    median {median:,}, 90 % up to {high:,}, longest {lengths.max():,}"
     for note in data_notes(facts):

@@ -69,7 +69,6 @@ def describe(
     if evaluation:
         same = " (the same rows)" * same_rows(data, evaluation.dataset)
         lines.append(f"{count(len(evaluation.dataset), 'row')} to evaluate on{same}")
-    lines.append(f"read {', '.join(f'{n:,} as {shape}' for shape, n in facts.read_as.items())}")
     say_lines("data", *lines, *data_notes(facts))
     lines, fill = [], "padded"
     if train.packing:

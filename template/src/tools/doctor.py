@@ -1,7 +1,7 @@
 """Check machine, project, rows and memory before a run costs anything.
 
-Left to `uv sync --locked`, pre-commit and the tests: packages, lock, lint, seeds, and secrets among
-the files of git. Left to scripts/look.py: rows that are cut, left out or duplicated.
+Not checked here, as `uv sync --locked`, pre-commit and the tests do it: packages, lock, lint, seeds
+and secrets in git. scripts/look.py shows rows that are cut, left out or duplicated.
 """
 
 import os

@@ -6,6 +6,7 @@ import errno
 import gc
 import io
 import os
+import select
 import sys
 import time
 import traceback
@@ -52,8 +53,13 @@ def run_script(main: Callable[[list[str]], None], help_text: str = "") -> None:
         _leave([f"error: {place}: {(error.text or '').strip()}"], EXIT_BAD_INPUT)
     except KeyboardInterrupt:  # while loading: a training saves its state first
         _leave([] if RANK else ["interrupted"], EXIT_SIGINT)
-    except BrokenPipeError:  # nobody reads on, as in `look.py | head`
-        os._exit(EXIT_SIGPIPE)  # the interpreter's own end would write the rest, and complain
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if not output.poll(0):
+            raise  # of another pipe, to a worker say
+        # Nobody reads on, as in `look.py | head`. The interpreter's own end would try to write.
+        os._exit(EXIT_SIGPIPE)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             _leave([f"error: {error.filename}: {error.strerror}"], EXIT_BAD_INPUT)

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from src.config import Config, LoraConfig, TrainingConfig, flatten
 from src.data.dataset import Facts
-from src.utils.distributed import RANK, WORLD_SIZE, barrier, from_main, gather, is_main, on_main
+from src.utils.distributed import RANK, WORLD_SIZE, barrier, gather, is_main, on_main
 from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError, first_line
 from src.utils.files import new_folder
@@ -131,7 +131,7 @@ def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
     """
     path = folder / f"step-{training.state.step:08d}"
     training.state.learning_rate = float(training.optimizer.param_groups[0]["lr"])
-    if from_main(path.exists):  # saved by the loop, and now again by a signal
+    if on_main(path.exists):  # saved by the loop, and now again by a signal
         return path
     with explain_failed_write(path, folder):
         with _folder_for_all(path) as temporary:
@@ -258,7 +258,7 @@ def resume(
     Raises:
         UserError: it is damaged, or of another run.
     """
-    path, warnings = from_main(find_checkpoint, settings.resume, checkpoints)
+    path, warnings = on_main(find_checkpoint, settings.resume, checkpoints)
     if path is not None:
         if not settings.resume_despite_changes:
             check_identity(path, training.identity)

@@ -199,7 +199,7 @@ def _save_result(run: Run, begun: int) -> None:
     step, best, reason = state.step, state.best_step, "the last step"
     if best is not None:
         path = checkpoints / f"step-{best:08d}"
-        if best != step and distributed.from_main(path.exists):
+        if best != step and distributed.on_main(path.exists):
             checkpoint.load_weights(training.trained(), path)
             step = best
         gone = f"the last step, as the checkpoint of the best one, {best}, is gone"

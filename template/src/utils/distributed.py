@@ -84,15 +84,8 @@ def barrier() -> None:
     all_sum(0)
 
 
-def on_main(work: Callable[..., object], *arguments: object) -> None:
-    """Run `work` on the main process, while the others wait."""
-    if is_main():
-        work(*arguments)
-    barrier()
-
-
-def from_main(work: Callable[..., Any], *arguments: object) -> Any:
-    """Run `work` on the main process, and return its result on all."""
+def on_main(work: Callable[..., Any], *arguments: object) -> Any:
+    """Run `work` on the main process, while the others wait; return its result on all."""
     return gather(work(*arguments) if is_main() else None)[0]
 
 

@@ -10,9 +10,9 @@ CONFIG is a YAML file, configs/train.yaml if none is given. Overrides are its ke
 All keys, their defaults and why: src/config.py
 """
 
+import os
 import sys
 
-from src.utils.environment import request_determinism
 from src.utils.ranks import RESTARTS
 from src.utils.script import quick_imports, run_script
 
@@ -27,7 +27,9 @@ def main(arguments: list[str]) -> None:
         config, plain = from_command_line([*arguments, "training.resume=auto"])
     check_run(config)
     if config.deterministic:
-        request_determinism()
+        # cuBLAS needs it for equal bits, and reads it when CUDA starts, which importing torch can
+        # do: its check for Triton asks for the GPU's properties.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if sys.stderr.isatty():
         print("loading torch …", end="\r", file=sys.stderr, flush=True)
 

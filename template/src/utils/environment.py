@@ -57,15 +57,6 @@ def hf_home() -> Path:
     return Path(os.path.expandvars(home)).expanduser()
 
 
-def request_determinism() -> None:
-    """Set what cuBLAS needs for equal bits. Call it before torch is imported.
-
-    cuBLAS reads it when CUDA starts, and importing torch can start CUDA (its check for Triton asks
-    for the GPU's properties).
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
 def from_root(path: str) -> Path:
     """A path from the config: relative to the project's root wherever the command was typed."""
     return PROJECT_ROOT / Path(path).expanduser()

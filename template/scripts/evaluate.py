@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     model, tokenizer = load_trained(name, pick_device(options.device), options.base)
     result = compare_with_base(model, tokenizer, config, options.samples, options.max_length)
     page = write_evaluation(result, folder)
-    send_evaluation(Path(name), result["scores"]["model"], [page])
+    send_evaluation(Path(name), result["scores"]["model"], page)
     print(f"{page.read_text('utf-8')}Written to {page} and evaluation.json.")
 
 

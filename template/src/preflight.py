@@ -13,7 +13,7 @@ from src.data.rows import check_source
 from src.data.sources import expand
 from src.utils.environment import from_root, hf_home
 from src.utils.errors import UserError
-from src.utils.files import ADAPTER, write_problem
+from src.utils.files import ADAPTER, METRICS, write_problem
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 INDEX = "model.safetensors.index.json"  # names the shards of a large model
@@ -22,7 +22,7 @@ MODEL_FILES = (
     *("chat_template.jinja", "model.safetensors", "adapter_model.safetensors"),
 )
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-TRACES = ("metrics.jsonl", "checkpoints", "final")  # that a run leaves in its folder
+TRACES = (METRICS, "checkpoints", "final")  # that a run leaves in its folder
 
 
 def check_run(config: Config, output: bool = True) -> None:

@@ -88,9 +88,7 @@ def add(record: Record, *steps: int) -> None:
 
 
 def track(record: Record, warn: Callable = pytest.fail) -> Tracker:
-    tracker = Tracker(warn)
-    tracker.start(record)
-    return tracker
+    return Tracker(record, warn)
 
 
 def end(record: Record, tracker: Tracker, status: str = "FINISHED") -> None:
@@ -170,21 +168,37 @@ def test_files_of_a_run_are_found_by_its_uri(tmp_path, seen: Path, refused) -> N
     assert lines[0].startswith("runs:/0123456789abcdef0123456789abcdef/model: ")
 
 
-def test_a_run_that_goes_on_is_the_same_in_mlflow_and_sends_no_step_twice(tmp_path, store) -> None:
+def test_a_run_is_sent_once_and_whole_over_failures_and_restarts(
+    tmp_path, store, monkeypatch
+) -> None:
+    from mlflow import MlflowClient
+
+    assert tracking.RETRY_SECONDS > 10, "the end comes before MLflow would be tried again"
+    warnings: list[str] = []
     record = begin(tmp_path / "run")
-    tracker = track(record)
+    tracker = track(record, warnings.append)
     add(record, 2, 4, 6)
     tracker.wake()
-    while not (found := runs()) or steps(found[0]) != [2, 4, 6]:
+    while not (sent := runs()) or steps(sent[0]) != [2, 4, 6]:
         time.sleep(0.05)
-    assert found[0].info.status == "RUNNING"
+    assert sent[0].info.status == "RUNNING"
+    with monkeypatch.context() as broken:
+        broken.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
+        add(record, 8)
+        tracker.wake()
+        while not warnings:
+            time.sleep(0.05)
+    add(record, 10)
+    end(record, tracker, "KILLED")
+    (run,) = runs()
+    assert (run.info.status, steps(run)) == ("KILLED", [2, 4, 6, 8, 10])
+    assert len(warnings) == 1
     (record.folder / "metrics.jsonl").unlink()  # as rewind_metrics would
     again = begin(tmp_path / "run", step=2, run_name="other")
-    add(again, 2, 4, 6, 8)
+    add(again, 2, 4, 6, 8, 10, 12)
     end(again, track(again))
     (run,) = runs()
-    assert steps(run) == [2, 4, 6, 8]
-    assert run.info.status == "FINISHED"
+    assert (run.info.status, steps(run)) == ("FINISHED", [2, 4, 6, 8, 10, 12])
     assert run.data.params["tracking.run_name"] == "None", "the first value stays"
 
 
@@ -234,12 +248,8 @@ def test_a_place_that_takes_no_runs_costs_one_warning_and_gets_all_later(
     started = time.perf_counter()
     tracker = track(record, warnings.append)
     assert time.perf_counter() - started < 1, "a start waits for nobody"
-    for step in range(1, 21):
-        add(record, step)
-        before = time.perf_counter()
-        tracker.wake()
-        assert time.perf_counter() - before < 0.1
-        time.sleep(0.02)
+    add(record, *range(1, 21))
+    tracker.wake()
     end(record, tracker, "KILLED")
     assert time.perf_counter() - started < 10
     (warning,) = warnings
@@ -256,34 +266,6 @@ def test_a_place_that_takes_no_runs_costs_one_warning_and_gets_all_later(
     assert steps(run) == [*range(1, 21)]
     printed = capfd.readouterr()
     assert "canary" not in printed.out + printed.err + warning
-
-
-def test_a_server_that_comes_back_gets_the_rest_at_the_end_at_the_latest(
-    tmp_path, store, monkeypatch
-) -> None:
-    assert tracking.RETRY_SECONDS > 10, "the end comes before MLflow would be asked again"
-    warnings: list[str] = []
-    record, uri = begin(tmp_path / "run"), os.environ["MLFLOW_TRACKING_URI"]
-    tracker = track(record, warnings.append)
-    add(record, 1, 2)
-    tracker.wake()
-    while not runs() or steps(runs()[0]) != [1, 2]:
-        time.sleep(0.05)
-    from mlflow import MlflowClient
-
-    with monkeypatch.context() as broken:
-        broken.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
-        add(record, 3)
-        tracker.wake()
-        while not warnings:
-            time.sleep(0.05)
-    assert os.environ["MLFLOW_TRACKING_URI"] == uri
-    add(record, 4)
-    end(record, tracker)
-    (run,) = runs()
-    assert steps(run) == [1, 2, 3, 4]
-    assert run.info.status == "FINISHED"
-    assert len(warnings) == 1
 
 
 def test_lines_that_come_quickly_are_sent_together(tmp_path, store, monkeypatch) -> None:
@@ -322,6 +304,7 @@ def test_where_to_look_is_the_server_even_if_it_knows_nothing_yet(tmp_path, monk
 def test_what_mlflow_refuses_for_ever_is_said_in_its_words_with_a_cure_that_works(
     tmp_path, store, monkeypatch
 ) -> None:
+    import mlflow
     from mlflow.cli import cli
 
     client, warnings, record = connect(), [], begin(tmp_path / "run")
@@ -330,6 +313,7 @@ def test_what_mlflow_refuses_for_ever_is_said_in_its_words_with_a_cure_that_work
     end(record, track(record, warnings.append))
     cure = f"mlflow experiments restore -x {experiment.experiment_id}"
     assert f"the experiment {ROOT.name} was deleted: restore it (uv run {cure})" in warnings[0]
+    mlflow.set_tracking_uri(tracking.tracking_uri())  # which inference may have set in this process
     cli.main(cure.split()[1:], standalone_mode=False)
     send_later(record.folder)
     assert runs()[0].info.status == "FINISHED"
@@ -337,6 +321,13 @@ def test_what_mlflow_refuses_for_ever_is_said_in_its_words_with_a_cure_that_work
     warnings.clear()
     end(record, track(record, warnings.append))
     assert "'sqlite:///mlflow.db'" in warnings[0]
+
+
+def test_names_of_thousands_of_files_are_cut_to_what_mlflow_holds(tmp_path, store) -> None:
+    record, long = begin(tmp_path / "run"), "x" * 70_000
+    record.update(data={"train": record.facts["data"]["train"] | {"name": long, "source": long}})
+    Sender(record)
+    assert [len(each.dataset.name) for each in runs()[0].inputs.dataset_inputs] == [250]
 
 
 def test_a_project_is_tracked_in_any_folder_and_says_what_to_do_after_a_move(

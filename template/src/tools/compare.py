@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from src.training.metrics import read_metrics
-from src.utils.files import METRICS, RECORD
+from src.training.record import Record
+from src.utils.files import METRICS
 
 
 def compare(folders: list[Path]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -40,8 +41,7 @@ def _differences(settings: list[Any], name: str = "") -> dict[str, list[str]]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    tags = json.loads((folder / RECORD).read_text("utf-8"))["tags"]
-    settings = config | tags
+    settings = config | Record(folder).facts["tags"]
     del settings["output_dir"], settings["command"]  # they differ always
     if (changes := folder / "uncommitted.diff").is_file():
         settings["uncommitted.diff"] = sha256(changes.read_bytes()).hexdigest()[:16]
@@ -49,9 +49,11 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _result(folder: Path) -> dict[str, str]:
-    status = json.loads((folder / RECORD).read_text("utf-8"))["status"]
     lines = read_metrics(folder / METRICS)
-    result = {"status": status, "steps": str(lines[-1]["step"] if lines else 0)}
+    result = {
+        "status": Record(folder).facts["status"],
+        "steps": str(lines[-1]["step"] if lines else 0),
+    }
     for name, key, summarize in (
         ("loss", "loss", lambda values: values[-1]),
         ("best evaluation", "eval_loss", min),

@@ -29,7 +29,7 @@ from src.training.metrics import read_metrics
 from src.training.record import Record
 from src.training.trainer import evaluate
 from src.utils.errors import RunError, UserError
-from src.utils.files import ADAPTER, RECIPE
+from src.utils.files import ADAPTER, METRICS, RECIPE
 
 CPU = torch.device("cpu")
 # How much merging may change the logits, relative to their norm: a bf16 weight keeps 8 bits of
@@ -171,7 +171,7 @@ def write_card(folder: Path, out: Path, name: str, result: str) -> None:
     )
     facts = getattr(Record.find(run), "facts", {"tags": {}})
     # The step that final/ holds: the best evaluation may have been before the last step.
-    lines = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
+    lines = {line["step"]: line for line in read_metrics(run / METRICS)}
     figures = facts["tags"] | lines.get(facts.get("final_step"), {})
     for key in FIGURES:
         if key in figures:

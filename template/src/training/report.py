@@ -242,7 +242,7 @@ class Recorder:
         self._config, self._written, self._state = config, written, state
         self._total_steps, (self._train, self._eval) = total_steps, documents
         self._record: Record | None = None
-        self._tracker = Tracker(say) if config.tracking.enabled and distributed.is_main() else None
+        self._tracker: Tracker | None = None
         self._folder = from_root(config.output_dir)
         self.checkpoints = self._folder / "checkpoints"
 
@@ -253,8 +253,8 @@ class Recorder:
         )  # fmt: skip
         if distributed.is_main():
             self._record = self._start()
-            if self._tracker:
-                self._tracker.start(self._record)
+            if self._config.tracking.enabled:
+                self._tracker = Tracker(self._record, say)
         return self
 
     def _start(self) -> Record:

@@ -48,15 +48,11 @@ CONTEXT = "mlflow.data.context"  # the tag that says what data was used for
 class Tracker:
     """A thread that sends what a run has written, whenever there is more of it."""
 
-    def __init__(self, warn: Callable[[str], None] = print) -> None:
-        """`warn` is called once if MLflow cannot be reached."""
-        self._warn, self._warned = warn, False
+    def __init__(self, record: Record, warn: Callable[[str], None]) -> None:
+        """Begin to send the run of this record; `warn` is called once if MLflow fails."""
+        self._folder, self._warn, self._warned = record.folder, warn, False
         self._news, self._end = threading.Event(), threading.Event()
         self._status = ""
-
-    def start(self, record: Record) -> None:
-        """Begin to send the run of this record; returns at once."""
-        self._folder = record.folder
         self._thread = threading.Thread(target=self._work, args=[record], daemon=True)
         self.wake()
         self._thread.start()
@@ -320,17 +316,15 @@ def where_to_look(record: Record) -> str:
     return f"uv run mlflow ui --backend-store-uri {address}"
 
 
-def send_evaluation(folder: Path, figures: dict[str, float], files: list[Path]) -> None:
-    """Add figures and files to the MLflow run that made what is in `folder`, if there is one."""
+def send_evaluation(folder: Path, figures: dict[str, float], page: Path) -> None:
+    """Add figures and a page to the MLflow run that made what is in `folder`, if there is one."""
     record = Record.find(folder.parent, folder.parent.parent)
     if record is None or "mlflow" not in record.facts:
         return
-    run_id = record.facts["mlflow"]
     try:
-        client = connect()
+        client, run_id = connect(), record.facts["mlflow"]
         for name, value in figures.items():
             client.log_metric(run_id, f"evaluation_{name}", value)
-        for file in files:
-            client.log_artifact(run_id, str(file))
+        client.log_artifact(run_id, str(page))
     except Exception as error:  # noqa: BLE001 - the files are written in any case
         print(f"warning: MLflow did not take the evaluation ({explain(error)})")

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from src.config import Config, ModelConfig, load_config
 from src.preflight import folder_problems, has_tokenizer, is_local, read_json
 from src.utils.environment import from_root
@@ -83,6 +85,13 @@ def trained_config(folder: str) -> Config | None:
     return load_config(path)[0] if path.is_file() else None
 
 
+def _saved_settings(recipe: Path) -> ModelConfig:
+    """How a saved model is loaded; its config may have keys that a later version has not."""
+    written = yaml.safe_load(recipe.read_text("utf-8"))["model"] if recipe.is_file() else {}
+    kept = {key: written[key] for key in ("quantization", "trust_remote_code") if key in written}
+    return ModelConfig(name="-", **kept)
+
+
 def find_runs(names: list[str]) -> list[Path]:
     """Return the output folders of runs.
 
@@ -136,11 +145,11 @@ def load_trained(
     logging.disable_progress_bar()  # of loading: only answers are printed
     folder, dtype = Path(name), pick_dtype("auto", device)
     is_checkpoint, is_adapter = ((folder / file).is_file() for file in (CHECKPOINT, ADAPTER))
-    trained = _checkpoint_config(folder) if is_checkpoint else trained_config(str(folder))
-    settings = trained.model if trained else ModelConfig(name="-")
+    trained = _checkpoint_config(folder) if is_checkpoint else None
+    settings = trained.model if trained else _saved_settings(folder / RECIPE)
     kind = quantization or (settings.quantization if is_checkpoint or is_adapter else "none")
     settings = settings.model_copy(update={"name": _source(folder, base), "quantization": kind})
-    if trained and is_checkpoint:
+    if trained:
         if damage := find_damage(folder, without=MOMENTS):
             raise UserError(f"{folder}: {damage}")
         tokenizer = load_tokenizer(settings)
@@ -149,8 +158,7 @@ def load_trained(
         return model.eval(), tokenizer
     # With the attention that transformers picks, which supports padding and a cache.
     model = read_weights(settings, device, dtype)
-    own = {"name": str(folder), "chat_template": None}  # its template is saved with it
-    tokenizer = load_tokenizer(settings.model_copy(update=own))
+    tokenizer = load_tokenizer(settings.model_copy(update={"name": str(folder)}))
     if is_adapter:
         model = load_adapters(model, folder)
     return model.eval(), tokenizer

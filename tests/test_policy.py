@@ -77,7 +77,9 @@ runpy.run_path("scripts/train.py", run_name="__main__")
 def test_what_the_last_release_trained_loads_and_resumes_after_the_update(
     template: Path, tmp_path: Path
 ) -> None:
-    known = [each for each in releases.recorded() if releases.is_known(each, template)]
+    # Only releases promise this: a recorded commit that none contains had formats of its own.
+    tags = [each for each in releases.recorded() if not re.fullmatch("[0-9a-f]{40}", each)]
+    known = [each for each in tags if releases.is_known(each, template)]
     source = ("--vcs-ref", (known or [releases.EARLIER])[-1])
     project = releases.copy(template, tmp_path / "project", *source)
     options = ["configs/train.yaml", "model.name=outputs/base", "model.quantization=none"]

@@ -10,8 +10,15 @@ import pytest
 import releases
 from helpers import render
 
+collect_ignore = ["in_project"]  # see test_in_project.py
 # Files that take minutes. Started last, one of them would run alone while the other worker waits.
-LONG = ("test_generated_project.py", "test_update.py", "test_mutations.py", "test_releases.py")
+LONG = (
+    "test_generated_project.py",
+    "test_in_project.py",
+    "test_update.py",
+    "test_mutations.py",
+    "test_releases.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

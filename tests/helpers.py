@@ -1,10 +1,12 @@
 """Render the working tree's template, and run commands in what comes out."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -95,3 +97,28 @@ def files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def imported(file: Path, folder: Path) -> Iterator[Path]:
+    """Yield the project's files that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            path = folder / name.replace(".", "/")
+            yield from filter(Path.is_file, (path.with_suffix(".py"), path / "__init__.py"))
+
+
+def reachable(folder: Path, *starts: str) -> set[str]:
+    """Return the paths of all of the project's files that some of them import, step by step."""
+    found: set[Path] = set()
+    waiting = [folder / start for start in starts]
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            waiting += imported(file, folder)
+    return {path.relative_to(folder).as_posix() for path in found}

@@ -128,7 +128,9 @@ ON_A_GPU = [
 def test_a_mistake_that_only_a_gpu_would_show_is_caught(
     mistake: Callable[[Path], None], guard: str, tmp_path: Path
 ) -> None:
-    template = shutil.copytree(snapshot().name, tmp_path / "repository") / "template"
+    repository = shutil.copytree(snapshot().name, tmp_path / "repository")
+    template = repository / "template"
+    shutil.copytree(repository / "tests/in_project", template / "tests", dirs_exist_ok=True)
     options = ("-q", "-o", "addopts=", "-p", "no:cacheprovider")
     mistake(template)
     command = (sys.executable, "-m", "pytest", *options, f"tests/{guard}")

@@ -1,14 +1,12 @@
 """The core needs no tool, and no tool needs another: whoever deletes one keeps a working project."""
 
-import ast
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from helpers import TEMPLATE, run
+from helpers import TEMPLATE, imported, reachable, run
 
 CORE = ("scripts/train.py", "scripts/inference.py")
 TOOLS = ("compare", "doctor", "evaluate", "export", "look", "plan", "sync")
@@ -18,31 +16,6 @@ def files_of(tool: str) -> list[str]:
     """Return what is deleted with a tool: its script, its file in src/tools and its test file."""
     paths = (f"scripts/{tool}.py", f"src/tools/{tool}.py", f"tests/test_{tool}.py")
     return [path for path in paths if (TEMPLATE / path).is_file()]
-
-
-def imported(file: Path, folder: Path) -> Iterator[Path]:
-    """Yield the project's files that a file imports, at its top or inside a function."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            path = folder / name.replace(".", "/")
-            yield from filter(Path.is_file, (path.with_suffix(".py"), path / "__init__.py"))
-
-
-def reachable(folder: Path, *starts: str) -> set[str]:
-    """Return the paths of all of the project's files that some of them import, step by step."""
-    found: set[Path] = set()
-    waiting = [folder / start for start in starts]
-    while waiting:
-        file = waiting.pop()
-        if file not in found:
-            found.add(file)
-            waiting += imported(file, folder)
-    return {path.relative_to(folder).as_posix() for path in found}
 
 
 def test_what_trains_and_answers_imports_no_tool() -> None:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, TEMPLATE
+from helpers import ROOT, TEMPLATE, reachable
 
 FILES = sorted([*(TEMPLATE / "src").rglob("*.py"), *(TEMPLATE / "scripts").rglob("*.py")])
 # What the code may grow to. Raise a number in the commit that needs it, and say there what for.
-CODE_LINES, LINES = 5595, 8350
+# Nodes count because lines can be packed.
+CODE_LINES, REACHABLE, NODES, LINES = 5571, 4372, 59_700, 8460
+TEST_LINES = 5900
 STORY = ("src/training/run.py", "src/training/trainer.py", "src/training/loss.py")
-STORY_CODE_LINES = 451
+STORY_CODE_LINES = 437
 FUNCTION_LINES = 50  # with its docstring
 NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
@@ -49,8 +51,20 @@ def test_lines_of_code_are_counted_without_blank_lines_comments_and_docstrings()
 
 
 def test_the_code_keeps_within_its_budget() -> None:
-    assert sum(code_lines(path.read_text()) for path in FILES) <= CODE_LINES
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= LINES
+    texts = [path.read_text() for path in FILES]
+    assert sum(map(code_lines, texts)) <= CODE_LINES
+    assert sum(1 for text in texts for _ in ast.walk(ast.parse(text))) <= NODES
+    assert sum(len(text.splitlines()) for text in texts) <= LINES
+
+
+def test_what_training_imports_keeps_within_its_budget() -> None:
+    paths = reachable(TEMPLATE, "scripts/train.py")
+    assert sum(code_lines((TEMPLATE / path).read_text()) for path in paths) <= REACHABLE
+
+
+def test_an_owner_gets_no_more_tests_than_the_budget_allows() -> None:
+    tests = (TEMPLATE / "tests").glob("*.py")
+    assert sum(len(path.read_text().splitlines()) for path in tests) <= TEST_LINES
 
 
 def test_the_story_of_a_run_and_its_loop_keep_within_theirs() -> None:

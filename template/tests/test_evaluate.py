@@ -25,7 +25,10 @@ def evaluate(run: Path, rows: str, *options: str) -> dict:
     return json.loads((run / "evaluation.json").read_text())
 
 
-def test_the_loss_is_the_one_that_training_found_and_mlflow_gets_it(smoke: Path, capsys) -> None:
+def test_the_loss_is_the_one_that_training_found_and_mlflow_gets_it(
+    smoke: Path, tmp_path, capsys
+) -> None:
+    smoke = shutil.copytree(smoke, tmp_path / "run")
     result = evaluate(smoke, SAMPLE, "--samples", "5")
     figures, (printed, warned) = result["scores"]["model"], capsys.readouterr()
     assert figures["loss"] == pytest.approx(metrics(smoke)[-1]["eval_loss"], rel=1e-4)

@@ -55,7 +55,9 @@ def answers(model: Path, capsys) -> list[str]:
 OPTIONS = "r=4 dora=true target_modules=[q_proj,lm_head] modules_to_save=[embed_tokens,lm_head]"
 
 
-@pytest.mark.parametrize("option", OPTIONS.split())
+@pytest.mark.parametrize(
+    "option", [pytest.param(o, marks=[pytest.mark.slow] * (o != "r=4")) for o in OPTIONS.split()]
+)
 def test_the_merged_model_says_what_the_adapter_says(
     tune, tuned, tmp_path, capsys, smoke: Path, option: str
 ) -> None:

@@ -51,7 +51,10 @@ ROADS: dict[str, tuple[str, list[str]]] = {
 
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])]
+EACH = [
+    *(pytest.param(name, "cpu", marks=[pytest.mark.slow] * (name != "lora")) for name in ROADS),
+    *(pytest.param(name, "cuda", marks=[pytest.mark.gpu, NEEDS_GPU]) for name in ROADS),
+]
 
 
 @pytest.fixture(scope="session")
@@ -112,8 +115,7 @@ def walk_from(run: Path, rows: str, folder: Path, monkeypatch, device: str = "cp
         scripts.inference.main([str(folder / "exported"), "why?", *short])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ROADS)
+@pytest.mark.parametrize(("name", "device"), EACH)
 def test_a_road_leads_to_an_exported_answer(
     name: str, device: str, base, rows: str, tmp_path: Path, monkeypatch
 ) -> None:
@@ -133,6 +135,7 @@ def test_a_road_leads_to_an_exported_answer(
     walk_from(tmp_path / "run", rows, tmp_path, monkeypatch, device)
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_goes_on_and_is_proved_in_bf16(base, rows, tmp_path, monkeypatch) -> None:
     first = command(base("untied"), rows, tmp_path / "first", WHOLE)
     scripts.train.main(first)
@@ -143,6 +146,7 @@ def test_a_saved_adapter_goes_on_and_is_proved_in_bf16(base, rows, tmp_path, mon
     walk_from(tmp_path / "run", rows, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_dtype(base, rows, tmp_path) -> None:
     # As on another card: one without bf16 needs fp16 and its scaler.
     for step, dtype in enumerate(("bf16", "fp16", "bf16"), 1):

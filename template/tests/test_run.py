@@ -50,7 +50,9 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k != "all weights")) for k in RESUMED]
+)
 def test_a_stopped_run_ends_in_the_same_weights_as_one_that_was_not(smoke, train, kind) -> None:
     options = ["training.max_steps=10", "training.save_every=5", "training.log_every=5"]
     options += [option.format(smoke=smoke) for option in RESUMED[kind]]
@@ -158,6 +160,7 @@ def test_two_runs_in_one_folder_are_refused_while_the_first_lives(train, refused
     assert "another run is writing to" in line
 
 
+@pytest.mark.slow
 def test_overfitting_a_few_rows_proves_mask_template_and_stop_token(train, capsys) -> None:
     four_rows = ["training.overfit=4", "training.batch_size=2", NO_EVAL]
     train(*four_rows, "training.epochs=120", "training.learning_rate=5e-3")

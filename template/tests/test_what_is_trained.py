@@ -3,6 +3,8 @@
 import json
 from functools import partial
 
+import pytest
+
 from conftest import CALL, ROOT, SMOKE, TOOL, chat, tokens, turn
 from src.config import load_config
 from src.data.dataset import load_tokens, read_part
@@ -38,6 +40,7 @@ def test_samples_are_rows_that_are_held_out(write_rows, tokenizer) -> None:
         assert any(prompt["messages"][-1]["content"] in text for text in texts)
 
 
+@pytest.mark.slow
 def test_a_run_on_tools_is_proved_by_the_call_itself(train, write_rows) -> None:
     rows = write_rows({"messages": [ASKED, CALLED], "tools": [TOOL]})
     train(

@@ -24,7 +24,7 @@ def worse(write_rows, smoke) -> list[str]:
         f"data.train={write_rows(learnt)}", f"data.eval={asked}", f"model.name={smoke / 'final'}",
         "model.init=pretrained", "training.batch_size=1", "training.epochs=8",
         "training.learning_rate=3e-3", "training.eval_every=2", "training.log_every=2",
-        "training.warmup_steps=0",
+        "training.warmup_steps=0", "evaluation.max_length=64",
     ]  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_answers_before_and_during_training_are_kept_beside_the_numbers(train, s
     folder = train(
         f"model.name={smoke / 'final'}", "model.init=pretrained", "lora=null",
         "training.learning_rate=1e-6", "training.epochs=1", "training.eval_every=2",
-        "evaluation.prompts=[What does LoRA train?,Say hello.]",
+        "evaluation.prompts=[What does LoRA train?,Say hello.]", "evaluation.max_length=64",
     )  # fmt: skip
     assert [row["step"] for row in samples(folder)] == [0, 2, 4]
     for row in samples(folder):

@@ -15,9 +15,11 @@ SAMPLE = str(Path(SMOKE).parents[1] / "data/sample.jsonl")
 
 
 @pytest.fixture(autouse=True)
-def _database(smoke: Path, tmp_path: Path, monkeypatch) -> None:
+def learnt(smoke: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A copy of the smoke run, and of what MLflow knows of it, to write evaluations into."""
     copy = shutil.copy(smoke.parent / "mlflow.db", tmp_path / "copy.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{copy}")
+    return shutil.copytree(smoke, tmp_path / "learnt")
 
 
 def evaluate(run: Path, rows: str, *options: str) -> dict:
@@ -25,25 +27,22 @@ def evaluate(run: Path, rows: str, *options: str) -> dict:
     return json.loads((run / "evaluation.json").read_text())
 
 
-def test_the_loss_is_the_one_that_training_found_and_mlflow_gets_it(
-    smoke: Path, tmp_path, capsys
-) -> None:
-    smoke = shutil.copytree(smoke, tmp_path / "run")
-    result = evaluate(smoke, SAMPLE, "--samples", "5")
+def test_the_loss_is_the_one_that_training_found_and_mlflow_gets_it(learnt: Path, capsys) -> None:
+    result = evaluate(learnt, SAMPLE, "--samples", "5")
     figures, (printed, warned) = result["scores"]["model"], capsys.readouterr()
-    assert figures["loss"] == pytest.approx(metrics(smoke)[-1]["eval_loss"], rel=1e-4)
+    assert figures["loss"] == pytest.approx(metrics(learnt)[-1]["eval_loss"], rel=1e-4)
     assert figures["exact"] == figures["contains"] == 1
     assert (len(result["samples"]), warned) == (5, "")
-    page = smoke / "evaluation.md"
+    page = learnt / "evaluation.md"
     asked = f"Rows in loss: all {result['rows']}; answered: the first 5."
     assert result["rows"] == len(Path(SAMPLE).read_text().splitlines())
     assert printed == f"{page.read_text()}Written to {page} and evaluation.json.\n"
     assert page.read_text().splitlines()[-1] == asked
-    run_id = json.loads((smoke / "record.json").read_text())["mlflow"]
+    run_id = json.loads((learnt / "record.json").read_text())["mlflow"]
     assert connect().get_run(run_id).data.metrics["evaluation_exact"] == 1
     kept = {file.path for file in connect().list_artifacts(run_id)}
     assert {"evaluation.md", "config.yaml", "samples.jsonl", "loss.png"} <= kept
-    evaluate(smoke, "data/sample.jsonl", "--samples", "0")
+    evaluate(learnt, "data/sample.jsonl", "--samples", "0")
     assert "is what the model was trained on" in capsys.readouterr().err
 
 
@@ -62,25 +61,25 @@ def test_an_adapter_is_compared_with_its_base(smoke: Path, train, write_rows) ->
 
 
 def test_answers_are_counted_as_exact_or_containing_and_text_by_its_loss_alone(
-    smoke: Path, write_rows
+    learnt: Path, write_rows
 ) -> None:
     answers = ("Hello! I am a very small model.", "a very small model", "no")
     rows = write_rows(*[chat("Say hello.", answer) for answer in answers])
-    figures = evaluate(smoke, rows)["scores"]["model"]
+    figures = evaluate(learnt, rows)["scores"]["model"]
     assert (figures["exact"], figures["contains"]) == pytest.approx((1 / 3, 2 / 3))
-    result = evaluate(smoke, write_rows({"text": "a text"}))
+    result = evaluate(learnt, write_rows({"text": "a text"}))
     assert result["scores"]["model"].keys() == {"loss", "perplexity"}
     assert result["samples"] == []
 
 
 def test_bad_rows_and_numbers_are_named_before_anything_is_loaded(
-    smoke: Path, refused, write_rows, capsys
+    learnt: Path, refused, write_rows, capsys
 ) -> None:
     rows = write_rows(chat("a", "b"), {"prompt": "x"})
-    assert ":2: `completion` is missing" in refused(scripts.evaluate.main, str(smoke), rows)[0]
-    assert "no such file" in refused(scripts.evaluate.main, str(smoke), "nothing.jsonl")[0]
+    assert ":2: `completion` is missing" in refused(scripts.evaluate.main, str(learnt), rows)[0]
+    assert "no such file" in refused(scripts.evaluate.main, str(learnt), "nothing.jsonl")[0]
     with pytest.raises(SystemExit, match="2"):
-        evaluate(smoke, rows, "--max-length", "0")
+        evaluate(learnt, rows, "--max-length", "0")
     assert "--max-length/--max-new-tokens: 0 is not from 1 to" in capsys.readouterr().err
 
 

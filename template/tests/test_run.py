@@ -28,6 +28,7 @@ def test_the_smoke_run_memorises_its_sample_and_answers(smoke: Path, capsys) -> 
     assert capsys.readouterr().out.splitlines() == [ANSWER, "Hello! I am a very small model."]
 
 
+@pytest.mark.slow
 def test_qlora_on_a_saved_model_trains_and_its_adapter_answers(smoke, train, capsys, write_rows):
     rows = write_rows(*[chat(f"What is the code of {n}?", "It is seven.") for n in "abcd"])
     folder = train(

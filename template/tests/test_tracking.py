@@ -217,7 +217,10 @@ def test_an_interrupted_run_ends_as_killed(tmp_path, monkeypatch, store) -> None
     assert runs()[0].info.status == "KILLED"
 
 
-@pytest.fixture(params=["refuses", "hangs", "answers 501", "is locked"])
+WAITING = [pytest.param(name, marks=pytest.mark.slow) for name in ("hangs", "is locked")]
+
+
+@pytest.fixture(params=["refuses", "answers 501", *WAITING])
 def fault(request, tmp_path, monkeypatch, mlflow_database) -> Iterator[None]:
     """A place that takes no runs, in its ways."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # 10 s else

@@ -13,8 +13,8 @@ from helpers import ROOT, TEMPLATE, reachable
 FILES = sorted([*(TEMPLATE / "src").rglob("*.py"), *(TEMPLATE / "scripts").rglob("*.py")])
 # What the code may grow to. Raise a number in the commit that needs it, and say there what for.
 # Nodes count because lines can be packed.
-CODE_LINES, REACHABLE, NODES, LINES = 5571, 4372, 59_700, 8460
-TEST_LINES = 5900
+CODE_LINES, REACHABLE, NODES, LINES = 5640, 4400, 60_600, 8550
+TEST_LINES = 5910
 STORY = ("src/training/run.py", "src/training/trainer.py", "src/training/loss.py")
 STORY_CODE_LINES = 437
 FUNCTION_LINES = 50  # with its docstring

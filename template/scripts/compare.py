@@ -35,7 +35,10 @@ def main(arguments: list[str]) -> None:
 
 
 def _print_table(table: dict[str, list[str]]) -> None:
-    rows = [[cell[:MAX_WIDTH] for cell in (name, *values)] for name, values in table.items()]
+    rows = [
+        [cell if len(cell) <= MAX_WIDTH else f"{cell[:MAX_WIDTH]}…" for cell in (name, *values)]
+        for name, values in table.items()
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())

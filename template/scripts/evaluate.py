@@ -20,7 +20,7 @@ from src.utils.script import between, make_parser, run_script
 def main(arguments: list[str]) -> None:
     """Check model and rows first, then import torch."""
     options = _parse(arguments)
-    from src.config import Config, DataConfig, ModelConfig
+    from src.config import Config, DataConfig, ModelConfig, change_data
     from src.data.rows import check_source
     from src.data.sources import expand
 
@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> None:
     data = trained.data if trained else DataConfig(train=options.data)
     if trained and options.data in ([data.train] if isinstance(data.train, str) else data.train):
         print(f"warning: {options.data} is what the model was trained on", file=sys.stderr)
+    data = change_data(data, options.keys)
     data = data.model_copy(update={"train": options.data, "eval": None, "packing": False})
     for source in expand(options.data):
         check_source("DATA", source, data)
@@ -53,12 +54,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run's folder, a checkpoint, a saved model or a hub id")
     add("data", metavar="DATA", help="rows with answers")
+    keys = "how DATA is read, such as data.columns.prompt=Question (default: as in training)"
+    add("keys", metavar="data.key=value", nargs="*", help=keys)
     add("--samples", type=between(0, 2**31), default=20, help=f"rows to answer {default}")
     names, tokens = ("--max-length", "--max-new-tokens"), f"tokens of an answer at most {default}"
     add(*names, type=between(1, 2**31), default=256, help=tokens)
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help=default)
     add("--base", help="folder or hub id of the adapter's base model, if it has moved")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from src.trained import find_trained, trained_config
-from src.utils.errors import UserError
+from src.utils.errors import RunError, UserError, first_line
 from src.utils.files import RECIPE, new_folder
 from src.utils.script import make_parser, run_script
 
@@ -35,8 +35,12 @@ def main(arguments: list[str]) -> None:
         from huggingface_hub import HfApi
 
         api = HfApi()
-        api.create_repo(options.push, private=not options.public, exist_ok=True)
-        print(api.upload_folder(repo_id=options.push, folder_path=str(out)))
+        try:
+            api.create_repo(options.push, private=not options.public, exist_ok=True)
+            print(api.upload_folder(repo_id=options.push, folder_path=str(out)))
+        except Exception as error:  # noqa: BLE001 - each version of the hub's library has its own
+            cure = f"`uv run hf upload {options.push} {out}` repeats it"
+            raise RunError(f"--push: {first_line(error)}; {out} is whole: {cure}") from None
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -2,8 +2,9 @@
 
 MODEL is a run's folder, its final/, a checkpoint, any saved model, a hub id or an MLflow URI.
 Without prompts one is read from standard input. A file of rows is answered in order, and a command
-that was stopped goes on where it was:
+that was stopped goes on where it was. They are read as the run read its own, or with other keys:
   uv run scripts/inference.py outputs/train --input rows.jsonl --output answers.jsonl
+  uv run scripts/inference.py outputs/train --input rows.csv data.columns.prompt=Question
 A conversation, word by word: uv run scripts/inference.py outputs/train --chat
 Answers are the likeliest tokens unless --temperature is given; the base's generation_config.json
 is not used.
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from src.trained import find_trained, load_trained, trained_config
+from src.utils.environment import to_root
 from src.utils.errors import UserError
 from src.utils.script import between, make_parser, quick_imports, run_script
 
@@ -29,12 +31,14 @@ def main(arguments: list[str]) -> None:
     name = find_trained(options.model, options.base)
     prompts, done, total = _prompts(options), 0, 0
     if options.input:
-        from src.config import DataConfig
+        from src.config import DataConfig, change_data
         from src.data.answers import answer_rows, check_answers
 
         trained = trained_config(name)  # rows are read as the run read its own
         data = trained.data if trained else DataConfig(train="-")
-        done, total = check_answers(options.input, options.output, data)
+        data = change_data(data, options.prompt)
+        by = _describe(name, options)
+        done, total = check_answers(options.input, options.output, data, by)
 
     with quick_imports():
         from src.models.generation import generate
@@ -52,7 +56,7 @@ def main(arguments: list[str]) -> None:
     if options.chat:
         _chat(answer, tokenizer, stops_of(model, tokenizer), options.system)
     elif options.input:
-        answer_rows(options.input, options.output, data, done, total, answer)
+        answer_rows(options.input, options.output, data, by, done, total, answer)
     else:
         print(*answer(prompts), sep="\n")
 
@@ -63,7 +67,7 @@ def _prompts(options: argparse.Namespace) -> list[Any]:
     Raises:
         UserError: a prompt is empty, or options contradict each other.
     """
-    ways = [bool(options.prompt), bool(options.input), options.chat]
+    ways = [bool(options.prompt) and not options.input, bool(options.input), options.chat]
     if sum(ways) > 1 or (options.output and not options.input):
         raise UserError("give prompts, or --chat, or --input with or without --output")
     if options.system and (options.raw or options.input):
@@ -74,6 +78,14 @@ def _prompts(options: argparse.Namespace) -> list[Any]:
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("an empty prompt: there is nothing to answer")
     return [[*options.system, {"role": "user", "content": prompt}] for prompt in prompts]
+
+
+def _describe(name: str, options: argparse.Namespace) -> str:
+    """Name the model and the options that decide what it answers."""
+    names = ("max_length", "raw", "temperature", "top_p", "seed", "base", "quantization")
+    given = [(key.replace("_", "-"), getattr(options, key)) for key in names]
+    words = [f"--{key} {value}" for key, value in given if value not in {None, False, 1.0}]
+    return " ".join([to_root(Path(name)), *words])
 
 
 def _chat(

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
                 sent = Sender(record).send(status)
             except Exception as error:  # noqa: BLE001 - what MLflow, a server or a disk raises
                 raise RunError(f"{folder}: MLflow failed ({explain(error)})") from None
-        print(f"{folder}: {sent} lines of metrics were missing in MLflow, and are sent")
+        print(f"{folder}: MLflow has all of it; {sent} lines of metrics were missing")
 
 
 if __name__ == "__main__":

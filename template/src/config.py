@@ -300,6 +300,21 @@ def changed(config: Config, keys: str) -> Config:
     return Config.model_validate(OmegaConf.to_container(merged))
 
 
+def change_data(data: DataConfig, keys: list[str]) -> DataConfig:
+    """The section with these `data.key=value` instead, as a command line gives them.
+
+    Raises:
+        UserError: with one line per problem.
+    """
+    if wrong := [key for key in keys if not key.startswith("data.") or "=" not in key]:
+        raise UserError(*(f"command line: {key!r} is not data.key=value" for key in wrong))
+    merged: Any = OmegaConf.merge({"data": data.model_dump()}, OmegaConf.from_dotlist(keys))
+    try:
+        return DataConfig.model_validate(OmegaConf.to_container(merged.data))
+    except ValidationError as error:
+        raise UserError(*(f"data.{problem}" for problem in _problems(error))) from None
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}."""
     flat: dict[str, Any] = {}
@@ -392,9 +407,10 @@ def _problems(error: ValidationError) -> Iterable[str]:
 
 
 def _nearest(key: str) -> str:
-    """The key that was meant: the same word in another section, or a similar one; "": none."""
+    """The key that was meant: its last word or initials (lr), or a similar one; "": none."""
     known, leaf = list(_keys(Config)), key.rpartition(".")[2]
-    best = [name for name in known if name.rpartition(".")[2] == leaf]
+    ends = [(name, name.rpartition(".")[2]) for name in known]
+    best = [n for n, end in ends if leaf in {end, "".join(w[0] for w in end.split("_"))}]
     best += difflib.get_close_matches(key, known, n=1)
     return next(iter(best), "")
 

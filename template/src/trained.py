@@ -8,7 +8,7 @@ import yaml
 from src.config import Config, ModelConfig, load_config
 from src.preflight import folder_problems, has_tokenizer, is_local, read_json
 from src.utils.environment import from_root
-from src.utils.errors import UserError
+from src.utils.errors import UserError, first_line
 from src.utils.files import ADAPTER, RECIPE, RECORD
 
 if TYPE_CHECKING:  # only loading needs torch
@@ -87,9 +87,13 @@ def trained_config(folder: str) -> Config | None:
 
 def _saved_settings(recipe: Path) -> ModelConfig:
     """How a saved model is loaded; its config may have keys that a later version has not."""
-    written = yaml.safe_load(recipe.read_text("utf-8"))["model"] if recipe.is_file() else {}
-    kept = {key: written[key] for key in ("quantization", "trust_remote_code") if key in written}
-    return ModelConfig(name="-", **kept)
+    try:
+        written = yaml.safe_load(recipe.read_text("utf-8"))["model"] if recipe.is_file() else {}
+        keys = ("quantization", "trust_remote_code")
+        return ModelConfig(name="-", **{key: written[key] for key in keys if key in written})
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        problem = f"is damaged: {first_line(error)}; the run's config.yaml is its copy"
+        raise UserError(f"{recipe}: {problem}") from None
 
 
 def find_runs(names: list[str]) -> list[Path]:

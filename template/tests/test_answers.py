@@ -40,7 +40,9 @@ def test_rows_of_every_shape_are_answered_beside_what_they_were_or_printed(
     command = [str(smoke), "--input", write_rows(*given), "--max-new-tokens", "32"]
     scripts.inference.main([*command, "--output", str(output)])
     answered = rows_of(output)
-    assert [{k: v for k, v in row.items() if k != "generated"} for row in answered] == given
+    added = {"generated", "generated_by"}
+    assert [{k: v for k, v in row.items() if k not in added} for row in answered] == given
+    assert {row["generated_by"] for row in answered} == {f"{smoke / 'final'} --max-length 32"}
     assert [row["generated"] for row in answered[:3]] == [HELLO] * 3
     scripts.inference.main([str(smoke), "Say", "--raw", "--max-length", "32"])
     assert capsys.readouterr().out == answered[4]["generated"] + "\n"
@@ -53,7 +55,7 @@ def test_rows_are_read_with_the_columns_of_the_run_and_may_lack_the_answers(
 ) -> None:
     data = DataConfig(train="-", columns={"prompt": "ask", "completion": "say"})
     source, output = write_rows({"ask": "a"}, {"ask": "b", "say": "x"}), tmp_path / "answers.jsonl"
-    answer_rows(source, output, data, *check_answers(source, output, data), echo)
+    answer_rows(source, output, data, "me", *check_answers(source, output, data, "me"), echo)
     assert [row["generated"] for row in rows_of(output)] == ["A", "B"]
 
 
@@ -64,30 +66,37 @@ def echo(asked: list[dict]) -> list[str]:
 def test_a_file_goes_on_after_its_last_whole_line(write_rows, tmp_path) -> None:
     source = write_rows(*[{"prompt": f"row {n}", "none": float("nan")} for n in range(300)])
     output = tmp_path / "answers.jsonl"
-    assert check_answers(source, output, DATA) == (0, 300)
-    answer_rows(source, output, DATA, 0, 300, echo)
+    assert check_answers(source, output, DATA, "me") == (0, 300)
+    answer_rows(source, output, DATA, "me", 0, 300, echo)
     whole = output.read_bytes()
     output.write_bytes(whole[: len(whole) // 2])  # in the middle of a line
-    done, total = check_answers(source, output, DATA)
+    done, total = check_answers(source, output, DATA, "me")
     assert 0 < done < 300 == total
-    answer_rows(source, output, DATA, done, total, echo)
+    answer_rows(source, output, DATA, "me", done, total, echo)
     assert output.read_bytes() == whole
+
+
+NOT_MINE = "answers.jsonl:1: not the answer of me to row 1 of"
 
 
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        (['{"prompt": "other", "generated": "x"}'], "answers.jsonl:1: no answer to row 1 of"),
-        (["not json"], "answers.jsonl:1: no answer to row 1 of"),
-        (['{"prompt": "a", "generated": "x"}'] * 3, "more lines than"),
+        ('{"prompt": "other", "generated_by": "me", "generated": "x"}\n', NOT_MINE),
+        ('{"prompt": "a", "generated_by": "another", "generated": "x"}\n', NOT_MINE),
+        ("not json\n", NOT_MINE),
+        ("my only copy", NOT_MINE),
+        ('{"prompt": "a", "generated_by": "me", "generated": "x"}\n' * 3, "more lines than"),
     ],
 )
 def test_an_output_of_other_rows_is_left_as_it_is(write_rows, tmp_path, lines, told) -> None:
     source, output = write_rows({"prompt": "a"}), tmp_path / "answers.jsonl"
-    output.write_text("".join(f"{line}\n" for line in lines))
+    output.write_text(lines)
     before = output.read_bytes()
+    with pytest.raises(UserError, match="is the input, or no file"):
+        check_answers(source, Path(source), DATA, "me")
     with pytest.raises(UserError, match=told):
-        check_answers(source, output, DATA)
+        check_answers(source, output, DATA, "me")
     assert output.read_bytes() == before
 
 
@@ -119,7 +128,8 @@ SYSTEM = "--system goes with prompts or --chat; rows of --input bring their own"
     [
         (["a", "--chat"], WAYS),
         (["--output", "x"], WAYS),
-        (["a", "--input", "x"], WAYS),
+        (["a", "--input", "x"], "command line: 'a' is not data.key=value"),
+        (["data.column=a", "--input", "x"], "data.column: unknown key; did you mean data.columns?"),
         (["q", "--raw", "--system", "x"], SYSTEM),
         (["--input", "x", "--system", "x"], SYSTEM),
         ([" "], "an empty prompt: there is nothing to answer"),

@@ -140,8 +140,12 @@ def test_pruning_keeps_the_newest_and_the_best_and_files_follow_the_umask(traini
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{n:08d}" for n in (2, 3, 4)]
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert {file.stat().st_mode & 0o777 for file in files} == {0o644}
+    own = {"step-00000001.mine", "step-notes"}
+    for name in own:
+        (tmp_path / name).mkdir()
     prune(tmp_path, 1, best_step=None)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+    assert {p.name for p in tmp_path.iterdir()} == {"step-00000004", *own}
+    assert newest_checkpoint(tmp_path)[0] == tmp_path / "step-00000004"
 
 
 @contextmanager

@@ -109,7 +109,9 @@ def test_rows_that_the_template_refuses_are_named_once_or_left_out(tokenizer, wr
     )
     data = tokens(file, other, max_length=64, bad_rows="skip")
     assert len(data) == 1
-    assert "30 rows left out as unusable: left_out.jsonl says why" in list(data_notes(data.facts))
+    assert "30 rows left out as unusable; a run lists them in left_out.jsonl" in list(
+        data_notes(data.facts)
+    )
     assert f"{file}:2" in data.left_out.read_text()
 
 

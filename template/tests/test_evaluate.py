@@ -67,7 +67,9 @@ def test_answers_are_counted_as_exact_or_containing_and_text_by_its_loss_alone(
     rows = write_rows(*[chat("Say hello.", answer) for answer in answers])
     figures = evaluate(learnt, rows)["scores"]["model"]
     assert (figures["exact"], figures["contains"]) == pytest.approx((1 / 3, 2 / 3))
-    result = evaluate(learnt, write_rows({"text": "a text"}))
+    earlier = (learnt / "evaluation.md").read_text()
+    result = evaluate(learnt, write_rows({"text": "a text"}, name="other.jsonl"))
+    assert (learnt / "evaluation-1.md").read_text() == earlier, "of other rows: it stays"
     assert result["scores"]["model"].keys() == {"loss", "perplexity"}
     assert result["samples"] == []
 

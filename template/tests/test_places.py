@@ -10,6 +10,7 @@ import pytest
 import scripts.train
 from conftest import ROOT, SMOKE
 from src.utils import environment
+from src.utils.environment import from_root
 from src.utils.files import new_folder, write_text
 
 
@@ -129,3 +130,14 @@ def test_a_text_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path, monkey
     write_text(path, "new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_place_that_only_the_work_itself_finds_bad_is_one_line_too(tmp_path, refused) -> None:
+    def work(_: list[str]) -> None:
+        (tmp_path / "file/below").write_text("")
+
+    (tmp_path / "file").touch()
+    assert refused(work) == [f"{tmp_path / 'file/below'}: Not a directory"]
+    assert refused(lambda _: from_root("~nobody-here/x")) == [
+        "~nobody-here/x: there is no such home folder"
+    ]

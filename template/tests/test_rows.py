@@ -229,7 +229,7 @@ def test_a_pattern_names_several_files_and_what_exists_is_no_pattern(tmp_path: P
     for source, problem in (
         (f"{tmp_path}/a [1]/*.csv", "no file fits this pattern"),
         ("long" * 100, "File name too long"),
-        ("~no-such-user/rows.jsonl", "Could not determine home"),
+        ("~no-such-user/rows.jsonl", "there is no such home folder"),
     ):
         with pytest.raises(UserError, match=f": {problem}"):
             expand(source)

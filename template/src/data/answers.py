@@ -14,29 +14,34 @@ from tqdm import tqdm
 from src.config import DataConfig
 from src.data.rows import Row, read_question
 from src.data.sources import check_exists, raw_rows, reason_of
+from src.utils.environment import from_root
 from src.utils.errors import UserError
 
 ANSWER = "generated"  # the column that answers are written to, beside a row's own
+BY = "generated_by"  # the model and the options that wrote them
 AT_ONCE = 128  # rows: sorted by length among themselves; a stop loses at most their answers
 # Names in `data.columns` for what a row to answer may lack.
 ANSWER_COLUMNS = {"completion", "response", "output", "answer"}
 
 
-def check_answers(source: str, output: Path | None, data: DataConfig) -> tuple[int, int]:
+def check_answers(source: str, output: Path | None, data: DataConfig, by: str) -> tuple[int, int]:
     """Read all rows of a file and the answers that are there; (answered, all) rows.
 
     Raises:
-        UserError: a row has no question, or the output holds answers to other rows.
+        UserError: a row has no question, or the output holds answers to other rows, or those of
+            another model or with other options.
     """
     check_exists("--input", source)
+    if output and output.exists() and (not output.is_file() or output.samefile(from_root(source))):
+        raise UserError(f"--output: {output} is the input, or no file; give another one")
     done = whole = total = 0
     with output.open("r+b") if output and output.exists() else BytesIO() as file:
-        for total, (start, _) in enumerate(_rows(source, data), 1):
-            line = file.readline()
+        for total, (start, _) in enumerate(_rows(source, data, by), 1):
+            line, expected = file.readline(), start.encode()
+            if not (line.startswith(expected) or expected.startswith(line)):
+                place = f"{output}:{total}: not the answer of {by} to row {total} of {source}"
+                raise UserError(f"{place}; give another --output")
             if line.endswith(b"\n"):  # else it was cut off when it was written
-                if not line.startswith(start.encode()):
-                    place = f"{output}:{total}: no answer to row {total} of {source}"
-                    raise UserError(f"{place}; give another --output")
                 done, whole = total, whole + len(line)
         if file.readline():
             raise UserError(f"{output}: more lines than {source} has rows; give another --output")
@@ -45,7 +50,7 @@ def check_answers(source: str, output: Path | None, data: DataConfig) -> tuple[i
 
 
 def answer_rows(
-    source: str, output: Path | None, data: DataConfig, done: int, total: int,
+    source: str, output: Path | None, data: DataConfig, by: str, done: int, total: int,
     answer: Callable[[list[Any]], list[str]],
 ) -> None:  # fmt: skip
     """Append each row after the first `done` to `output`, with its answer; without one, print."""
@@ -55,7 +60,7 @@ def answer_rows(
         output.open("a", encoding="utf-8") if output else nullcontext(sys.stdout) as file,
         tqdm(total=total, initial=done) as bar,
     ):
-        for some in batched(islice(_rows(source, data), done, None), AT_ONCE):
+        for some in batched(islice(_rows(source, data, by), done, None), AT_ONCE):
             answers = answer([question for _, question in some])
             for (start, _), text in zip(some, answers, strict=True):
                 file.write(f"{start}{json.dumps(text, ensure_ascii=False)}}}\n")
@@ -63,15 +68,15 @@ def answer_rows(
             bar.update(len(some))
 
 
-def _rows(source: str, data: DataConfig) -> Iterator[tuple[str, Row]]:
+def _rows(source: str, data: DataConfig, by: str) -> Iterator[tuple[str, Row]]:
     """Yield the line of each row, up to where its answer goes, and its question."""
     columns = {k: v for k, v in (data.columns or {}).items() if k not in ANSWER_COLUMNS}
     data = data.model_copy(update={"columns": columns})
     for place, raw in raw_rows(source):
         try:
             question = read_question(raw, data) | {"place": f"{source}{place}"}
-            row = {name: value for name, value in raw.items() if name != ANSWER}
-            line = json.dumps(row | {ANSWER: ""}, ensure_ascii=False, default=str)
+            row = {name: value for name, value in raw.items() if name not in {ANSWER, BY}}
+            line = json.dumps(row | {BY: by, ANSWER: ""}, ensure_ascii=False, default=str)
             line.encode()
         except ValueError as error:  # Rejected, or half of a character
             raise UserError(f"{source}{place}: {reason_of(error)}") from None

@@ -15,7 +15,7 @@ from src.utils.errors import UserError
 MAX_PROBLEMS = 20  # that are printed: enough to see a pattern, few enough to read
 MANY_ROWS = 1000  # that are left out: reading stops there if they cannot be used
 EMPTY = "left out: nothing to learn from"
-UNUSABLE = "left out as unusable: left_out.jsonl says why"
+UNUSABLE = "left out as unusable; a run lists them in left_out.jsonl"
 FIRST_ROWS = 100  # what is looked at before a start
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from glob import glob
@@ -37,7 +38,7 @@ def expand(sources: str | list[str]) -> list[str]:
         try:
             path = from_root(source)
             exists = path.exists()
-        except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
+        except OSError as error:  # a name too long
             raise UserError(f"{source}: {reason_of(error)}") from None
         if exists or not any(sign in source for sign in "*?["):
             names.append(source)
@@ -99,7 +100,7 @@ def reason_of(error: Exception) -> str:
         half = error.object[error.start]
         return f"half of a character, {half!r}; text must be whole Unicode characters"
     if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg}"
+        return f"not valid JSON: {error.msg.removesuffix(' at')}"
     if isinstance(error, RecursionError):
         return "lists or objects nested too deeply; fewer than 900 levels can be read"
     if "integer string conversion" in str(error):
@@ -133,7 +134,9 @@ def load_hub(source: str) -> "Dataset":
         reason = str(error).partition("\n")[0]
         if isinstance(error, OSError):
             reason = f"not found on the hub and not in its cache ({reason})"
-            reason += "; a private one needs HF_TOKEN in .env"
+            offline = "; HF_HUB_OFFLINE is set, so nothing is fetched"
+            private = "; a private one needs HF_TOKEN in .env"
+            reason += offline if os.environ.get("HF_HUB_OFFLINE") else private
         elif "onfig" in reason:  # a dataset of several configurations, not an unknown split
             reason += "; write name:configuration:split"
         raise UserError(f"{source}: {reason}") from None

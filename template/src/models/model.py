@@ -239,11 +239,15 @@ def read_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
             # Unset, bitsandbytes computes in fp32 without a warning, even inside bf16 autocast.
             bnb_4bit_compute_dtype=torch.bfloat16 if dtype == torch.float32 else dtype,
         )
-    return _from_pretrained(
+    model, loaded = _from_pretrained(
         AutoModelForCausalLM, config, dtype=dtype, device_map={"": device},
-        quantization_config=quantized,
+        quantization_config=quantized, output_loading_info=True,
         use_safetensors=True,  # a pickled .bin can run code when it is read
     )  # fmt: skip
+    if missing := sorted(loaded["missing_keys"]):  # transformers makes random ones, and warns
+        lacks = f"{len(missing):,} weights that its config.json asks for are missing"
+        raise UserError(f"model.name: {config.name}: {lacks}, such as {missing[0]}")
+    return model
 
 
 def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:

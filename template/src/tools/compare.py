@@ -1,6 +1,7 @@
 """Compare runs: where config, data, code and versions differ, and what each run reached."""
 
 import json
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
@@ -10,6 +11,7 @@ import yaml
 
 from src.training.metrics import read_metrics
 from src.training.record import Record
+from src.utils.errors import UserError, first_line
 from src.utils.files import METRICS
 
 
@@ -20,10 +22,17 @@ def compare(folders: list[Path]) -> tuple[dict[str, list[str]], dict[str, list[s
     the data, commit and versions. The second has status, steps, losses, speed, memory and what
     scripts/evaluate.py measured.
     """
-    results = list(map(_result, folders))
+    results = [_read(_result, folder) for folder in folders]
     names = dict.fromkeys(name for result in results for name in result)
     reached = {name: [result.get(name, "-") for result in results] for name in names}
-    return _differences([_settings(folder) for folder in folders]), reached
+    return _differences([_read(_settings, folder) for folder in folders]), reached
+
+
+def _read(part: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
+    try:
+        return part(folder)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: a file of this run is damaged: {first_line(error)}") from None
 
 
 def _differences(settings: list[Any], name: str = "") -> dict[str, list[str]]:

@@ -69,7 +69,10 @@ def compare_with_base(
 
 
 def write_evaluation(result: dict[str, Any], folder: Path) -> Path:
-    """Write evaluation.json, and evaluation.md with tables of it; return the latter."""
+    """Write evaluation.json, and evaluation.md with tables of it; return the latter.
+
+    Those of other data are renamed to evaluation-1.json and so on.
+    """
     scores, samples = result["scores"], result["samples"]
     figures = [["", *scores["model"]]]
     figures += [[name, *(f"{x:.4g}" for x in row.values())] for name, row in scores.items()]
@@ -79,8 +82,12 @@ def write_evaluation(result: dict[str, Any], folder: Path) -> Path:
         text += f"\n{_table([columns, *([_cell(row[key]) for key in columns] for row in samples)])}"
     asked = f"the first {len(samples)}" if samples else "none"
     folder.mkdir(parents=True, exist_ok=True)
-    data, page = json.dumps(result, indent=1, ensure_ascii=False), folder / "evaluation.md"
-    write_text(folder / "evaluation.json", f"{data}\n")
+    page, report = folder / "evaluation.md", folder / "evaluation.json"
+    if report.is_file() and json.loads(report.read_text("utf-8"))["data"] != result["data"]:
+        number = 1 + len([*folder.glob("evaluation-*.json")])  # the report on other rows stays
+        for file in (page, report):
+            file.rename(file.with_stem(f"evaluation-{number}"))
+    write_text(report, f"{json.dumps(result, indent=1, ensure_ascii=False)}\n")
     write_text(page, f"{text}\nRows in loss: all {result['rows']:,}; answered: {asked}.\n")
     return page
 

@@ -41,6 +41,7 @@ from src.utils.files import new_folder
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 MANIFEST, RUN = "manifest.json", "run.json"
 WEIGHTS, MOMENTS = "weights", "moments"  # folders
+STEPS = "step-" + "[0-9]" * 8  # a copy of a checkpoint under another name is its owner's
 TENSORS_A_FILE = 50  # DCP puts a file together in the host's memory before it writes it
 # Keys that a resumed run must share with the one it continues.
 IDENTITY = (
@@ -278,7 +279,7 @@ def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[s
         return None, []
     named = checkpoints if resume == "auto" else from_root(resume)
     for folder in (named, named / checkpoints.name):  # of checkpoints, or of a run
-        if any(folder.glob("step-*")):
+        if any(folder.glob(STEPS)):
             path, warnings = newest_checkpoint(folder)
             if path is None:
                 anew = "training.resume=never with another output_dir starts anew"
@@ -294,7 +295,7 @@ def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[s
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a warning for each damaged one that was passed over."""
     warnings = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in sorted(folder.glob(STEPS), reverse=True):
         if (damage := find_damage(path)) is None:
             return path, warnings
         warnings.append(f"{path}: {damage}; skipped")
@@ -311,6 +312,8 @@ def find_damage(path: Path, without: str = "") -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return "no readable manifest"
+    if not isinstance(manifest, dict) or RUN not in manifest:
         return "no readable manifest"
     for name, checksum in manifest.items():
         if Path(name).parts[0] == without:
@@ -341,7 +344,7 @@ def check_identity(path: Path, identity: dict[str, Any]) -> None:
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
     """Delete old checkpoints, but not the best one, and nothing before a newer one is whole."""
-    for path in sorted(folder.glob("step-*"), reverse=True)[keep:]:
+    for path in sorted(folder.glob(STEPS), reverse=True)[keep:]:
         if path.name != f"step-{best_step or -1:08d}":
             # Renamed first: a crash in the middle of the deletion leaves no half checkpoint.
             doomed = path.with_name(f".{path.name}.tmp")

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 
 from src.utils.environment import PROJECT_ROOT
+from src.utils.errors import UserError
 from src.utils.files import RECORD, write_text
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ class Record:
     def __init__(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
         """Read the record of a folder; given facts, make a new one, which `update` writes."""
         text = "" if facts else (folder / RECORD).read_text("utf-8")
-        self.folder, self.facts = folder, facts or json.loads(text)
+        try:
+            self.folder, self.facts = folder, facts or json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{folder / RECORD}: is damaged: {error}") from None
         self._lock = threading.Lock()  # the thread that sends to MLflow updates it too
 
     @classmethod

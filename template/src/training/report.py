@@ -168,8 +168,8 @@ def describe_resume(
     elif saved is not None and not math.isclose(saved, rate, rel_tol=0.01):
         say(
             f"warning: after step {state.step} the learning rate jumps from {saved:.2g} to "
-            f"{rate:.2g}: the schedule has changed, and now covers {total_steps} steps. A lower "
-            "training.learning_rate, or training.scheduler=constant, makes the jump smaller"
+            f"{rate:.2g}: the schedule has changed, and now covers {total_steps} steps. Set "
+            "training.learning_rate to fit, or training.scheduler=constant, to avoid the jump"
         )
 
 

@@ -58,8 +58,15 @@ def hf_home() -> Path:
 
 
 def from_root(path: str) -> Path:
-    """A path from the config: relative to the project's root wherever the command was typed."""
-    return PROJECT_ROOT / Path(path).expanduser()
+    """A path from the config: relative to the project's root wherever the command was typed.
+
+    Raises:
+        UserError: it begins with the home folder of a user who does not exist.
+    """
+    try:
+        return PROJECT_ROOT / Path(path).expanduser()
+    except RuntimeError:  # of ~name
+        raise UserError(f"{path}: there is no such home folder") from None
 
 
 def to_root(path: Path) -> str:

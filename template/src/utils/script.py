@@ -23,7 +23,7 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_SIGINT = 130  # 128 + the signal's number, as a shell reports it
 EXIT_SIGPIPE = 141
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}  # what a disk does during a run
 
 
 def run_script(main: Callable[[list[str]], None], help_text: str = "") -> None:
@@ -61,8 +61,10 @@ def run_script(main: Callable[[list[str]], None], help_text: str = "") -> None:
         # Nobody reads on, as in `look.py | head`. The interpreter's own end would try to write.
         os._exit(EXIT_SIGPIPE)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-            _leave([f"error: {error.filename}: {error.strerror}"], EXIT_BAD_INPUT)
+        if isinstance(error, OSError) and error.errno and error.strerror:  # a place, not a bug
+            place = f"{error.filename}: " if error.filename else ""
+            code = EXIT_FAILED if error.errno in FULL else EXIT_BAD_INPUT
+            _leave([f"error: {place}{error.strerror}"], code)
         if WORLD_SIZE == 1:
             raise
         lost = any(sign in str(error) for sign in ("gloo", "NCCL", "closed by peer"))

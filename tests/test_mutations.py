@@ -58,9 +58,10 @@ def evaluate_without_casts(template: Path) -> None:
 
 def ask_for_determinism_late(template: Path) -> None:
     script = template / "scripts/train.py"
-    call = "    if config.deterministic:\n        request_determinism()\n"
-    replace(script, call, "")
-    replace(script, "    run(config", f"{call}    run(config")
+    found = re.search(r"    if config.deterministic:\n(?: {8}.*\n)+", script.read_text())
+    assert found
+    replace(script, found[0], "")
+    replace(script, "    run(config", f"{found[0]}    run(config")
 
 
 def replace(path: Path, old: str, new: str) -> None:

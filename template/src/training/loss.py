@@ -1,4 +1,4 @@
-"""Cross entropy of the labelled tokens, summed, without ever holding all logits at once.
+"""Cross entropy of the labelled tokens, summed; with a plain head not all logits at once.
 
 Logits are the largest tensor of a fine-tuning step: 16,384 tokens x 128,256 words x 4 bytes is
 7.8 GiB, and as much again for the gradient. Prompts and filler carry no loss, so only labelled
@@ -19,20 +19,21 @@ from src.models.adapters import head_of
 from src.utils.device import autocast
 
 CHUNK = 1024  # rows of logits at a time: 0.5 GiB in fp32 with a vocabulary of 128k
-CPU_CHUNK = 128  # on a CPU, whose cache holds so many: a fifth more tokens a second
+CPU_CHUNK = 128  # on a CPU, whose cache holds them: 20 % more tokens a second
 
 
 def chunk_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss of a chunk, and its gradient with respect to the logits, in their dtype.
+    """The summed loss of a chunk, and its gradient: for and in the dtype of the logits.
 
     Args:
         logits: of shape (rows, vocabulary).
-        target: of shape (rows,), -100 where positions were padded to a round number.
+        target: of shape (rows,), -100 where positions were padded to a multiple of 128.
     """
-    dtype, logits = logits.dtype, logits.float()  # one name for both, to free the first
+    dtype, logits = logits.dtype, logits.float()  # the name is reused, so the first is freed
     loss = _cross_entropy(logits, target)
-    delta, token = logits.softmax(-1), target.clamp(min=0)[:, None]  # softmax - one_hot
-    if torch.compiler.is_compiling():  # without a scatter it is one kernel
+    delta, token = logits.softmax(-1), target.clamp(min=0)[:, None]
+    # delta becomes softmax - one_hot
+    if torch.compiler.is_compiling():  # comparing instead of scattering gives one fused kernel
         delta = delta - (torch.arange(delta.shape[1], device=delta.device) == token).float()
     else:
         delta.scatter_add_(1, token, -torch.ones_like(token, dtype=delta.dtype))
@@ -56,7 +57,8 @@ class PlainHead(NamedTuple):
 class Objective(nn.Module):
     """A model with its summed loss as forward pass, which DDP and FSDP can wrap.
 
-    The loss does not call the model's own forward pass, so a wrapper of the model would miss it.
+    With a plain head the loss calls the backbone and not the model's forward pass: hooks of DDP or
+    FSDP around the model would not run. So they wrap this class.
     """
 
     def __init__(self, model: nn.Module, head: PlainHead | None = None) -> None:
@@ -91,14 +93,14 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], head: PlainHead | None)
     hidden = head.backbone(**inputs, use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1)[positions]  # (labels, hidden)
     weight, bias = head.linear.weight, head.linear.bias
-    if not torch.is_grad_enabled():  # else the function below computes their gradients all the same
+    if not torch.is_grad_enabled():  # a trained weight requires a gradient here too
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, head)
 
 
 def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
     """Logits of shape (labels, vocabulary); if the model can, computed at these positions alone."""
-    one_row = inputs["input_ids"].shape[0] == 1  # several rows have different positions
+    one_row = inputs["input_ids"].shape[0] == 1  # it takes one set of positions for all rows
     if one_row and "logits_to_keep" in inspect.signature(_base_of(model).forward).parameters:
         return model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
     return model(**inputs, use_cache=False).logits.flatten(0, 1)[positions]
@@ -114,9 +116,9 @@ def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) 
     """The model's backbone and head, if the head is nothing but a linear layer.
 
     Some models scale or cap their logits (Gemma 2, Granite, Cohere), scale the head's input, or
-    adapt the head. No list of names is kept: a hook watches the head on eight tokens. Its input
-    must be the backbone's last hidden state. The hook replaces its output by a ramp, large enough
-    for any cap, which must come out as the logits.
+    adapt the head. No list of names is kept: a hook watches the head on eight tokens. The head's
+    input must be the backbone's last hidden state. The hook replaces the head's output by a ramp
+    beyond any cap; if the model's logits differ from the ramp, something follows the head.
     """
     base = _base_of(model)
     head = head_of(base)
@@ -134,7 +136,7 @@ def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) 
         return seen["ramp"]
 
     base.eval()
-    # Eagerly: else eight tokens would be the first shape that a compiled layer sees.
+    # Run eagerly, or compiled layers would specialise on eight tokens first.
     with torch.compiler.set_stance("force_eager"), autocast(device, dtype):
         with head.register_forward_hook(watch):
             logits = base(**inputs, use_cache=False).logits
@@ -159,7 +161,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
         head: PlainHead,
     ) -> Tensor:  # fmt: skip
-        # fp32: thousands of rows are added up, which bf16 would round at each step.
+        # Of weight and bias in fp32: they sum thousands of rows, which bf16 would round each time.
         dtypes = (hidden.dtype, torch.float32, torch.float32)
         grads = [
             torch.zeros_like(x, dtype=dtype) if x is not None and x.requires_grad else None

@@ -1,4 +1,4 @@
-"""A run from its config to a saved model, stage by stage: when it logs, evaluates, saves, stops."""
+"""A run from its config to `final/`: its stages, and when it logs, evaluates, saves and stops."""
 
 import shutil
 import time
@@ -41,11 +41,11 @@ class Run:
 
     config: Config
     tokenizer: Tokenizer
-    objective: nn.Module  # the model with its loss, shared among the processes
+    objective: nn.Module  # the model with its loss, wrapped for DDP or FSDP
     training: Training  # the same model, with all that a checkpoint holds
     train: TokenLoader
     evaluation: TokenLoader | None
-    dtype: torch.dtype  # that matmuls run in
+    dtype: torch.dtype  # of matmuls
     speed: Speed
     total_steps: int
     recorder: report.Recorder
@@ -62,7 +62,7 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
     Raises:
         UserError: bad input that only the libraries could find.
         RunError: the run cannot go on; its last checkpoint is whole.
-        Interrupted: after a signal, with the state saved.
+        Interrupted: after a signal; the state is saved unless training.save_every is null.
     """
     set_seed(config.seed, config.deterministic)
     device = distributed.own_device(pick_device(config.device))
@@ -70,7 +70,7 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
     with distributed.process_group(device, config.training.timeout), only_run_in(output):
         this = _prepare(config, written, device, dtype)
         training, packing, begun = this.training, this.train.packing, this.training.state.step
-        # From here on there is something to lose: a signal now waits for the end of a step.
+        # From here on a signal waits for the end of a step, so that no training is lost.
         with (
             explain_failed_write(output, this.recorder.checkpoints),
             StopSignal(command) as stop,
@@ -90,7 +90,7 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
 def _prepare(
     config: Config, written: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> Run:
-    """Make everything that training needs, and say what will be trained; nothing is written yet."""
+    """Make everything that training needs, and say what it is; `output_dir` stays as it is."""
     settings = config.training
     shared, reason = choose_strategy(config, device, dtype)
     if shared:
@@ -107,12 +107,12 @@ def _prepare(
     )  # fmt: skip
     train = make(documents[0], shuffle=True)
     evaluation = make(documents[1], shuffle=False) if documents[1] else None
-    # Of the loss, for fp16 alone: bf16 has fp32's range.
+    # The loss is scaled in fp16 only: bf16 has the range of fp32.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     identity = checkpoint.identify(config, train.dataset.facts)
     training = Training(model, make_optimizer(model, settings), scaler, identity)
     total_steps = count_steps(settings, len(train.sampler))
-    if RANK:  # the weights are the same on all; dropout must not be
+    if RANK:  # the weights are the same on all ranks; dropout must differ
         set_seed(config.seed + RANK, config.deterministic)
     recorder = report.Recorder(config, written, training.state, total_steps, documents)
     resumed = checkpoint.resume(training, settings, recorder.checkpoints)
@@ -127,7 +127,7 @@ def _prepare(
 
 
 def _train(run: Run, stop: StopSignal, sample: Callable[[], None]) -> None:
-    """Train to the last step, to early stopping or to a signal: every *when* of a run is here."""
+    """Train to the last step, to early stopping or to a signal: all decisions on when are here."""
     state, settings, recorder = run.training.state, run.config.training, run.recorder
     steps, started = [], time.perf_counter()
     for step in _steps_of_all_epochs(run):
@@ -149,7 +149,7 @@ def _train(run: Run, stop: StopSignal, sample: Callable[[], None]) -> None:
             metrics |= {"eval_loss": result.loss, "perplexity": result.perplexity}
             best = state.is_best(result.loss)
             last = last or state.is_out_of_patience(settings.patience)
-        recorder.log(metrics)  # before saving: a checkpoint's metrics.jsonl has every line up to it
+        recorder.log(metrics)  # before saving: metrics.jsonl has every line up to a checkpoint
         if evaluating:
             sample()
         if (settings.save_every and (saving or last)) or (best and not last):
@@ -162,7 +162,7 @@ def _train(run: Run, stop: StopSignal, sample: Callable[[], None]) -> None:
 
 
 def _steps_of_all_epochs(run: Run) -> Iterator[StepResult]:
-    """Steps without end, epoch after epoch, from where the run stands; none if it has finished."""
+    """Steps from where the run stands, epoch after epoch, until `_train` ends them."""
     training, state, settings = run.training, run.training.state, run.config.training
     if state.step >= run.total_steps or state.is_out_of_patience(settings.patience):
         return
@@ -180,7 +180,7 @@ def _steps_of_all_epochs(run: Run) -> Iterator[StepResult]:
 
 
 def _check_finite(run: Run, steps: list[StepResult]) -> None:
-    """Count the steps that were not taken; stop at one that was not finite, if so configured."""
+    """Count the steps that were not taken; with on_non_finite=stop raise at one not finite."""
     state = run.training.state
     for number, step in enumerate(steps, state.step - len(steps) + 1):
         state.skipped += not step.taken
@@ -213,7 +213,7 @@ def _save_result(run: Run, begun: int) -> None:
 def _write_final(run: Run, weights: dict[str, Tensor], final: Path, begun: int) -> None:
     if final.exists() and begun == run.training.state.step:
         return  # nothing was left to train, so nothing has changed
-    if final.exists():  # a finished run that goes on: its first result stays too
+    if final.exists():  # a finished run was continued: keep its earlier result
         final.rename(free_name(final.with_name(f"final-step-{begun:08d}")))
     with new_folder(final) as folder:
         save_model(run.training.model, run.tokenizer, folder, run.dtype, weights)

@@ -26,7 +26,7 @@ class StepResult:
 
     loss: Tensor  # fp32 scalar: mean over the labelled tokens of all microbatches and ranks
     grad_norm: Tensor  # before clipping
-    finite: Tensor  # bool: whether both are (fp16: the loss; its scaler checks the gradients)
+    finite: Tensor  # bool: whether both are finite (fp16: the loss; its scaler checks gradients)
     labelled: int  # tokens with loss, all ranks
     tokens: int  # real tokens, all ranks
     processed: int  # real tokens and filler, all ranks
@@ -37,14 +37,15 @@ class StepResult:
 
     @property
     def taken(self) -> bool:
-        """Whether the weights were changed. Reading it waits for the GPU."""
+        """Whether the step was taken; an fp16 scaler may have skipped it. Waits for the GPU."""
         return bool(self.finite) and self.labelled > 0
 
 
 def on_cpu(steps: list[StepResult]) -> list[StepResult]:
     """The same steps with their tensors on the CPU.
 
-    Copying them waits for the device: nothing else in training does.
+    Copying them waits for the device. With fused AdamW in bf16 or fp32 nothing else in a training
+    step does; adamw8bit and fp16 also wait once a step.
     """
     rows = torch.stack([torch.stack([s.loss, s.grad_norm, s.finite]) for s in steps]).cpu()
     return [
@@ -80,22 +81,22 @@ def training_steps(
     max_grad_norm: float | None = 1.0, scheduler: LRScheduler | None = None,
     dtype: torch.dtype = torch.bfloat16, skip_non_finite: bool = False,
 ) -> Iterator[StepResult]:  # fmt: skip
-    """Take the optimizer steps of an epoch: one each time that the next result is asked for.
+    """Take the optimizer steps of an epoch, lazily: each `next()` takes one.
 
     Args:
         model: a causal language model, or its `Objective`; it is put into training mode.
         loader: dicts with `input_ids` and `labels`, shape (rows, length), -100 where there is no
-            loss; `position_ids`, `cu_seq_lens_*` or an `attention_mask` too.
+            loss; optionally `position_ids`, `cu_seq_lens_*` or an `attention_mask`.
         optimizer: steps on the model's trainable parameters.
-        scaler: does work for fp16 only; None, or a disabled one, for bf16 and fp32.
+        scaler: needed for fp16 only; None, or a disabled one, for bf16 and fp32.
         device: where the batches go.
-        accumulation: batches of a step. The last step of an epoch takes what is left.
+        accumulation: batches per step; the last step of an epoch may have fewer.
         max_grad_norm: gradients above this norm are scaled down to it; None: never.
-        scheduler: steps after each optimizer step.
-        dtype: that matmuls run in, by autocast.
+        scheduler: advances once a step, also after one that was not taken.
+        dtype: of matmuls, by autocast.
         skip_non_finite: go on after a step whose loss or gradient is not finite, without taking
-            it. False: after the first such step no weights change until the epoch ends. So it is
-            safe to read `StepResult.finite` once in a while, which waits for the GPU.
+            it. False: after the first such step no weights change until the epoch ends. So
+            `StepResult.finite`, which waits for the GPU, need not be read at each step.
     """
     device, finite = torch.device(device), None
     objective = as_objective(model, device, dtype).train()
@@ -143,11 +144,12 @@ def train_step(
             scaler.scale(share).backward()
         loss += share.detach()
     distributed.sum_tensor(loss)
-    scaler.unscale_(optimizer)
-    # No limit is an infinite one. Clipping reads the norm on the device, and waits for nothing.
+    if labelled:  # else there is no update, before which a scaler may not unscale again
+        scaler.unscale_(optimizer)
+    # None becomes infinity. Clipping uses the norm on the device: the CPU does not wait.
     norm = nn.utils.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
     norm, finite = strategy.full(norm), torch.isfinite(loss)
-    if not scaler.is_enabled():  # an fp16 scaler's first gradients overflow by design
+    if not scaler.is_enabled():  # in fp16 the first ones may overflow, and the scaler skips
         finite = finite & torch.isfinite(norm)
     if healthy is not None:
         finite = finite & healthy
@@ -163,16 +165,16 @@ def train_step(
 
 
 def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, finite: Tensor) -> None:
-    """Step, unless loss or gradients are not finite; without asking the GPU where possible."""
-    # 8-bit AdamW compiles itself, for which a machine without a GPU may lack a compiler.
+    """Step, unless loss or gradients are not finite; without waiting for the GPU where possible."""
+    # 8-bit AdamW uses torch.compile, for which a machine without a GPU may lack a compiler.
     with torch.compiler.set_stance("default" if finite.is_cuda else "force_eager"):
         if scaler.is_enabled():
             if finite:  # the loss
-                scaler.step(optimizer)  # it skips the step if gradients overflowed
-            scaler.update()  # and halves its scale then
+                scaler.step(optimizer)  # skips if gradients overflowed
+            scaler.update()  # halves the scale after an overflow
         elif optimizer.defaults.get("fused"):
-            # The kernel reads this flag on the device and leaves weights and moments alone: no
-            # synchronisation. It is how GradScaler talks to fused optimizers too.
+            # If found_inf is 1, the kernel changes neither weights nor moments. It reads the flag
+            # on the device: no synchronisation. GradScaler uses the same attributes.
             vars(optimizer).update(found_inf=(~finite).float(), grad_scale=None)
             optimizer.step()
         elif finite:
@@ -188,14 +190,14 @@ class EvalResult:
     labelled: int
 
 
-@torch.no_grad()  # not inference_mode: caches that a model fills in it cannot be trained with
+@torch.no_grad()  # under inference_mode a model would cache tensors that training cannot use later
 def evaluate(
     model: nn.Module, loader: Iterable[dict[str, Any]], device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
 ) -> EvalResult:  # fmt: skip
-    """Mean loss per labelled token, and its exponential; the model's mode is put back.
+    """Mean loss per labelled token, and its exponential; train or eval mode is restored.
 
-    Sums, not means of means; and no logits are kept, so that what trains also evaluates.
+    Sums, not means of means. No logits are kept, so evaluation fits wherever training does.
     """
     device, training = torch.device(device), model.training
     total, labelled = torch.zeros((), device=device), 0

@@ -16,7 +16,7 @@ FILES = sorted([*(TEMPLATE / "src").rglob("*.py"), *(TEMPLATE / "scripts").rglob
 CODE_LINES, REACHABLE, NODES, LINES = 5640, 4400, 60_600, 8550
 TEST_LINES = 5910
 STORY = ("src/training/run.py", "src/training/trainer.py", "src/training/loss.py")
-STORY_CODE_LINES = 437
+STORY_CODE_LINES = 438
 FUNCTION_LINES = 50  # with its docstring
 NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),

@@ -1,9 +1,10 @@
 """Render a conversation as one text, and find what the assistant says in it, for any template.
 
 Chat templates trim and rewrite turns, drop earlier reasoning, and differ in how a turn ends. So
-nothing is assumed of them: a conversation is rendered twice, once with a marker in place of each
-message's text. The text around the markers is the template's, the text in their place the row's.
-What the generation prompt adds is rendered once for each role that an answer follows.
+as little as possible is assumed: a conversation is rendered twice, once with a marker in place of
+each message's text. What stands around the markers comes from the template, what stands in their
+place from the row. The generation prompt is rendered once for each kind of
+message that stands before an answer.
 """
 
 import json
@@ -32,24 +33,24 @@ class Rendered(NamedTuple):
 
     text: str
     spans: list[Span]  # what the model has to produce
-    prompted: bool  # whether each of them follows all that the generation prompt writes
+    prompted: bool  # whether the whole generation prompt stands before each span
 
 
 def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokenizer) -> Rendered:
     """Return the conversation as one text, and the spans of it that carry loss.
 
     A span begins where the generation prompt would end, and ends with the token that ends the
-    turn. Reasoning that stands in the text, the answer and tool calls lie in it; headers do not.
+    turn. It includes the reasoning that the template kept, the answer and tool calls, not headers.
 
     Raises:
         Rejected: the template refuses the conversation, leaves out or changes what the assistant
-            says, or does not begin or end its turn as elsewhere.
+            says, or begins or ends its turn in another way than elsewhere.
     """
     if MARK.search(str(messages)):
-        raise Rejected("the row holds text such as Qzx1xzQ, which marks messages while rendering")
+        raise Rejected("the row holds text such as Qzx1xzQ, which is a marker here; change it")
     ends = turn_ends(tokenizer, str(tokenizer.chat_template))
     text, places, marked = _locate(messages, tools, tokenizer)
-    spans, prompted, end = [], True, 0  # end: of the message before
+    spans, prompted, end = [], True, 0  # end: of the previous message
     for number, message in enumerate(messages):
         own, calls = places[number], message.get("tool_calls") or []
         if not own and MARK.search(marked[number]["content"]):
@@ -90,25 +91,25 @@ def _beginning(
     Args:
         text: of the conversation.
         within: where the answer's header and reasoning stand.
-        prompt: what the template writes before an answer. Before earlier answers its end may be
-            missing, as templates drop the <think> of reasoning that they drop.
-        anchored: whether the prompt begins where `within` does; else it is searched for.
+        prompt: what the template writes before an answer. Before earlier answers its last part,
+            such as <think>, may be missing: templates drop it together with old reasoning.
+        anchored: True: the prompt begins where `within` does. False: it is searched for.
         special: a pattern of the tokenizer's special tokens.
     """
     start, until = within
     if not anchored:
-        # Up to the role's name: less of it may be another role's header, or other text.
+        # At least up to the role's name: less of it could match another role's header.
         role = re.search(rf"(?:{special.pattern})\w*", prompt)
         least = role.end() if role else len(prompt)
         sizes = range(len(prompt), least - 1, -1)
         places = (text.find(prompt[:size], start, until) for size in sizes)
         start = next((place for place in places if place >= 0), -1)
-        if start < 0:  # Llama 3.1 with tools writes a first message as the user's, whosever it is
+        if start < 0:  # Llama 3.1 with tools gives the first message a user's header
             raise Rejected("the chat template writes an answer without the header of its prompt")
     shared = len(_shared(text[start:until], prompt))
     start += shared
     for token in special.finditer(text, within[0], until):
-        if token.start() < start < token.end():  # never within one
+        if token.start() < start < token.end():  # do not begin inside a special token
             start = token.start()
     return start, shared == len(prompt)
 
@@ -118,8 +119,8 @@ def _prompt_after(
 ) -> str:
     """Return what the template writes between an answer and the message before it.
 
-    Rendering all that comes before each answer would be quadratic in turns. So it is rendered
-    after the first message of the same kind only, and cached.
+    Rendering all that comes before each answer would be quadratic in turns. So the prompt is
+    rendered once, after the first message of the same kind, and cached.
     """
     kind = _kind(marked[number - 1])
     first = next(n for n, message in enumerate(marked) if _kind(message) == kind)
@@ -164,7 +165,7 @@ def knows_tools(tokenizer: Tokenizer) -> bool:
 def types_token(messages: list[Message], tokenizer: Tokenizer) -> bool:
     """Return whether a message's text holds a token that the template writes, such as <|im_end|>.
 
-    The tokenizer makes the real token of it, so that the text ends or opens a turn.
+    The tokenizer turns such text into the real token, so a user's text could end or open a turn.
     """
     written = turn_ends(tokenizer, str(tokenizer.chat_template)).written
     return any(token in message["content"] for message in messages for token in written)
@@ -177,9 +178,9 @@ class TurnEnds:
     Attributes:
         special: a pattern of the tokenizer's special tokens.
         of_answers, of_calls: patterns of the tokens that end an answer, and calls of tools.
-        appended: what the last turn of a conversation lacks: the beginning of the next turn,
-            where that is what ends one (GLM), or EOS, where there is nothing.
-        tokens: all of them.
+        appended: text to add after the last turn: the next turn's first token if that ends a turn
+            (GLM), EOS if the template writes no end, else nothing.
+        tokens: all end tokens, of answers and of calls.
         header: what the generation prompt adds to a question.
         written: the special tokens that the template writes in a conversation without tools.
     """

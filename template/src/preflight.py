@@ -13,7 +13,7 @@ from src.data.rows import check_source
 from src.data.sources import expand
 from src.utils.environment import from_root, hf_home
 from src.utils.errors import UserError
-from src.utils.files import ADAPTER, METRICS, write_problem
+from src.utils.files import ADAPTER, CHECKPOINT, METRICS, STEPS, write_problem
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 INDEX = "model.safetensors.index.json"  # names the shards of a large model
@@ -174,5 +174,5 @@ def _output_problems(config: Config) -> Iterator[str]:
 
 
 def _holds_checkpoint(folder: Path) -> bool:
-    patterns = ("manifest.json", "step-*", "checkpoints/step-*")
+    patterns = (CHECKPOINT, STEPS, f"checkpoints/{STEPS}")
     return any(any(folder.glob(pattern)) for pattern in patterns)

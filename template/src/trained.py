@@ -9,14 +9,12 @@ from src.config import Config, ModelConfig, load_config
 from src.preflight import folder_problems, has_tokenizer, is_local, read_json
 from src.utils.environment import from_root
 from src.utils.errors import UserError, first_line
-from src.utils.files import ADAPTER, RECIPE, RECORD
+from src.utils.files import ADAPTER, CHECKPOINT, RECIPE, RECORD
 
 if TYPE_CHECKING:  # only loading needs torch
     import torch
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-CHECKPOINT = "run.json"  # is in every checkpoint
 
 
 def find_trained(name: str, base: str | None = None) -> str:

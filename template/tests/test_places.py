@@ -1,5 +1,6 @@
 """Files, folders, `.env` and the command line: written whole, and refused in one line."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,9 +10,13 @@ import pytest
 
 import scripts.train
 from conftest import ROOT, SMOKE
+from src.trained import _saved_settings
+from src.training.record import Record
 from src.utils import environment
 from src.utils.environment import from_root
+from src.utils.errors import UserError
 from src.utils.files import new_folder, write_text
+from src.utils.script import run_script
 
 
 def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -141,3 +146,22 @@ def test_a_place_that_only_the_work_itself_finds_bad_is_one_line_too(tmp_path, r
     assert refused(lambda _: from_root("~nobody-here/x")) == [
         "~nobody-here/x: there is no such home folder"
     ]
+
+
+def test_a_connection_that_another_process_lost_is_no_place() -> None:
+    def lose(_: list[str]) -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    with pytest.raises(ConnectionResetError):
+        run_script(lose)
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path) -> None:
+    recipe = tmp_path / "training_config.yaml"
+    for text in ("", "model: {quantization: 5bit}", "a: [", "[]"):
+        recipe.write_text(text)
+        with pytest.raises(UserError, match=f"{recipe}: is damaged"):
+            _saved_settings(recipe)
+    (tmp_path / "record.json").write_text("{")
+    with pytest.raises(UserError, match=r"record.json: is damaged"):
+        Record(tmp_path)

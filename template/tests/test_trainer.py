@@ -86,6 +86,13 @@ def test_a_window_without_labels_changes_nothing_and_is_no_nan(make_model, data)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_windows_without_labels_do_not_stop_an_fp16_scaler(make_model, data) -> None:
+    model, scaler = make_model(packing=False), torch.amp.GradScaler("cpu", init_scale=2.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = [padded(data, []), padded(data, []), padded(data, [1])]
+    assert train_epoch(model, loader, optimizer, scaler, CPU, dtype=torch.float16) > 0
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_step_that_is_not_finite_is_not_taken(make_model, data, fused: bool) -> None:
     model = make_model()

@@ -48,7 +48,7 @@ Fine-tuned from `{base}`; the base model's license applies to it too.
 ```python
 from transformers import pipeline
 answer = pipeline("text-generation", "{name}")
-messages = [{{"role": "user", "content": "your question"}}]
+messages = [dict(role="user", content="your question")]
 print(answer(messages, max_new_tokens=256, do_sample=False)[0]["generated_text"][-1]["content"])
 ```
 - data: {data}

@@ -35,13 +35,12 @@ from src.data.dataset import Facts
 from src.utils.distributed import RANK, WORLD_SIZE, barrier, gather, is_main, on_main
 from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError, first_line
-from src.utils.files import new_folder
+from src.utils.files import CHECKPOINT, STEPS, new_folder
 
 # DCP warns that it assumes one process, even if no_dist says so.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-MANIFEST, RUN = "manifest.json", "run.json"
+MANIFEST = "manifest.json"
 WEIGHTS, MOMENTS = "weights", "moments"  # folders
-STEPS = "step-" + "[0-9]" * 8  # a copy of a checkpoint under another name is its owner's
 TENSORS_A_FILE = 50  # DCP puts a file together in the host's memory before it writes it
 # Keys that a resumed run must share with the one it continues.
 IDENTITY = (
@@ -189,7 +188,7 @@ def _write(training: Training, folder: Path) -> None:
         "random": gather(_random_state()),
     }
     if is_main():
-        mine.append(folder / RUN)
+        mine.append(folder / CHECKPOINT)
         text = json.dumps(record, default=lambda state: state.tolist())
         mine[-1].write_text(text, encoding="utf-8")
     checksums = gather({str(file.relative_to(folder)): _sha256(file) for file in mine})
@@ -313,7 +312,7 @@ def find_damage(path: Path, without: str = "") -> str | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "no readable manifest"
-    if not isinstance(manifest, dict) or RUN not in manifest:
+    if not isinstance(manifest, dict) or CHECKPOINT not in manifest:
         return "no readable manifest"
     for name, checksum in manifest.items():
         if Path(name).parts[0] == without:
@@ -355,7 +354,7 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    return json.loads((path / RUN).read_text(encoding="utf-8"))
+    return json.loads((path / CHECKPOINT).read_text(encoding="utf-8"))
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,8 @@ from src.utils.ranks import RANK
 ADAPTER = "adapter_config.json"  # PEFT's, beside the weights of an adapter
 RECIPE = "training_config.yaml"  # beside a trained model: the config that it was trained with
 METRICS = "metrics.jsonl"  # in a run's folder: every number that was logged
+CHECKPOINT = "run.json"  # in every checkpoint: where the run stood
+STEPS = "step-" + "[0-9]" * 8  # checkpoints; a copy under another name is its owner's
 RECORD = "record.json"  # in a run's folder: where the run comes from and how it ended
 
 

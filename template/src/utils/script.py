@@ -61,7 +61,8 @@ def run_script(main: Callable[[list[str]], None], help_text: str = "") -> None:
         # Nobody reads on, as in `look.py | head`. The interpreter's own end would try to write.
         os._exit(EXIT_SIGPIPE)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno and error.strerror:  # a place, not a bug
+        # A place that cannot be used, and not a bug; a lost connection has no file name.
+        if isinstance(error, OSError) and (error.filename or error.errno in FULL):
             place = f"{error.filename}: " if error.filename else ""
             code = EXIT_FAILED if error.errno in FULL else EXIT_BAD_INPUT
             _leave([f"error: {place}{error.strerror}"], code)

@@ -86,7 +86,8 @@ def export(folder: Path, out: Path, base: str | None, config: Config) -> str:
     dtype = empty.config.dtype or torch.float32
     size = empty.num_parameters() * dtype.itemsize
     memory, disk = (tqdm.format_sizeof(each, "iB", 1024) for each in (1.3 * size, size))
-    print(f"exporting  {folder}, base {source}: about {memory} of memory and {disk} of disk")
+    merged = f", merged into {source}" if adapter.is_file() else ""
+    print(f"exporting  {folder}{merged}: about {memory} of memory and {disk} of disk")
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(ModelConfig(name=str(folder), trust_remote_code=trust))
     if adapter.is_file():
@@ -175,7 +176,8 @@ def write_card(folder: Path, out: Path, name: str, result: str) -> None:
     figures = facts["tags"] | lines.get(facts.get("final_step"), {})
     for key in FIGURES:
         if key in figures:
-            text += f"- {key}: {'not finite' if figures[key] is None else figures[key]}\n"
+            value = "not finite" if figures[key] is None else figures[key]
+            text += f"- {key}: {f'{value:.4g}' if isinstance(value, float) else value}\n"
     if (curve := run / "loss.png").is_file():
         shutil.copy(curve, out / "loss.png")
         text += "\n![loss](loss.png)\n"

@@ -6,7 +6,7 @@
 
 Ours is `scripts/train.py` as it is, in a copy of `template/`; theirs is `trl_sft.py`, with TRL's
 default (padded, 8 rows) and with `packing=True`. Both load one saved model of random bf16 weights,
-train a LoRA r=16 on all projections with fused AdamW under bf16 autocast, without gradient
+train a LoRA r=16 on all projections with fused AdamW in bf16 (or --dtype fp32), without gradient
 checkpointing, and put the loss on the same tokens. Every measurement is a fresh process with a
 fresh cache, the sides alternate, and a ratio compares neighbours of one round: what the machine
 does beside it then falls on both. Then each starts again on its cache, for the time to step 1.
@@ -116,8 +116,10 @@ QUANTITIES = {
 class Bench:
     """Inputs in a temporary folder, and the processes that are measured on them."""
 
-    def __init__(self, folder: Path, project: Path, device: str, overrides: list[str]) -> None:
-        self.folder, self.device, self.overrides = folder, device, overrides
+    def __init__(
+        self, folder: Path, project: Path, device: str, overrides: list[str], dtype: str = "bf16"
+    ) -> None:
+        self.folder, self.device, self.overrides, self.dtype = folder, device, overrides, dtype
         # A copy: what others edit meanwhile does not change what is measured.
         self.project = folder / "project"
         shutil.copytree(project, self.project, ignore=shutil.ignore_patterns(".venv", "outputs"))
@@ -148,7 +150,7 @@ class Bench:
             "model": {
                 "name": str(self.folder / "model"),
                 "quantization": case.quantization,
-                "dtype": "bf16",
+                "dtype": self.dtype,
             },
             "data": {"train": str(self.rows(case)), "max_length": case.max_length},
             "training": {
@@ -176,6 +178,7 @@ class Bench:
             "output": str(output),
             "device": self.device,
             "quantization": case.quantization,
+            "dtype": self.dtype,
             "packing": packing,
             "liger": side == "liger",
             "max_length": case.max_length,
@@ -381,16 +384,17 @@ def main() -> None:
     parser.add_argument("what", choices=["train", "data"])
     parser.add_argument("overrides", nargs="*", help="key=value of our config, for experiments")
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU")
+    choices = ["bf16", "fp32"]  # many CPUs emulate bf16, slowly
+    parser.add_argument("--dtype", choices=choices, default="bf16", help="of both sides")
     parser.add_argument("--rounds", type=int, help="default: 5 of train, 1 of data")
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--project", type=Path, default=TEMPLATE, help="a rendered project")
     options = parser.parse_args()
     device = "cuda" if options.cuda else "cpu"
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-        bench = Bench(Path(name), options.project, device, options.overrides)
+        bench = Bench(Path(name), options.project, device, options.overrides, options.dtype)
         print_machine(device)
-        template = str(bench.project / "configs" / "chat_template.j2")
-        bench.make("tokenizer", str(bench.folder / "model"), template)
+        bench.make("tokenizer", str(bench.folder / "model"))
         if options.what == "data":
             prepare_data(bench, options.rows, options.rounds or 1)
             return

@@ -470,7 +470,7 @@ def run_scripts(c: Campaign) -> None:
     from inputs import write_model, write_rows, write_tokenizer
 
     base, rows, run = c.work / "1b", c.work / "scripts.jsonl", c.work / "scripts"
-    write_tokenizer(base, c.project / "configs" / "chat_template.j2")
+    write_tokenizer(base)
     write_model(base, (TINY | {"vocab_size": 16_384}) if c.cpu else LLAMA_1B, c.device)
     write_rows(rows, "chats", 60 if c.cpu else 2000)
     keys = [f"model.name={base}", f"data.train={rows}", "data.eval=0.05", f"output_dir={run}"]
@@ -559,7 +559,7 @@ def _against_trl(
     if c.cpu:
         shape, case = TINY | {"vocab_size": 16_384}, replace(case, rows=100, max_length=64, steps=5)
     model = str(bench.folder / "model")
-    bench.make("tokenizer", model, str(bench.project / "configs" / "chat_template.j2"))
+    bench.make("tokenizer", model)
     bench.make("model", model, json.dumps(shape), c.device)
     bench.make("rows", str(bench.rows(case)), case.kind, str(case.rows))
     found = {}

@@ -14,6 +14,20 @@ import numpy as np
 SEED = 0
 WORDS = 30_000
 TOKENIZER_SIZE = 16_384
+# The rendered project's template, without tools. TRL needs the markers around what carries loss.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{- '### ' + message['role'] | capitalize + ':\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message['content'] -}}
+    {%- endif -%}
+    {{- '\n\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '### Assistant:\n' -}}{%- endif -%}
+"""
 # Words of a row, log-normal: with the template's markers a chat is about 80 tokens, most of them
 # between 30 and 160, 60 % of them the prompt. A document is longer than any max_length here.
 KINDS = {"chats": (4.05, 0.5, 8, 380), "documents": (9.0, 0.1, 6000, 12000)}
@@ -55,8 +69,8 @@ def write_rows(path: Path, kind: str, count: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def write_tokenizer(folder: Path, chat_template: Path) -> None:
-    """A byte-level BPE of 16,384 tokens, with the rendered project's chat template."""
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 16,384 tokens, with `CHAT_TEMPLATE`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -77,7 +91,7 @@ def write_tokenizer(folder: Path, chat_template: Path) -> None:
         eos_token="<|end|>",
         pad_token="<|pad|>",
     )
-    fast.chat_template = chat_template.read_text()
+    fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
 
 
@@ -146,8 +160,7 @@ def main(command: str, *arguments: str) -> None:
         path, kind, count = arguments
         write_rows(Path(path), kind, int(count))
     elif command == "tokenizer":
-        folder, template = arguments
-        write_tokenizer(Path(folder), Path(template))
+        write_tokenizer(Path(*arguments))
     elif command == "model":
         folder, shape, device = arguments
         write_model(Path(folder), json.loads(shape), device)

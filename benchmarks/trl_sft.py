@@ -54,15 +54,15 @@ def main(settings: dict[str, Any]) -> None:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    output = Path(settings["output"])
+    output, half = Path(settings["output"]), settings["dtype"] == "bf16"
     output.mkdir(parents=True)
     rows = load_dataset("json", data_files=settings["rows"], split="train")
     trainer = SFTTrainer(
         model=settings["model"],
         args=SFTConfig(
             str(output),
-            # TRL's own default is fp32 weights: twice the memory. Ours are bf16, so are these.
-            model_init_kwargs={"dtype": "bfloat16"},
+            # TRL's own default is fp32 weights: twice the memory. These are as ours.
+            model_init_kwargs={"dtype": "bfloat16" if half else "float32"},
             packing=settings["packing"],
             max_length=settings["max_length"],
             per_device_train_batch_size=settings["batch_size"],
@@ -72,7 +72,7 @@ def main(settings: dict[str, Any]) -> None:
             lr_scheduler_type="constant",
             gradient_checkpointing=False,
             use_liger_kernel=settings["liger"],
-            bf16=True,
+            bf16=half,
             use_cpu=settings["device"] == "cpu",
             logging_steps=1,
             save_strategy="no",

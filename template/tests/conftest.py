@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from filelock import FileLock
 
 # Before any library reads them. Offline, so that a test that would download fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -75,6 +76,30 @@ def run_tool(name: str, *arguments: str) -> bool:
         return False
     importlib.import_module(f"scripts.{name}").main([*arguments])
     return True
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for all tests; this one for a single file, and for those of one GPU."""
+    single = any(".py" in argument for argument in config.args)
+    return 0 if single or config.option.markexpr == "gpu" else min(2, os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="session")
+def make_once(request: pytest.FixtureRequest, tmp_path_factory) -> Callable[..., Path]:
+    """`make_once("name", make)`: a folder that `make` fills in one of the test processes for all."""
+    place = tmp_path_factory.getbasetemp()
+    place = place.parent if hasattr(request.config, "workerinput") else place
+
+    def call(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = place / name, place / f"{name}.done"
+        with FileLock(place / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return call
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -234,26 +259,30 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="session")
-def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mlflow_database(make_once) -> Path:
     """An MLflow database without runs; making one takes seconds, so tests copy it."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    with mock.patch.dict(os.environ, MLFLOW_TRACKING_URI=f"sqlite:///{path}"):
-        from src.training.tracking import connect
 
-        connect().create_experiment("first")
-    return path
+    def make(folder: Path) -> None:
+        with mock.patch.dict(os.environ, MLFLOW_TRACKING_URI=f"sqlite:///{folder / 'mlflow.db'}"):
+            from src.training.tracking import connect
+
+            connect().create_experiment("first")
+
+    return make_once("mlflow", make) / "mlflow.db"
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Path:
+def smoke(make_once, mlflow_database: Path) -> Path:
     """The folder of the smoke run as README tells it, tracked in `mlflow.db` beside it."""
-    import scripts.train
 
-    folder = tmp_path_factory.mktemp("smoke")
-    shutil.copy(mlflow_database, folder / "mlflow.db")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    watched = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}  # every 10 s else
-    with mock.patch.dict(os.environ, watched, MLFLOW_TRACKING_URI=uri):
-        saved = "training.save_every=80"  # two checkpoints
-        scripts.train.main([SMOKE, f"output_dir={folder / 'run'}", "device=cpu", saved])
-    return folder / "run"
+    def make(folder: Path) -> None:
+        import scripts.train
+
+        shutil.copy(mlflow_database, folder / "mlflow.db")
+        uri = f"sqlite:///{folder / 'mlflow.db'}"
+        watched = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}  # every 10 s else
+        with mock.patch.dict(os.environ, watched, MLFLOW_TRACKING_URI=uri):
+            saved = "training.save_every=80"  # two checkpoints
+            scripts.train.main([SMOKE, f"output_dir={folder / 'run'}", "device=cpu", saved])
+
+    return make_once("smoke", make) / "run"

@@ -7,11 +7,11 @@ import torch
 from src.training.speed import Speed, measure_speed
 
 CPU = torch.device("cpu")
-# configs/tiny: 4 layers of width 128, 4 heads of 32 with 2 for keys and values, MLP 384.
-LAYERS = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384)
-LORA = 4 * 4 * (2 * 256 + 2 * 192 + 3 * 512)  # r=4: r * (in + out) of each projection
+# configs/tiny: 2 layers of width 128, 4 heads of 32 with 2 for keys and values, MLP 384.
+LAYERS = 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384)
+LORA = 2 * 4 * (2 * 256 + 2 * 192 + 3 * 512)  # r=4: r * (in + out) of each projection
 HEAD = 128 * 512
-ATTENTION = 4 * 4 * 32 * 4 * (100 / 2)  # layers x heads x head_dim x 4 x half of 100 tokens
+ATTENTION = 2 * 4 * 32 * 4 * (100 / 2)  # layers x heads x head_dim x 4 x half of 100 tokens
 
 
 @pytest.mark.parametrize("quantization", ["none", "4bit"])

@@ -24,6 +24,8 @@ def main(arguments: list[str]) -> None:
     folders, picture = find_runs(options.runs), from_root(options.output)
     if len(folders) < 2:
         raise UserError(f"{options.runs[0]}: only one run; give two or more to compare")
+    if picture.suffix != ".png":
+        raise UserError(f"--output {options.output}: the picture is a .png")
 
     names = [to_root(folder) for folder in folders]
     differences, results = compare(folders)

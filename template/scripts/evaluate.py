@@ -2,7 +2,7 @@
 
 Prints loss, perplexity and the share of right answers on DATA (a file or hub dataset, read as in
 training); for an adapter also those of its base. Writes them to evaluation.md and evaluation.json
-beside the run, or into the folder of any other model.
+beside the run (evaluation-step-N/ for a checkpoint), or into the folder of any other model.
 MODEL is what scripts/inference.py takes. README.md, "Use the result", has the command for
 standard benchmarks.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from src.trained import find_trained, load_trained, trained_config
 from src.utils.environment import from_root
-from src.utils.files import RECORD
+from src.utils.files import CHECKPOINT, RECORD
 from src.utils.script import between, make_parser, run_script
 
 
@@ -28,6 +28,8 @@ def main(arguments: list[str]) -> None:
     folder = Path(name) if Path(name).is_dir() else from_root("outputs") / name.replace("/", "-")
     if folder.name == "final" and (folder.parent / RECORD).is_file():
         folder = folder.parent
+    elif (folder / CHECKPOINT).is_file():  # which a run may prune
+        folder = folder.parent.with_name(f"evaluation-{folder.name}")
     trained = trained_config(name)
     data = trained.data if trained else DataConfig(train=options.data)
     if trained and options.data in ([data.train] if isinstance(data.train, str) else data.train):

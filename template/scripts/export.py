@@ -30,7 +30,8 @@ def main(arguments: list[str]) -> None:
     with new_folder(out) as new:
         result = export(folder, new, options.base, config)
         write_card(folder, new, options.push or str(out), result)
-    print(result, f"written to {out}; to serve it:", *serving_advice(folder, out), sep="\n")
+    commands = serving_advice(folder, out, options.base)
+    print(result, f"written to {out}; to serve it:", *commands, sep="\n")
     if options.push:
         from huggingface_hub import HfApi
 

@@ -7,7 +7,7 @@ of scripts/train.py (default: configs/train.yaml).
 
 from src.config import Config, from_command_line
 from src.utils.errors import UserError
-from src.utils.script import make_parser, run_script
+from src.utils.script import between, make_parser, run_script
 
 # GiB that a GPU of this name has, a little less than its makers say, and its dense bf16 TFLOP/s.
 GPUS = {
@@ -24,7 +24,8 @@ def main(arguments: list[str]) -> None:
     sizes = f"24GB, or one of {', '.join(GPUS)} (default: the GPU of this machine)"
     parser.add_argument("--gpu", help=f"the GPU to plan for: its memory, such as {sizes}")
     text = "share of the GPU's peak speed that training uses (default: %(default)s)"
-    parser.add_argument("--mfu", metavar="SHARE", type=float, default=0.4, help=text)
+    share = between(1e-9, 1, float)
+    parser.add_argument("--mfu", metavar="SHARE", type=share, default=0.4, help=text)
     options, rest = parser.parse_known_args(arguments)
     config, _ = from_command_line(rest)
     total, tflops = _size(options.gpu) if options.gpu else (None, None)
@@ -46,10 +47,13 @@ def _size(text: str) -> tuple[float, float | None]:
     """GiB and TFLOP/s of `24GB`, `24` or `h100`; of a size alone the speed is not known."""
     name = text.lower()
     try:
-        return GPUS.get(name) or (float(name.removesuffix("gb").removesuffix("gib")), None)
+        gib = float(name.removesuffix("gb").removesuffix("gib"))
     except ValueError:
+        gib = 0.0
+    if name not in GPUS and not 1 <= gib < 10_000:
         names = ", ".join(GPUS)
-        raise UserError(f"--gpu {text}: neither a size such as 24GB nor one of {names}") from None
+        raise UserError(f"--gpu {text}: neither a size such as 24GB nor one of {names}")
+    return GPUS.get(name, (gib, None))
 
 
 def _print_memory(config: Config, total: float | None) -> None:

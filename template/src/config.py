@@ -349,8 +349,9 @@ def _merge(merged: Any, overrides: list[str]) -> Any:
     for item, following in pairwise([*overrides, "…"]):
         name, _, value = item.strip("-").partition("=")
         if item.startswith("-"):
-            key = _nearest(name.replace("-", "_")) or "key"
-            text = f"unknown option {item}; write {key}={value or following}"
+            key, value = _nearest(name.replace("-", "_")) or "key", value or following
+            hint = value if value.endswith((".yaml", ".yml")) else f"{key}={value}"
+            text = f"unknown option {item}; write {hint}"
             raise UserError(f"command line: {text}. {FILE_FIRST}")
         if not name or "=" not in item:
             raise UserError(f"command line: {item!r} is not key=value. {FILE_FIRST}")

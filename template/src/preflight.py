@@ -47,6 +47,8 @@ def check_run(config: Config, output: bool = True) -> None:
                     check_source(key, source, config.data)
         except UserError as error:
             problems += error.problems
+    if problem := write_problem(hf_home()):  # the tokens of rows are kept there
+        problems.append(f"HF_HOME: {problem}")
     problems += _output_problems(config) if output else ()
     if problems:
         raise UserError(*problems)
@@ -158,8 +160,6 @@ def is_local(name: str) -> bool:
 
 def _output_problems(config: Config) -> Iterator[str]:
     output, resume = from_root(config.output_dir), config.training.resume
-    if problem := write_problem(hf_home()):
-        yield f"HF_HOME: {problem}"
     # A file beside the output folder locks it.
     if problem := write_problem(output) or write_problem(output.parent):
         yield f"output_dir: {problem}"

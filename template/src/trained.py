@@ -34,6 +34,8 @@ def find_trained(name: str, base: str | None = None) -> str:
     if not folder.is_dir():
         if is_local(name):
             raise UserError(f"{name}: no such folder; training prints where its model is")
+        if base:
+            raise UserError(f"--base goes with a folder, and {name} is a hub id")
         return name
     kinds = (CHECKPOINT, ADAPTER, "config.json")
     places = [p for p in (folder, folder / "final") if any((p / kind).is_file() for kind in kinds)]
@@ -44,6 +46,8 @@ def find_trained(name: str, base: str | None = None) -> str:
         _require_whole(folder)
         if not has_tokenizer(folder):
             raise UserError(f"{folder}: no tokenizer; save one with tokenizer.save_pretrained")
+        if base and not (folder / ADAPTER).is_file():
+            raise UserError(f"--base goes with an adapter, and {folder} is a whole model")
     source = _source(folder, base)
     if from_root(source).is_dir():
         _require_whole(from_root(source))
@@ -60,15 +64,19 @@ def _require_whole(folder: Path) -> None:
 def _source(folder: Path, base: str | None) -> str:
     """The model whose weights are read first: the base of an adapter or checkpoint, or itself."""
     if (folder / CHECKPOINT).is_file():
-        return base or _checkpoint_config(folder).model.name
+        own = _checkpoint_config(folder).model.name
+        return base or own
     if (folder / ADAPTER).is_file():
         return base or read_json(folder / ADAPTER).get("base_model_name_or_path") or ""
     return str(folder)
 
 
 def _checkpoint_config(folder: Path) -> Config:
-    own = folder / "config.yaml"  # in one that MLflow kept
-    return load_config(own if own.is_file() else folder.parent.parent / "config.yaml")[0]
+    places = folder / "config.yaml", folder.parent.parent / "config.yaml"
+    for path in places:
+        if path.is_file():
+            return load_config(path)[0]
+    raise UserError(f"{folder}: a checkpoint out of its run: copy the run's config.yaml into it")
 
 
 def trained_config(folder: str) -> Config | None:
@@ -116,7 +124,8 @@ def _from_mlflow(uri: str) -> str:
     try:
         return mlflow.artifacts.download_artifacts(uri)
     except Exception as error:  # noqa: BLE001 - whatever its store raises
-        raise UserError(f"{uri}: {str(error).splitlines()[0]}") from None
+        moved = "; if the project has moved, uv run scripts/sync.py RUN says how to link it"
+        raise UserError(f"{uri}: {str(error).splitlines()[0]}{moved}") from None
 
 
 def load_trained(

@@ -221,6 +221,16 @@ def test_resuming_another_run_is_refused_with_each_difference_named(six_steps, r
         assert "training.resume_despite_changes=true" in line
 
 
+def test_weights_of_other_shapes_cannot_be_resumed_even_where_changes_are_allowed(six_steps, train):
+    with pytest.raises(
+        UserError, match=r"step-00000006/weights: other weights than this model .*;"
+    ):
+        train(
+            "data.eval=null", "training.resume=auto", "training.resume_despite_changes=true",
+            "model.init=pretrained", "lora.r=2", f"model.name={six_steps / 'final'}",
+        )  # fmt: skip
+
+
 def test_a_difference_can_be_allowed_and_a_new_learning_rate_counts(train, six_steps) -> None:
     allowed = ["training.batch_size=2", "training.resume_despite_changes=true"]
     rate = ["training.learning_rate=1e-5", "training.scheduler=constant", "training.log_every=1"]

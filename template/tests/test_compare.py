@@ -74,6 +74,8 @@ def test_equal_runs_differ_in_nothing_and_what_is_no_run_is_refused(
     assert capsys.readouterr().out.splitlines()[1] == "nothing"
     assert "not a run's folder" in refused(scripts.compare.main, str(runs[0]), str(tmp_path))[0]
     assert "give two or more to compare" in refused(scripts.compare.main, str(runs[0]))[0]
+    text = [*map(str, runs), "--output", "curves.txt"]
+    assert refused(scripts.compare.main, *text) == ["--output curves.txt: the picture is a .png"]
 
 
 def test_a_line_of_fewer_steps_is_drawn_with_its_neighbour() -> None:

@@ -93,6 +93,7 @@ def test_a_file_that_is_no_config_says_why(tmp_path: Path, text: str, expected: 
     [
         (["--epochs", "3"], "unknown option --epochs; write training.epochs=3."),
         (["--learning-rate=1e-4"], "unknown option --learning-rate=1e-4; write training.learning_rate=1e-4."),
+        (["--config", "my.yaml"], "unknown option --config; write my.yaml."),
         (["--what"], "unknown option --what; write key=…."),
         (["seed"], "'seed' is not key=value."),
     ],

@@ -42,6 +42,9 @@ def test_the_loss_is_the_one_that_training_found_and_mlflow_gets_it(learnt: Path
     assert connect().get_run(run_id).data.metrics["evaluation_exact"] == 1
     kept = {file.path for file in connect().list_artifacts(run_id)}
     assert {"evaluation.md", "config.yaml", "samples.jsonl", "loss.png"} <= kept
+    (checkpoint, *_) = (learnt / "checkpoints").iterdir()
+    scripts.evaluate.main([str(checkpoint), SAMPLE, "--samples", "0"])
+    assert (learnt / f"evaluation-{checkpoint.name}/evaluation.md").is_file(), "it is not pruned"
     evaluate(learnt, "data/sample.jsonl", "--samples", "0")
     assert "is what the model was trained on" in capsys.readouterr().err
 

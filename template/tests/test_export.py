@@ -177,10 +177,14 @@ def test_the_commands_that_serve_are_real_and_say_what_vllm_refuses(tmp_path) ->
     ):
         described = {"base_model_name_or_path": "a/b", **adapter}
         (tmp_path / "adapter_config.json").write_text(json.dumps(described))
-        vllm, transformers, alone = export.serving_advice(tmp_path, out)
+        vllm, transformers, alone = export.serving_advice(tmp_path, out, None)
         assert shlex.split(vllm) == ["uvx", "vllm", "serve", str(out)]
         assert shlex.split(transformers)[:4] == ["uv", "run", "--with", "transformers[serving]"]
         assert expected in alone
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described | {"modules_to_save": None}))
+    assert export.serving_advice(tmp_path, out, "new/base")[-1].startswith(
+        "uvx vllm serve new/base"
+    )
 
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9}

@@ -83,7 +83,7 @@ def test_4bit_layers_are_nf4_and_compute_in_half_precision_under_fp32_adapters(
 
     model = make_model(lora=True, quantization="4bit", dtype=dtype)
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
-    assert len(layers) == 4 * 7
+    assert len(layers) == 2 * 7
     assert {m.compute_dtype for m in layers} == {dtype}
     assert {m.weight.quant_state.quant_type for m in layers} == {"nf4"}
     assert all(m.weight.quant_state.nested for m in layers)
@@ -335,9 +335,10 @@ def test_a_saved_adapter_is_trained_further_and_keeps_its_rank(
 
 OTHER_BASES = {
     "wider": {"hidden_size": 96, "head_dim": 24},
-    "shallower": {"num_hidden_layers": 2},
-    "deeper": {"num_hidden_layers": 6},
+    "shallower": {"num_hidden_layers": 1},
+    "deeper": {"num_hidden_layers": 3},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    "mistral": {},  # layers of the same names and shapes
 }
 
 
@@ -346,11 +347,14 @@ def test_an_adapter_of_another_model_is_refused(
     tune, saved_model: Path, tokenizer, tmp_path: Path, kind: str
 ) -> None:
     adapter, other = tmp_path / "adapter", tmp_path / kind
-    save_model(tune(), tokenizer, adapter, torch.bfloat16)
+    # Of fewer than 20 layers PEFT would save the whole names, and adapt no others.
+    save_model(tune(target_modules=["q_proj"]), tokenizer, adapter, torch.bfloat16)
+    config = AutoConfig.from_pretrained(saved_model, **OTHER_BASES[kind])
     if kind == "gpt2":
         config = AutoConfig.for_model(kind, vocab_size=512, **OTHER_BASES[kind])
-    else:
-        config = AutoConfig.from_pretrained(saved_model, **OTHER_BASES[kind])
+    elif kind == "mistral":
+        described = config.to_dict() | {"model_type": kind, "architectures": None}
+        config = AutoConfig.for_model(**described)
     AutoModelForCausalLM.from_config(config).save_pretrained(other)
     with pytest.raises(UserError, match=f"^{adapter} was made for another model than {other}"):
         load_trained(adapter, CPU, base=str(other))

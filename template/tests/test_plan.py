@@ -103,7 +103,11 @@ def test_help_shows_usage_and_defaults_and_unknown_words_are_refused(capsys, ref
     assert "[CONFIG] [key=value ...] [--gpu GPU] [--mfu SHARE]" in page
     for default in ("configs/train.yaml", "the GPU of this machine", "0.4"):
         assert f"(default: {default})" in page
-    assert "--gpu big: neither a size" in refused(scripts.plan.main, SMOKE, "--gpu", "big")[0]
+    for size in ("big", "0GB", "nan"):
+        (line,) = refused(scripts.plan.main, SMOKE, "--gpu", size)
+        assert line.startswith(f"--gpu {size}: neither a size")
+    with pytest.raises(SystemExit, match="2"):
+        scripts.plan.main([SMOKE, "--mfu", "2"])
     assert "unknown key" in refused(scripts.plan.main, SMOKE, "lora.rr=1")[0]
 
 

@@ -162,6 +162,15 @@ def test_a_base_that_moved_is_named_with_the_option_that_helps(
             find_trained(str(folder))
         name = find_trained(str(folder), str(moved))
         assert load_trained(name, CPU, str(moved))[0].name_or_path == str(moved)
+    with pytest.raises(UserError, match=r"--base goes with an adapter, and .* is a whole model"):
+        find_trained(str(moved), str(moved))
+    with pytest.raises(UserError, match="--base goes with a folder, and org/name is a hub id"):
+        find_trained("org/name", str(moved))
+    alone = shutil.copytree(run / "checkpoints/step-00000001", tmp_path / "alone")
+    with pytest.raises(UserError, match=r"out of its run: copy the run's config.yaml into it"):
+        find_trained(str(alone), str(moved))
+    shutil.copy(run / "config.yaml", alone)
+    assert find_trained(str(alone), str(moved)) == str(alone)
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,11 @@ def test_the_same_rows_come_from_every_format(tmp_path: Path, write_rows) -> Non
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(plain))
         with pa.CompressedOutputStream(str(tmp_path / f"{name}.zst"), "zstd") as stream:
             stream.write(plain)
+    comma = (tmp_path / "r.csv").read_text("utf-8-sig")
+    (tmp_path / "blank.csv").write_text(f"\n,\n{comma}")
+    (tmp_path / "excel.csv").write_text(f"sep=,\n{comma}")
+    wide = f'"a, b"\t{(tmp_path / "tab.csv").read_text("utf-8-sig")}'.replace("\nq;", "\n\tq;")
+    (tmp_path / "a comma in a name.csv").write_text(wide.replace('\n"q;', '\n\t"q;'))
     expected = messages(tmp_path / "rows.jsonl")
     assert {path.name: messages(path) for path in tmp_path.iterdir()} == dict.fromkeys(
         [path.name for path in tmp_path.iterdir()], expected
@@ -268,6 +273,8 @@ def test_the_same_rows_come_from_every_format(tmp_path: Path, write_rows) -> Non
         ("r.json", b'[{"text": "a"},\n{]', ":2: cannot be read: not valid JSON"),
         ("r.json", b"[" * 100_000, ": cannot be read: lists or objects nested too deeply"),
         ("r.csv", "prompt,completion\ncaf\xe9,a\n".encode("latin1"), ": cannot be read: not UTF-8"),
+        ("r.csv", b'prompt,completion\nc,"d\ne,f\n', ":2: not valid CSV from this line on"),
+        ("r.csv", b'\nprompt,completion\na,b\nc,"d\n', ":4: not valid CSV from this line on"),
         ("r.csv", b'prompt,completion\na,b\nc,"d\ne,f\n', ":3: not valid CSV from this line on"),
         ("r.csv", b"prompt,completion,prompt\na,b,c\n", ":1: two columns are called prompt"),
         ("r.csv", b"prompt,completion\na,b\na,b,c\n", ":3: more cells than the header has"),

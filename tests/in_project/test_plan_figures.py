@@ -13,7 +13,7 @@ from src.models.adapters import without_input_casts
 from src.training.loss import CHUNK, Objective
 from src.training.optimizer import make_optimizer
 from src.training.plan import (
-    Tracker,
+    ByteCounter,
     build,
     measure_step,
     plan,
@@ -114,7 +114,7 @@ def test_what_is_counted_without_data_is_what_lives_with_it(
     overrides += [f"model.dtype={dtype}", CHECKPOINTING if checkpointing else NO_CHECKPOINTING]
     config, _ = load_config(SMOKE, overrides)
     batch = full_batch(config.training.batch_size, 64, packing=True, labelled=0.5)
-    optimizer, tracker = make_optimizer(model, config.training), Tracker()
+    optimizer, tracker = make_optimizer(model, config.training), ByteCounter()
     with without_input_casts(model), tracker:
         for tensor in [*model.parameters(), *model.buffers()]:
             tracker.count(tensor)

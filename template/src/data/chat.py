@@ -77,7 +77,9 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
                 where = f"the tool calls of message {number + 1}"
                 raise Rejected(f"the chat template leaves out {where}")
             if not (closing or is_last):
-                raise Rejected(f"the chat template does not end message {number + 1}")
+                raise Rejected(
+                    f"the chat template writes no end of turn after message {number + 1}"
+                )
             spans.append((start, end))
             prompted = prompted and whole
     return Rendered(text, spans, prompted)
@@ -162,7 +164,7 @@ def knows_tools(tokenizer: Tokenizer) -> bool:
     return "Look something up." in chat_text(tokenizer, [_user("?")], True, [TOOL])
 
 
-def types_token(messages: list[Message], tokenizer: Tokenizer) -> bool:
+def holds_template_token(messages: list[Message], tokenizer: Tokenizer) -> bool:
     """Return whether a message's text holds a token that the template writes, such as <|im_end|>.
 
     The tokenizer turns such text into the real token, so a user's text could end or open a turn.
@@ -203,7 +205,7 @@ def turn_ends(tokenizer: Tokenizer, template: str) -> TurnEnds:
         template: its `chat_template`; part of the cache's key.
     """
     known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    special = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or "$^")
+    special = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or "(?!)")
     answer, eos = [{"role": "assistant", "content": _mark(1)}], str(tokenizer.eos_token)
     last, inner = _tails(tokenizer, answer, [_user(_mark(2))], None)
     final, following = special.findall(last), special.findall(inner)

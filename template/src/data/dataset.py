@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config, DataConfig
 from src.data import IGNORE, Rejected
-from src.data.chat import knows_tools, types_token
+from src.data.chat import holds_template_token, knows_tools
 from src.data.encoding import Encoded, encode
 from src.data.rows import LeftOut, Row, check, no_rows, read_rows, reject
 from src.data.sources import expand, fingerprint
@@ -244,7 +244,7 @@ def _documents(
 
 def _notes(row: Row, encoded: Encoded, tokenizer: Tokenizer) -> Iterator[str]:
     """Say what is suspicious about a row."""
-    if "messages" in row and types_token(row["messages"], tokenizer):
+    if "messages" in row and holds_template_token(row["messages"], tokenizer):
         yield "with a token of the chat template as text: it ends or opens a turn there"
     if row.get("tools") and not knows_tools(tokenizer):
         yield "with tools, which the chat template does not print"

@@ -195,22 +195,26 @@ def _json(path: Path) -> Places:
 def _csv(path: Path) -> Places:
     csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        sign = next((sign for sign in ",;\t" if sign in header), ",")
+        before, header = 0, ""
+        while (header := file.readline()) and not header.strip(",;\t \r\n"):
+            before += 1
+        sign = max(",;\t", key=header.count)
+        if header.startswith("sep="):  # Excel's
+            sign, header, before = header[4], "", before + 1
         # strict: else a quote that is never closed swallows the rest of the file.
-        reader = csv.DictReader(chain([header], file), delimiter=sign, strict=True)
-        began = 1
+        reader = csv.DictReader(chain([header] * bool(header), file), delimiter=sign, strict=True)
+        began = before + 1
         try:
             names = [name or f"(column {n})" for n, name in enumerate(reader.fieldnames or (), 1)]
             if double := [name for name in names if names.count(name) > 1]:
-                yield ":1", Rejected(f"two columns are called {double[0]}")
+                yield f":{began}", Rejected(f"two columns are called {double[0]}")
                 return
-            reader.fieldnames = names
+            reader.fieldnames, began = names, before + reader.line_num + 1
             for row in reader:
                 if None in row:
                     row = Rejected("more cells than the header has; quote commas in text")
-                yield f":{reader.line_num}", row
-                began = reader.line_num + 1
+                yield f":{before + reader.line_num}", row
+                began = before + reader.line_num + 1
         except csv.Error as error:
             yield f":{began}", Rejected(f"not valid CSV from this line on: {error}")
 

@@ -58,6 +58,7 @@ def _new_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
         modules_to_save=lora.modules_to_save and list(lora.modules_to_save),  # PEFT adds to it
         ensure_weight_tying=bool(lora.modules_to_save) and _is_tied(model),
         exclude_modules=MAMBA_WEIGHTS if bypassed else None,
+        auto_mapping={"base_model_class": type(model).__name__},  # for `load_adapters`
     )  # fmt: skip
     try:
         with _quiet():
@@ -130,7 +131,8 @@ def base_dtype(model: nn.Module) -> torch.dtype:
 
 def adapted_names(model: nn.Module) -> list[str]:
     """The last parts of the names of the layers that have adapters."""
-    places = {n.partition(".lora_A.")[0] for n, _ in model.named_parameters() if ".lora_A." in n}
+    names = (re.split(r"\.lora_(?:embedding_)?A\.", n) for n, _ in model.named_parameters())
+    places = {place for place, *rest in names if rest}
     return sorted({place.rpartition(".")[2] for place in places} - {"base_layer"})
 
 
@@ -175,6 +177,9 @@ def load_adapters(
             raise UserError(f"{what}: a {config.peft_type} adapter; only LoRA can be trained here")
         if getattr(config, "use_dora", False) and getattr(model, "is_loaded_in_8bit", False):
             raise UserError(f"{what}: DoRA does not work on 8-bit weights; use 4bit or none")
+        made_for = (config.auto_mapping or {}).get("base_model_class")
+        if made_for not in {None, type(model).__name__}:  # other layers of the same shapes
+            raise ValueError("size mismatch: another architecture")
         adapted = PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
         # PEFT ignores layers that the base lacks, and only warns of those that the adapter lacks.
         made = [key for key, _ in adapted.named_parameters(remove_duplicate=False)]
@@ -202,9 +207,11 @@ def _quiet() -> Generator[None]:
 
     PEFT 0.21 reads a deprecated attribute of transformers 5.23, and looks among the layers for the
     experts that it adapts as parameters. Torch warns that weights are not copied into a model on
-    `meta`. That keys are missing is an error in `load_adapters`.
+    `meta`. That keys are missing is an error in `load_adapters`. PEFT sets fan_in_fan_out itself
+    (GPT-2), and src/tools/export.py unties tied layers before it merges.
     """
     ignored = "The following (rank|alpha)_pattern|for .*: copying from a non-meta|Found missing"
+    ignored += "|fan_in_fan_out is set|Model with `tie_word_embeddings=True`"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", ignored)

@@ -189,19 +189,20 @@ def _public(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
-def serving_advice(folder: Path, out: Path) -> list[str]:
+def serving_advice(folder: Path, out: Path, base: str | None) -> list[str]:
     """Return the commands that serve the export and, where vLLM can, the adapter alone."""
     model, adapter = shlex.quote(str(out)), shlex.quote(str(folder))
     serve = "uv run --with 'transformers[serving]' transformers serve"
     lines = [f"uvx vllm serve {model}", f"{serve} {model}"]
     if (folder / ADAPTER).is_file():
         described = json.loads((folder / ADAPTER).read_text("utf-8"))
+        base = base or described["base_model_name_or_path"]
         refused = [key for key in ("use_dora", "modules_to_save") if described.get(key)]
         rank = next(rank for rank in VLLM_RANKS if rank >= described["r"])
         # The adapter's generation config: the base's own stop tokens do not end a turn.
         alone = (
-            f"uvx vllm serve {described['base_model_name_or_path']} --enable-lora --max-lora-rank "
-            f"{rank} --lora-modules tuned={adapter} --generation-config {adapter}"
+            f"uvx vllm serve {base} --enable-lora --max-lora-rank {rank} "
+            f"--lora-modules tuned={adapter} --generation-config {adapter}"
         )
         no = f"(vLLM does not serve an adapter alone with {' or '.join(refused)})"
         lines.append(no if refused else alone)

@@ -74,8 +74,8 @@ class TrainState:
         """Whether something happens after this step that happens every so many steps."""
         return every is not None and self.step % every == 0
 
-    def is_best(self, loss: float) -> bool:
-        """Remember an evaluation; whether it is better than all before."""
+    def record_evaluation(self, loss: float) -> bool:
+        """Remember an evaluation; return whether it is better than all before."""
         self.evaluations_without_gain += 1
         if loss < self.best_loss:
             self.best_loss, self.best_step, self.evaluations_without_gain = loss, self.step, 0
@@ -210,7 +210,8 @@ def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Read a folder of shards into these tensors, which must be all that it holds."""
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     if _sizes(folder) != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise UserError(f"{folder}: not made for this model and optimizer")
+        cure = "start in another output_dir; lora.adapter continues a saved adapter"
+        raise UserError(f"{folder}: other weights than this model and optimizer have; {cure}")
     reader = HuggingFaceStorageReader(str(folder))
     dcp.load(tensors, storage_reader=reader, no_dist=not _is_sharded(tensors))
 

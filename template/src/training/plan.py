@@ -66,7 +66,7 @@ class CannotPlan(UserError):
     """An operator of this model does not work on tensors without data."""
 
 
-class Tracker(TorchDispatchMode):
+class ByteCounter(TorchDispatchMode):
     """Counts the bytes of all storages that operators make, while they live.
 
     Attributes:
@@ -154,14 +154,18 @@ def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
     model.set_attn_implementation(attention)
     if attention == "sdpa":  # and the model supports it
         model.set_attn_implementation("planned_sdpa")
-    mode, tracker, settings = FakeTensorMode(allow_non_fake_inputs=True), Tracker(), config.training
+    mode, counter, settings = (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        ByteCounter(),
+        config.training,
+    )
     batch = full_batch(settings.batch_size, config.data.max_length, packing=True, labelled=0.5)
     batch = tree_map_only(Tensor, mode.from_tensor, batch)
     for layer in layers_of(model)[-1:]:
-        layer.register_forward_pre_hook(tracker.watch)
-    with mode, tracker, without_input_casts(model):
+        layer.register_forward_pre_hook(counter.watch)
+    with mode, counter, without_input_casts(model):
         _make_fake(model)
-        weights, tracker.peaks = tracker.now, [0, 0]  # of the step, not of making the weights
+        weights, counter.peaks = counter.now, [0, 0]  # of the step, not of making the weights
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         head = head_of(model)
         plain = PlainHead(base.base_model, head, CHUNK) if type(head) is nn.Linear else None
@@ -176,7 +180,7 @@ def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
             max_grad_norm=settings.max_grad_norm,
         )  # fmt: skip
     moments = sum(p.numel() for p in trained) * MOMENTS[settings.optimizer]
-    gradients, peaks = sum(p.nbytes for p in trained), np.array(tracker.peaks) + moments
+    gradients, peaks = sum(p.nbytes for p in trained), np.array(counter.peaks) + moments
     return np.array([weights, gradients, moments, *peaks])
 
 

@@ -68,22 +68,23 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
     device = distributed.own_device(pick_device(config.device))
     dtype, output = pick_dtype(config.model.dtype, device), from_root(config.output_dir)
     with distributed.process_group(device, config.training.timeout), only_run_in(output):
-        this = _prepare(config, written, device, dtype)
-        training, packing, begun = this.training, this.train.packing, this.training.state.step
+        prepared = _prepare(config, written, device, dtype)
+        objective, training = prepared.objective, prepared.training
+        start_step, packing = training.state.step, prepared.train.packing
         # From here on a signal waits for the end of a step, so that no training is lost.
         with (
-            explain_failed_write(output, this.recorder.checkpoints),
+            explain_failed_write(output, prepared.recorder.checkpoints),
             StopSignal(command) as stop,
-            this.recorder,
+            prepared.recorder,
             explain_out_of_memory(config, training),
         ):
-            settle(config, this.objective, training, packing, this.total_steps - begun, dtype)
-            asked = this.objective, this.tokenizer, config, training.state, dtype
-            _train(this, stop, make_sampler(*asked))
-            _save_result(this, begun)
+            settle(config, objective, training, packing, prepared.total_steps - start_step, dtype)
+            sample = make_sampler(objective, prepared.tokenizer, config, training.state, dtype)
+            _train(prepared, stop, sample)
+            _save_result(prepared, start_step)
         if config.training.overfit:
-            check_overfit(this.objective, config, this.tokenizer, dtype)
-        this.recorder.summarise()
+            check_overfit(objective, config, prepared.tokenizer, dtype)
+        prepared.recorder.summarise()
     return output / "final"
 
 
@@ -147,7 +148,7 @@ def _train(run: Run, stop: StopSignal, sample: Callable[[], None]) -> None:
         if evaluating:
             result = evaluate(run.objective, run.evaluation, run.training.model.device, run.dtype)
             metrics |= {"eval_loss": result.loss, "perplexity": result.perplexity}
-            best = state.is_best(result.loss)
+            best = state.record_evaluation(result.loss)
             last = last or state.is_out_of_patience(settings.patience)
         recorder.log(metrics)  # before saving: metrics.jsonl has every line up to a checkpoint
         if evaluating:
@@ -193,7 +194,7 @@ def _check_finite(run: Run, steps: list[StepResult]) -> None:
             )
 
 
-def _save_result(run: Run, begun: int) -> None:
+def _save_result(run: Run, start_step: int) -> None:
     """Save the weights of the best evaluation as `final/`; without evaluations, the last ones."""
     training, state, checkpoints = run.training, run.training.state, run.recorder.checkpoints
     step, best, reason = state.step, state.best_step, "the last step"
@@ -207,14 +208,14 @@ def _save_result(run: Run, begun: int) -> None:
     run.recorder.conclude(step, reason)
     weights, final = strategy.gathered(training.model), checkpoints.with_name("final")
     with explain_failed_write(final, checkpoints):
-        distributed.on_main(_write_final, run, weights, final, begun)
+        distributed.on_main(_write_final, run, weights, final, start_step)
 
 
-def _write_final(run: Run, weights: dict[str, Tensor], final: Path, begun: int) -> None:
-    if final.exists() and begun == run.training.state.step:
+def _write_final(run: Run, weights: dict[str, Tensor], final: Path, start_step: int) -> None:
+    if final.exists() and start_step == run.training.state.step:
         return  # nothing was left to train, so nothing has changed
     if final.exists():  # a finished run was continued: keep its earlier result
-        final.rename(free_name(final.with_name(f"final-step-{begun:08d}")))
+        final.rename(free_name(final.with_name(f"final-step-{start_step:08d}")))
     with new_folder(final) as folder:
         save_model(run.training.model, run.tokenizer, folder, run.dtype, weights)
         shutil.copy(final.with_name("config.yaml"), folder / RECIPE)

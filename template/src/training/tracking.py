@@ -155,10 +155,13 @@ class Sender:
             restore = f"uv run mlflow experiments restore -x {number}"
             raise RunError(f"the experiment {name} was deleted: restore it ({restore}), {other}")
         files = Path(unquote(urlsplit(experiment.artifact_location).path))
-        if files.name == own.name and not files.parent.exists():
-            link = shlex.join(["ln", "-s", str(PROJECT_ROOT), str(files.parent)])
-            moved = f"its files were in {files}, and the project has moved"
-            raise RunError(f"the experiment {name}: {moved}: link it ({link}), {other}")
+        local = not os.environ.get("MLFLOW_TRACKING_URI") and files.name == own.name
+        if local and files.resolve() != own.resolve():
+            moved = f"its files are in {files}, as this project is a copy: remove mlflow.db"
+            if not files.parent.exists():
+                link = shlex.join(["ln", "-s", str(PROJECT_ROOT), str(files.parent)])
+                moved = f"its files were in {files}, and the project has moved: link it ({link})"
+            raise RunError(f"the experiment {name}: {moved}, {other}")
         return number
 
     def _describe(self, run: Any) -> None:

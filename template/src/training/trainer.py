@@ -105,7 +105,7 @@ def training_steps(
         waited = time.perf_counter() - ready
         step = train_step(
             objective, window, optimizer, scaler, device, max_grad_norm=max_grad_norm,
-            dtype=dtype, healthy=None if skip_non_finite else finite,
+            dtype=dtype, all_finite=None if skip_non_finite else finite,
         )  # fmt: skip
         if scheduler is not None:
             scheduler.step()
@@ -123,11 +123,11 @@ def as_objective(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 def train_step(
     objective: nn.Module, window: Iterable[dict[str, Any]], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None, device: torch.device, *, max_grad_norm: float | None,
-    dtype: torch.dtype, healthy: Tensor | None = None,
+    dtype: torch.dtype, all_finite: Tensor | None = None,
 ) -> StepResult:  # fmt: skip
     """One step: count labels → forward and backward of each microbatch → check → update.
 
-    `healthy` is whether all steps before were finite: if not, the weights stay as they are.
+    `all_finite` is whether all earlier steps were: if not, the weights stay as they are.
 
     The divisor is the number of labels in the whole window on all ranks, known before the
     first backward pass. Averaging the microbatches' means instead gives tokens in sparsely
@@ -151,8 +151,8 @@ def train_step(
     norm, finite = strategy.full(norm), torch.isfinite(loss)
     if not scaler.is_enabled():  # in fp16 the first ones may overflow, and the scaler skips
         finite = finite & torch.isfinite(norm)
-    if healthy is not None:
-        finite = finite & healthy
+    if all_finite is not None:
+        finite = finite & all_finite
     if labelled:
         _update(optimizer, scaler, finite)
     optimizer.zero_grad(set_to_none=True)

@@ -166,10 +166,13 @@ def load_trained(
         tokenizer = load_tokenizer(settings)
         model = build_model(settings, trained.lora, tokenizer, device, dtype, trained_in=dtype)
         load_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, folder)
-        return model.eval(), tokenizer
-    # With the attention that transformers picks, which supports padding and a cache.
-    model = read_weights(settings, device, dtype)
-    tokenizer = load_tokenizer(settings.model_copy(update={"name": str(folder)}))
+    else:
+        # With the attention that transformers picks, which supports padding and a cache.
+        model = read_weights(settings, device, dtype)
+        tokenizer = load_tokenizer(settings.model_copy(update={"name": str(folder)}))
     if is_adapter:
         model = load_adapters(model, folder)
+    for weight, p in model.named_parameters():  # it would answer with any token
+        if p.is_floating_point() and p.isnan().any():
+            raise UserError(f"{folder}: {weight} holds numbers that are no numbers (NaN)")
     return model.eval(), tokenizer

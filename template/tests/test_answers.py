@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import scripts.inference
 from conftest import chat
@@ -177,6 +178,17 @@ def test_a_conversation_shows_special_tokens_but_the_stop_token(
     monkeypatch.setattr("builtins.input", lambda _: next(said))
     scripts.inference._chat(answer, tokenizer, [stop], [])
     assert capsys.readouterr().out == f"hello{tokenizer.bos_token}hello\n"
+
+
+def test_weights_that_are_nan_are_named_instead_of_answering_with_any_token(
+    smoke: Path, tmp_path, refused
+) -> None:
+    folder = shutil.copytree(smoke / "final", tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (line,) = refused(scripts.inference.main, str(folder), "q")
+    assert line == f"{folder}: model.norm.weight holds numbers that are no numbers (NaN)"
 
 
 def test_a_checkpoint_answers_as_the_result_that_was_made_of_it_unless_it_is_damaged(

@@ -167,6 +167,19 @@ def test_what_cannot_be_exported_is_refused(tuned, tmp_path, refused, smoke: Pat
     assert not out.exists()
 
 
+def test_a_push_that_fails_leaves_the_export_and_the_command_that_repeats_it(
+    tuned, tmp_path
+) -> None:
+    out = tmp_path / "exported"
+    with pytest.raises(RunError) as error:  # the tests are offline
+        scripts.export.main([str(tuned), str(out), "--push", "org/name"])
+    assert str(error.value).startswith("--push: OfflineModeIsEnabled: ")
+    assert str(error.value).endswith(
+        f"{out} is whole: `uv run hf upload org/name {out}` repeats it"
+    )
+    assert (out / "model.safetensors").is_file()
+
+
 def test_the_commands_that_serve_are_real_and_say_what_vllm_refuses(tmp_path) -> None:
     out = tmp_path / "my model"
     for adapter, expected in (

@@ -211,7 +211,7 @@ def _quiet() -> Generator[None]:
     (GPT-2), and src/tools/export.py unties tied layers before it merges.
     """
     ignored = "The following (rank|alpha)_pattern|for .*: copying from a non-meta|Found missing"
-    ignored += "|fan_in_fan_out is set|Model with `tie_word_embeddings=True`"
+    ignored += "|fan_in_fan_out is set|Model (has|with) `tie_word"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", ignored)

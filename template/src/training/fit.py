@@ -139,11 +139,8 @@ def next_settings(config: Config) -> list[tuple[str, str]]:
     """Changes that save memory, the one that costs the least first: keys, and their values now."""
     model, training, full = config.model, config.training, config.lora is None
     size, window = training.batch_size, training.gradient_accumulation_steps
-    length, bits, recompute = (
-        config.data.max_length,
-        model.quantization,
-        model.gradient_checkpointing,
-    )
+    length, bits = config.data.max_length, model.quantization
+    recompute = model.gradient_checkpointing
     offload = recompute is True and size == 1 and not model.gradient_checkpointing_offload
     fewer = f"training.batch_size={size // 2} training.gradient_accumulation_steps={2 * window}"
     halved = f"data.max_length={length // 2}"

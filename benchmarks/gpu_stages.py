@@ -397,9 +397,10 @@ def settled(c: Campaign, model: Any, rows: int, length: int, checkpointing: bool
     import torch
 
     from src.config import Config, DataConfig, ModelConfig, TrainingConfig
+    from src.models.head import find_plain_head
     from src.training.auto import settle
     from src.training.checkpoint import Training
-    from src.training.loss import Objective, find_plain_head
+    from src.training.loss import Objective
     from src.training.optimizer import make_optimizer
 
     device, settings = torch.device(c.device), TrainingConfig(batch_size=rows)

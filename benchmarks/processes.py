@@ -71,8 +71,8 @@ def work(name: str) -> None:
 
     from src.data.batching import short_row, to_device, with_targets
     from src.models.attention import set_attention
+    from src.models.head import find_plain_head
     from src.training import strategy
-    from src.training.loss import find_plain_head
     from src.utils.distributed import barrier, is_main, process_group
 
     cpu, dtype = torch.device("cpu"), torch.float32

@@ -139,7 +139,7 @@ def leak(model: Any, packs: bool) -> float:
 def test_a_family_keeps_packed_documents_apart(name: str) -> None:
     import torch
 
-    from src.training.loss import find_plain_head
+    from src.models.head import find_plain_head
 
     family = FAMILIES[name]
     model, packs = load(family, lora=False)

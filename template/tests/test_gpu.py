@@ -14,9 +14,10 @@ from conftest import ROOT, SMOKE, chat, load_model, tokens
 from src.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from src.data.batching import collate_packed, full_batch, to_device
 from src.models.attention import varlen_attention
+from src.models.head import find_plain_head
 from src.training.auto import settle, try_microbatches
 from src.training.checkpoint import Training
-from src.training.loss import Objective, find_plain_head
+from src.training.loss import Objective
 from src.training.optimizer import make_optimizer
 from src.training.trainer import StepResult, evaluate, training_steps
 from src.utils.memory import GIB, gpu_memory, print_gpu_memory

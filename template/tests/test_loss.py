@@ -9,7 +9,8 @@ import src.training.loss as loss_module
 from conftest import packed
 from src.data import IGNORE
 from src.data.batching import with_targets
-from src.training.loss import find_plain_head, summed_loss
+from src.models.head import PlainHead, find_plain_head
+from src.training.loss import summed_loss
 
 CPU = torch.device("cpu")
 
@@ -23,7 +24,7 @@ def test_the_chunked_loss_equals_the_full_one(labels: int, bias: bool) -> None:
     label = torch.full((1, 401), IGNORE)
     label[0, 1 + torch.randperm(400)[:labels]] = torch.randint(0, 50, (labels,))
     batch = with_targets({"input_ids": label, "labels": label})
-    head = loss_module.PlainHead(nn.Identity(), nn.Linear(1, 1), chunk=64)
+    head = PlainHead(nn.Identity(), nn.Linear(1, 1), chunk=64)
 
     def run(chunked: bool) -> list[torch.Tensor]:
         h, w, b = (value.clone().requires_grad_() for value in values.values())

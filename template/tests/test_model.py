@@ -28,9 +28,10 @@ from src.models import loading
 from src.models import model as model_module
 from src.models.adapters import without_input_casts
 from src.models.generation import generate
+from src.models.head import find_plain_head
 from src.models.model import build_model, check_positions, save_model
 from src.trained import load_trained
-from src.training.loss import find_plain_head, summed_loss
+from src.training.loss import summed_loss
 from src.training.trainer import evaluate
 from src.utils.environment import load_environment
 from src.utils.errors import UserError

@@ -15,11 +15,12 @@ from conftest import packed, padded
 from src.config import Config, DataConfig, ModelConfig, TrainingConfig
 from src.data.batching import full_batch
 from src.models.attention import varlen_attention
+from src.models.head import find_plain_head
 from src.models.model import compile_layers, decoder_layers, recompute_first
 from src.training import auto
 from src.training.auto import Trial, choose_layers, settle, try_microbatches
 from src.training.checkpoint import Training
-from src.training.loss import Objective, chunk_gradient, find_plain_head
+from src.training.loss import Objective, chunk_gradient
 from src.training.optimizer import make_optimizer
 from src.training.trainer import evaluate, train_epoch, training_steps
 

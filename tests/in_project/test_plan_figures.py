@@ -10,7 +10,8 @@ from conftest import SMOKE
 from src.config import Config, load_config
 from src.data.batching import full_batch
 from src.models.adapters import without_input_casts
-from src.training.loss import CHUNK, Objective
+from src.models.head import CHUNK
+from src.training.loss import Objective
 from src.training.optimizer import make_optimizer
 from src.training.plan import (
     ByteCounter,

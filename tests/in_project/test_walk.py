@@ -22,7 +22,8 @@ from src.config import TrainingConfig
 from src.data.batching import MODEL_INPUTS, to_device
 from src.models.adapters import without_input_casts
 from src.models.attention import attend_by_kernel, varlen_attention
-from src.training.loss import find_plain_head, summed_loss
+from src.models.head import find_plain_head
+from src.training.loss import summed_loss
 from src.training.optimizer import make_optimizer
 from src.training.trainer import as_objective, train_step
 from src.utils.device import autocast

@@ -107,17 +107,9 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return cast(Any, head) is not None and head.weight is embeddings.weight
 
 
-def head_of(model: nn.Module) -> Any:
-    """The layer that computes the logits, or None.
-
-    If the head is in `lora.modules_to_save`, that is PEFT's copy, or the original while adapters
-    are disabled.
-    """
-    find: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = find()
-    if not hasattr(head, "modules_to_save"):
-        return head
-    return head.original_module if head.disable_adapters else head.modules_to_save["default"]
+def base_of(model: nn.Module) -> Any:
+    """The model without PEFT's wrapper."""
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:

@@ -7,19 +7,16 @@ positions go through the head, a chunk at a time.
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.data import IGNORE
-from src.data.batching import MODEL_INPUTS, short_row, to_device
-from src.models.adapters import head_of
-from src.utils.device import autocast
-
-CHUNK = 1024  # rows of logits at a time: 0.5 GiB in fp32 with a vocabulary of 128k
-CPU_CHUNK = 128  # on a CPU, whose cache holds them: 20 % more tokens a second
+from src.data.batching import MODEL_INPUTS
+from src.models.adapters import base_of
+from src.models.head import PlainHead
 
 
 def chunk_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,15 +40,6 @@ def chunk_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
-
-
-class PlainHead(NamedTuple):
-    """A model whose logits are one linear layer on its backbone's last hidden state."""
-
-    backbone: nn.Module
-    linear: nn.Linear
-    chunk: int = CHUNK  # rows of logits at a time
-    gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = chunk_gradient  # or compiled
 
 
 class Objective(nn.Module):
@@ -101,53 +89,9 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], head: PlainHead | None)
 def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
     """Logits of shape (labels, vocabulary); if the model can, computed at these positions alone."""
     one_row = inputs["input_ids"].shape[0] == 1  # it takes one set of positions for all rows
-    if one_row and "logits_to_keep" in inspect.signature(_base_of(model).forward).parameters:
+    if one_row and "logits_to_keep" in inspect.signature(base_of(model).forward).parameters:
         return model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
     return model(**inputs, use_cache=False).logits.flatten(0, 1)[positions]
-
-
-def _base_of(model: nn.Module) -> Any:
-    """The model without PEFT's wrapper."""
-    return getattr(model, "get_base_model", lambda: model)()
-
-
-@torch.no_grad()
-def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) -> PlainHead | None:
-    """The model's backbone and head, if the head is nothing but a linear layer.
-
-    Some models scale or cap their logits (Gemma 2, Granite, Cohere), scale the head's input, or
-    adapt the head. No list of names is kept: a hook watches the head on eight tokens. The head's
-    input must be the backbone's last hidden state. The hook replaces the head's output by a ramp
-    beyond any cap; if the model's logits differ from the ramp, something follows the head.
-    """
-    base = _base_of(model)
-    head = head_of(base)
-    backbone = getattr(base, "base_model", base)
-    if type(head) is not nn.Linear or backbone is base:
-        return None
-    training, seen = base.training, {}
-    inputs = to_device(short_row(0), device, MODEL_INPUTS)
-    if base.config._attn_implementation != "varlen":  # linear attention refuses a packed row
-        inputs = {"input_ids": inputs["input_ids"]}
-
-    def watch(_: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-        ramp = torch.linspace(-1000, 1000, logits.numel(), device=device, dtype=logits.dtype)
-        seen.update(hidden=arguments[0], ramp=ramp.view_as(logits))
-        return seen["ramp"]
-
-    base.eval()
-    # Run eagerly, or compiled layers would specialise on eight tokens first.
-    with torch.compiler.set_stance("force_eager"), autocast(device, dtype):
-        with head.register_forward_hook(watch):
-            logits = base(**inputs, use_cache=False).logits
-        hidden = backbone(**inputs, use_cache=False).last_hidden_state.float()
-    base.train(training)
-    if not seen:  # the model computes its logits without calling its head
-        return None
-    same = (hidden - seen["hidden"].float()).norm() <= 0.01 * hidden.norm()
-    if not same or not torch.equal(logits.float(), seen["ramp"].float()):
-        return None
-    return PlainHead(backbone, head, CPU_CHUNK if device.type == "cpu" else CHUNK)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -171,13 +115,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ]
         grad_hidden, grad_weight, grad_bias = grads
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = head.gradient or chunk_gradient
         for start in range(0, len(hidden), head.chunk):
             rows = slice(start, start + head.chunk)
             h, target = hidden[rows], targets[rows]
             if all(grad is None for grad in grads):
                 total += _cross_entropy(F.linear(h, weight, bias), target)
                 continue
-            loss, delta = head.gradient(F.linear(h, weight, bias), target)  # (chunk, vocabulary)
+            loss, delta = gradient(F.linear(h, weight, bias), target)  # (chunk, vocabulary)
             total += loss
             if grad_hidden is not None:
                 grad_hidden[rows] = F.linear(delta, weight.T)

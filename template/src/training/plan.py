@@ -29,11 +29,12 @@ from transformers.masking_utils import sdpa_mask
 from src.config import Config, changed
 from src.data.batching import TokenBudgetSampler, full_batch
 from src.data.dataset import TokenDataset
-from src.models.adapters import add_adapters, head_of, without_input_casts
+from src.models.adapters import add_adapters, base_of, without_input_casts
 from src.models.attention import attend_by_kernel, varlen_attention
+from src.models.head import CHUNK, PlainHead, head_of
 from src.models.model import check_positions, checkpoint_layers, without_weights
 from src.training.fit import next_settings
-from src.training.loss import CHUNK, Objective, PlainHead
+from src.training.loss import Objective
 from src.training.optimizer import MOMENTS, count_steps, dtype_of_trained
 from src.training.speed import count_flops
 from src.training.trainer import train_step
@@ -166,9 +167,8 @@ def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
     with mode, counter, without_input_casts(model):
         _make_fake(model)
         weights, counter.peaks = counter.now, [0, 0]  # of the step, not of making the weights
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
-        head = head_of(model)
-        plain = PlainHead(base.base_model, head, CHUNK) if type(head) is nn.Linear else None
+        head, backbone = head_of(model), base_of(model).base_model
+        plain = PlainHead(backbone, head, CHUNK) if type(head) is nn.Linear else None
         trained = [p for p in model.parameters() if p.requires_grad]
         if settings.gradient_accumulation_steps > 1:
             for p in trained:  # the microbatch before has left gradients

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from src.models.adapters import head_of
+from src.models.head import head_of
 
 
 @dataclass

@@ -28,8 +28,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
 from src.models.attention import set_attention
+from src.models.head import PlainHead, find_plain_head
 from src.models.model import build_model, decoder_layers
-from src.training.loss import Objective, PlainHead, find_plain_head
+from src.training.loss import Objective
 from src.training.optimizer import dtype_of_trained
 from src.utils.errors import UserError
 from src.utils.ranks import LOCAL_WORLD_SIZE, RANK, WORLD_SIZE

@@ -13,8 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from src.data.batching import to_device, with_targets
 from src.models.adapters import without_input_casts
+from src.models.head import find_plain_head
 from src.training import strategy
-from src.training.loss import Objective, find_plain_head
+from src.training.loss import Objective
 from src.utils import distributed
 from src.utils.device import autocast
 from src.utils.errors import RunError

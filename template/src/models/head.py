@@ -1,0 +1,76 @@
+"""The layer that computes the logits, and whether it is a plain one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from src.data.batching import MODEL_INPUTS, short_row, to_device
+from src.models.adapters import base_of
+from src.utils.device import autocast
+
+CHUNK = 1024  # rows of logits at a time: 0.5 GiB in fp32 with a vocabulary of 128k
+CPU_CHUNK = 128  # on a CPU, whose cache holds them: 20 % more tokens a second
+
+
+def head_of(model: nn.Module) -> Any:
+    """The layer that computes the logits, or None.
+
+    If the head is in `lora.modules_to_save`, that is PEFT's copy, or the original while adapters
+    are disabled.
+    """
+    find: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find()
+    if not hasattr(head, "modules_to_save"):
+        return head
+    return head.original_module if head.disable_adapters else head.modules_to_save["default"]
+
+
+class PlainHead(NamedTuple):
+    """A model whose logits are one linear layer on its backbone's last hidden state."""
+
+    backbone: nn.Module
+    linear: nn.Linear
+    chunk: int = CHUNK  # rows of logits at a time
+    # `chunk_gradient` of src/training/loss.py, compiled; None: as it is
+    gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+
+@torch.no_grad()
+def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) -> PlainHead | None:
+    """The model's backbone and head, if the head is nothing but a linear layer.
+
+    Some models scale or cap their logits (Gemma 2, Granite, Cohere), scale the head's input, or
+    adapt the head. No list of names is kept: a hook watches the head on eight tokens. The head's
+    input must be the backbone's last hidden state. The hook replaces the head's output by a ramp
+    beyond any cap; if the model's logits differ from the ramp, something follows the head.
+    """
+    base = base_of(model)
+    head = head_of(base)
+    backbone = getattr(base, "base_model", base)
+    if type(head) is not nn.Linear or backbone is base:
+        return None
+    training, seen = base.training, {}
+    inputs = to_device(short_row(0), device, MODEL_INPUTS)
+    if base.config._attn_implementation != "varlen":  # linear attention refuses a packed row
+        inputs = {"input_ids": inputs["input_ids"]}
+
+    def watch(_: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        ramp = torch.linspace(-1000, 1000, logits.numel(), device=device, dtype=logits.dtype)
+        seen.update(hidden=arguments[0], ramp=ramp.view_as(logits))
+        return seen["ramp"]
+
+    base.eval()
+    # Run eagerly, or compiled layers would specialise on eight tokens first.
+    with torch.compiler.set_stance("force_eager"), autocast(device, dtype):
+        with head.register_forward_hook(watch):
+            logits = base(**inputs, use_cache=False).logits
+        hidden = backbone(**inputs, use_cache=False).last_hidden_state.float()
+    base.train(training)
+    if not seen:  # the model computes its logits without calling its head
+        return None
+    same = (hidden - seen["hidden"].float()).norm() <= 0.01 * hidden.norm()
+    if not same or not torch.equal(logits.float(), seen["ramp"].float()):
+        return None
+    return PlainHead(backbone, head, CPU_CHUNK if device.type == "cpu" else CHUNK)

@@ -161,7 +161,7 @@ def load_trained(
     kind = quantization or (settings.quantization if is_checkpoint or is_adapter else "none")
     settings = settings.model_copy(update={"name": _source(folder, base), "quantization": kind})
     if trained:
-        if damage := find_damage(folder, without=MOMENTS):
+        if damage := find_damage(folder, skip_folder=MOMENTS):
             raise UserError(f"{folder}: {damage}")
         tokenizer = load_tokenizer(settings)
         model = build_model(settings, trained.lora, tokenizer, device, dtype, trained_in=dtype)

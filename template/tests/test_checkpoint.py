@@ -1,5 +1,6 @@
 """No crash, full disk or flipped bit costs more than the steps since the last checkpoint."""
 
+import errno
 import os
 import random
 import resource
@@ -19,6 +20,7 @@ from src.training.checkpoint import (
     MOMENTS,
     WEIGHTS,
     Training,
+    explain_failed_write,
     find_checkpoint,
     find_damage,
     load_checkpoint,
@@ -171,6 +173,8 @@ def test_a_write_that_fails_leaves_the_older_checkpoint_and_says_so(training, tm
     assert "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"], "nothing half-written stays"
     assert find_damage(older) is None
+    with pytest.raises(FileNotFoundError), explain_failed_write(older, tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "rows that are gone", "data/rows.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +202,8 @@ def test_a_disk_that_is_full_at_the_end_costs_nothing(train, six_steps, capsys) 
     train(*again)
     printed = capsys.readouterr().out
     assert "step-00000006: run.json is not what was written (checksum); skipped" in printed
+    assert find_damage(six_steps / "checkpoints/step-00000006") is None, "the step was taken again"
+    assert find_damage(six_steps / "checkpoints/step-00000006.1"), "the damaged one is kept"
     assert "resume     step-00000003" in printed
     assert (six_steps / "final").is_dir()
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import chat
 from src.config import DataConfig
 from src.data import rows
-from src.data.rows import FIRST_ROWS, MAX_PROBLEMS, LeftOut, check_source, read_rows, trains
+from src.data.rows import FIRST_ROWS, MAX_PROBLEMS, LeftOut, carries_loss, check_source, read_rows
 from src.data.sources import expand
 from src.utils.errors import UserError
 
@@ -67,8 +67,8 @@ def calling(*calls: object) -> dict:
         ({"instruction": "q", "input": [1], "output": "a"}, "`input` must be text, not a list"),
         ({"instruction": "q", "output": "a", "history": ["x"]}, "`history` must be a list of [question, answer]"),
         ({"instruction": "q", "output": "a", "history": 5}, "`history` must be a list of [question, answer]"),
-        (calling(None), "message 2: a call of a tool needs `name` and `arguments`, and is null"),
-        (calling({}), "message 2: a call of a tool needs `name` and `arguments`, and is {}"),
+        (calling(None), "message 2: a call of a tool needs a `name`, and is null"),
+        (calling({}), "message 2: a call of a tool needs a `name`, and is {}"),
         (calling("x"), "message 2: a call of a tool: not valid JSON"),
         (calling({"name": "f", "arguments": "[" * 9999}), "message 2: the arguments of `f`: lists or objects nested too deeply"),
         (calling({"name": "f", "arguments": "{"}), "message 2: the arguments of `f`: not valid JSON"),
@@ -325,6 +325,6 @@ def test_a_mark_of_what_carries_loss_is_read_or_refused(write_rows, key, value, 
     source = write_rows({"messages": [*ASKED, answer, answer | {key: 1}]})
     if fine:
         ((_, first, second),) = messages(source)
-        assert (trains(first), trains(second)) == (value == 1, True)
+        assert (carries_loss(first), carries_loss(second)) == (value == 1, True)
     else:
         assert f":1: message 2: `{key}` must be 0 or 1, or true or false" in problems(source)[0]

@@ -94,7 +94,7 @@ def test_a_nan_stops_before_the_step_and_names_the_rows(train, poisoned, monkeyp
         return step
 
     monkeypatch.setattr(trainer, "train_step", watch)
-    with pytest.raises(RunError, match=r"rows \[.*\b3\b.*\] of data.train") as error:
+    with pytest.raises(RunError, match=r"documents \[.*\b3\b.*\] of data.train") as error:
         train(poisoned, "training.log_every=8", "training.max_steps=8", "data.packing=false")
     assert "training.on_non_finite=skip" in str(error.value)
     first = [finite for finite, _ in weights_after_each].index(False) + 1
@@ -132,8 +132,10 @@ def test_early_stopping_ends_the_run_and_the_best_checkpoint_stays(train, monkey
     kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert kept == ["step-00000004", "step-00000008"], "the best, and the last"
     assert (folder / "final").is_dir()
-    # In another folder the best one is the best of that folder.
-    longer = ["training.patience=9", "training.max_steps=10", f"training.resume={folder}"]
+    train(*options, "training.max_steps=20", "training.resume=auto")
+    assert "finished   stopped early; a larger training.patience" in capsys.readouterr().out
+    # In another folder the best one is the best of that folder, and patience begins anew.
+    longer = ["training.max_steps=10", f"training.resume={folder}"]
     train(*options, *longer, output="other")
     assert "other/final: step 10 of 10, the best evaluation\n" in capsys.readouterr().out
 

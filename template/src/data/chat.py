@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.data import Rejected
-from src.data.rows import trains
+from src.data.rows import carries_loss
 
 Message = dict[str, Any]
 Span = tuple[int, int]  # of characters: start and end
@@ -60,10 +60,10 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
             continue
         after = next((place[0] for place in places[number + 1 :] if place), len(text))
         prompt, begin = ends.header, end
-        last = messages[number - 1] if number else message
-        place = places[number - 1] if number and not last.get("tool_calls") else None
-        if place or last["role"] != "assistant":
-            prompt = _prompt_after(number, marked, tools, tokenizer)
+        previous = messages[number - 1] if number else message
+        place = places[number - 1] if number and not previous.get("tool_calls") else None
+        if place or previous["role"] != "assistant":
+            prompt = _prompt_before(number, marked, tools, tokenizer)
             begin = place[1] if place else end
         within = begin, own[0] if own else after
         start, whole = _beginning(text, within, prompt, place is not None, ends.special)
@@ -72,16 +72,14 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
         if not closing and is_last:
             text += ends.appended
         end = closing.end() if closing else len(text) if is_last else end
-        if trains(message):
-            if not all(call["function"]["name"] in text[start:after] for call in calls):
-                where = f"the tool calls of message {number + 1}"
-                raise Rejected(f"the chat template leaves out {where}")
-            if not (closing or is_last):
-                raise Rejected(
-                    f"the chat template writes no end of turn after message {number + 1}"
-                )
-            spans.append((start, end))
-            prompted = prompted and whole
+        if not carries_loss(message):
+            continue
+        if not all(call["function"]["name"] in text[start:after] for call in calls):
+            raise Rejected(f"the chat template leaves out the tool calls of message {number + 1}")
+        if not (closing or is_last):
+            raise Rejected(f"the chat template writes no end of turn after message {number + 1}")
+        spans.append((start, end))
+        prompted = prompted and whole
     return Rendered(text, spans, prompted)
 
 
@@ -116,7 +114,7 @@ def _beginning(
     return start, shared == len(prompt)
 
 
-def _prompt_after(
+def _prompt_before(
     number: int, marked: list[Message], tools: list[dict] | None, tokenizer: Tokenizer
 ) -> str:
     """Return what the template writes between an answer and the message before it.
@@ -159,8 +157,8 @@ def chat_text(
 
 
 @lru_cache(maxsize=16)
-def knows_tools(tokenizer: Tokenizer) -> bool:
-    """Return whether the chat template writes the tools that it is given."""
+def knows_tools(tokenizer: Tokenizer, _template: str) -> bool:
+    """Return whether the chat template, a part of the cache's key, writes the tools it is given."""
     return "Look something up." in chat_text(tokenizer, [_user("?")], True, [TOOL])
 
 
@@ -218,8 +216,10 @@ def turn_ends(tokenizer: Tokenizer, template: str) -> TurnEnds:
     elif following:  # GLM: the next turn's first token
         answers = {following[0]}
         appended = inner[len(_shared(last, inner)) : inner.index(following[0])] + following[0]
+    elif final:
+        answers = {final[0]}
     else:
-        answers, appended = {*final[:1]} or {eos}, "" if final else eos
+        answers, appended = {eos}, eos
     calls = _ends_of_calls(tokenizer, special, own=not appended) or answers
     of_answers, of_calls = (re.compile("|".join(map(re.escape, each))) for each in (answers, calls))
     asked = [_user(_mark(1))]
@@ -283,8 +283,8 @@ def _locate(
             break
     if not text.startswith(first) or at != len(text):
         raise Rejected(
-            "the chat template writes other text around messages when they say something else: "
-            "it may print the time; model.chat_template can name a copy that does not"
+            "the text that the chat template writes around messages depends on their content or "
+            "on the time; set model.chat_template to a copy without that"
         )
     return text, places, marked
 
@@ -308,9 +308,9 @@ def _skeleton_of(key: str, tokenizer: Tokenizer, _template: str, prompt: bool) -
 
 
 def _parts(message: Message) -> tuple[str, str, str]:
-    """Return a message's content between what stands before it and the blanks after it.
+    """Split a message's content: leading blanks and reasoning, the text, trailing blanks.
 
-    White space and inline reasoning stand before it: templates trim the one and drop the other.
+    Templates trim blanks and drop reasoning.
     """
     content, begin = message.get("content") or "", 0
     if message["role"] == "assistant" and "</think>" in content:

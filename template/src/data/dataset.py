@@ -246,7 +246,7 @@ def _notes(row: Row, encoded: Encoded, tokenizer: Tokenizer) -> Iterator[str]:
     """Say what is suspicious about a row."""
     if "messages" in row and holds_template_token(row["messages"], tokenizer):
         yield "with a token of the chat template as text: it ends or opens a turn there"
-    if row.get("tools") and not knows_tools(tokenizer):
+    if row.get("tools") and not knows_tools(tokenizer, str(tokenizer.chat_template)):
         yield "with tools, which the chat template does not print"
     if not encoded.prompted:
         yield "whose answers lack what the generation prompt ends with, e.g. <think>"

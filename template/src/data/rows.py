@@ -13,10 +13,10 @@ from src.data.sources import check_exists, is_file, raw_rows, reason_of
 from src.utils.errors import UserError
 
 MAX_PROBLEMS = 20  # that are printed: enough to see a pattern, few enough to read
-MANY_ROWS = 1000  # that are left out: reading stops there if they cannot be used
+MANY_ROWS = 1000  # rows left out, after each of which the unusable ones are checked
 EMPTY = "left out: nothing to learn from"
 UNUSABLE = "left out as unusable; a run lists them in left_out.jsonl"
-FIRST_ROWS = 100  # what is looked at before a start
+FIRST_ROWS = 100  # usable rows that are read before torch is imported
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "tool": "tool",
@@ -61,7 +61,7 @@ def reject(left_out: list[LeftOut], error: Rejected, place: str, row: Any) -> No
 
 
 def check(left_out: list[LeftOut], data: DataConfig) -> None:
-    """Name the rows that cannot be used, unless `data.bad_rows` is `skip`.
+    """Raise an error for rows that cannot be used, unless `data.bad_rows` is `skip`.
 
     Raises:
         UserError: a line per problem, with its first place and how many rows have it.
@@ -69,7 +69,7 @@ def check(left_out: list[LeftOut], data: DataConfig) -> None:
     problems: dict[str, list[str]] = {}
     for row in left_out if data.bad_rows == "stop" else ():
         if row.count_as == UNUSABLE:
-            # Equal but for numbers, such as that of a message, is the same problem.
+            # Reasons that differ in numbers only, such as that of a message, are one problem.
             kind = re.sub(r"\d+", "0", row.reason)
             problems.setdefault(kind, []).append(f"{row.place}: {row.reason}")
     if problems:
@@ -80,8 +80,8 @@ def check(left_out: list[LeftOut], data: DataConfig) -> None:
 
 def no_rows(left_out: list[LeftOut]) -> str:
     """Say why no row remains, with the first one's reason."""
-    for first in left_out:
-        return f"no row can be used; {first.place}: {first.reason}"
+    if left_out:
+        return f"no row can be used; {left_out[0].place}: {left_out[0].reason}"
     return f"no rows; at least one is needed, with {EXPECTED}"
 
 
@@ -139,12 +139,12 @@ def read_rows(
 
 
 def read_question(raw: Any, data: DataConfig) -> Row:
-    """Return what a row asks: its `messages` up to an answer at the end and `tools`, or its `text`.
+    """Return a row's question: `messages` without the last answers, and `tools`; or its `text`.
 
     Raises:
         Rejected: the row cannot be used, or has no question.
     """
-    row = _read(raw, data, answered=False)
+    row = _read(raw, data, needs_answer=False)
     if "text" in row:
         return {"text": row["text"]}
     messages = row["messages"]
@@ -155,13 +155,13 @@ def read_question(raw: Any, data: DataConfig) -> Row:
     return {"messages": messages, "tools": row["tools"]}
 
 
-def _read(raw: Any, data: DataConfig, answered: bool = True) -> Row:
+def _read(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
     """Return the row in one of its two forms.
 
     Args:
         raw: as it stands in its file.
         data: how rows are read.
-        answered: whether it must have an answer.
+        needs_answer: whether it must have an answer.
 
     Raises:
         Rejected: the row cannot be used.
@@ -180,9 +180,13 @@ def _read(raw: Any, data: DataConfig, answered: bool = True) -> Row:
         raise Rejected(f"adapt() in src/data/rows.py: {type(error).__name__}: {error}") from None
     if row.pop("label", True) is False:  # KTO's
         raise Rejected("`label` is false: an answer that was rejected", empty=True)
-    shape = _shape(row, answered)
-    # What is read is taken out of the row: what remains is not read.
-    read = {"text": _text(row, "text")} if shape == ("text",) else _chat(shape, row, data, answered)
+    shape = _shape(row, needs_answer)
+    # Columns that are read are popped: the rest is unread.
+    read = (
+        {"text": _text(row, "text")}
+        if shape == ("text",)
+        else _chat(shape, row, data, needs_answer)
+    )
     try:  # what no tokenizer or template can take, although JSON can hold it
         json.dumps(read, ensure_ascii=False, default=str).encode()
     except (ValueError, RecursionError) as error:
@@ -191,17 +195,17 @@ def _read(raw: Any, data: DataConfig, answered: bool = True) -> Row:
     return read | {"read_as": " and ".join(shape), "unread": unread}
 
 
-def _shape(row: Row, answered: bool) -> tuple[str, ...]:
+def _shape(row: Row, needs_answer: bool) -> tuple[str, ...]:
     """Return the columns that a row is read from: a conversation, a pair, or a text."""
-    half = ""
+    incomplete = ""
     for shape in SHAPES:
-        missing = [name for name in shape[: 1 + answered] if name not in row]
+        missing = [name for name in shape[: 1 + needs_answer] if name not in row]
         if not missing:
             return shape
-        if not half and row.keys() & {*shape}:
-            half = missing[0]
-    if half:
-        raise Rejected(f"`{half}` is missing; it has {_names(row)}")
+        if not incomplete and row.keys() & {*shape}:
+            incomplete = missing[0]
+    if incomplete:
+        raise Rejected(f"`{incomplete}` is missing; it has {_names(row)}")
     texts = [name for name, cell in row.items() if isinstance(cell, str)]
     keys = zip(("prompt", "completion"), [*texts, "COLUMN", "COLUMN"], strict=False)
     hint = " ".join(shlex.quote(f"data.columns.{ours}={theirs}") for ours, theirs in keys)
@@ -217,9 +221,9 @@ def _text(row: Row, key: str) -> str:
     return text
 
 
-def _chat(shape: tuple[str, ...], row: Row, data: DataConfig, answered: bool) -> Row:
+def _chat(shape: tuple[str, ...], row: Row, data: DataConfig, needs_answer: bool) -> Row:
     """Return a row's messages, with its system prompt as the first of them, and its tools."""
-    turns = _turns(shape, row, answered)
+    turns = _turns(shape, row, needs_answer)
     if not isinstance(turns, list) or not turns:
         raise Rejected(f"`{shape[0]}` must be a list with at least one message")
     messages = []
@@ -234,8 +238,8 @@ def _chat(shape: tuple[str, ...], row: Row, data: DataConfig, answered: bool) ->
                 messages.insert(0, _turn("system", system))
             elif messages[0]["content"] != system:
                 raise Rejected(f"has both `{name}` and a system message; keep one of them")
-    spoken = (m for m in messages if m["role"] == "assistant" and trains(m))
-    if answered and not any(m["content"].strip() or m.get("tool_calls") for m in spoken):
+    spoken = (m for m in messages if m["role"] == "assistant" and carries_loss(m))
+    if needs_answer and not any(m["content"].strip() or m.get("tool_calls") for m in spoken):
         raise Rejected("no assistant message with text", empty=True)
     tools = _parsed("`tools`", row.pop("tools", None)) or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -243,8 +247,8 @@ def _chat(shape: tuple[str, ...], row: Row, data: DataConfig, answered: bool) ->
     return {"messages": messages, "tools": tools or None}
 
 
-def _turns(shape: tuple[str, ...], row: Row, answered: bool) -> Any:
-    """Return a conversation; a question and its answer, each a text or messages, as one."""
+def _turns(shape: tuple[str, ...], row: Row, needs_answer: bool) -> Any:
+    """Return a row's turns; a question and its answer, each a text or messages, become turns."""
     if len(shape) == 1:
         return _parsed(f"`{shape[0]}`", row.pop(shape[0]))
     turns: list[Any] = []
@@ -253,7 +257,7 @@ def _turns(shape: tuple[str, ...], row: Row, answered: bool) -> Any:
         if not (isinstance(pair, list) and [type(text) for text in pair] == [str, str]):
             raise Rejected("`history` must be a list of [question, answer]")
         turns += map(_turn, ("user", "assistant"), pair)
-    for key, role in zip(shape[: 1 + answered], ("user", "assistant"), strict=False):
+    for key, role in zip(shape[: 1 + needs_answer], ("user", "assistant"), strict=False):
         if isinstance(row[key], list):
             turns += row.pop(key)
             continue
@@ -267,7 +271,7 @@ def _turns(shape: tuple[str, ...], row: Row, answered: bool) -> Any:
     return turns
 
 
-def trains(message: dict[str, Any]) -> bool:
+def carries_loss(message: dict[str, Any]) -> bool:
     """Whether an assistant's message carries loss."""
     return 0 not in (message.get(name) for name in LOSS)
 
@@ -280,7 +284,7 @@ def read_message(turn: Any, data: DataConfig) -> dict[str, Any]:
     """
     if not isinstance(turn, dict):
         raise Rejected(f"must be an object with `role` and `content`, not {_kind(turn)}")
-    # Parquet fills in what a row lacks.
+    # Parquet fills in missing keys with null.
     turn = {SHAREGPT.get(key, key): cell for key, cell in _present(turn).items()}
     for key in LOSS:
         if turn.get(key, 1) not in (0, 1):  # true and false equal them
@@ -318,7 +322,7 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
         function = _parsed("a call of a tool", function)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             seen = json.dumps(call, default=str)[:80]
-            raise Rejected(f"a call of a tool needs `name` and `arguments`, and is {seen}")
+            raise Rejected(f"a call of a tool needs a `name`, and is {seen}")
         what = f"the arguments of `{function['name']}`"
         arguments = _parsed(what, function.get("arguments")) or {}
         if not isinstance(arguments, dict):

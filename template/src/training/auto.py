@@ -1,7 +1,8 @@
 """Decide what `auto` leaves open: whether layers are compiled, and how many are recomputed.
 
 Both are decided before step 1, by microbatches of made-up tokens that are full and wholly labelled:
-no later microbatch takes more memory. Neither decision changes what is trained.
+no later microbatch takes more memory. Neither changes the result, but compiled layers round
+differently.
 """
 
 import math
@@ -30,7 +31,7 @@ from src.utils.memory import GIB, clear_memory, gpu_memory, print_gpu_memory
 
 COMPILE_SECONDS = 25.0  # once; 13 to 22 were measured on an H200
 SAVED = 0.2  # share of a step's time that compiled layers save; 0.21 was measured there
-MAX_TRIES = 6  # of a count of recomputed layers: three or four are enough where layers are alike
+MAX_TRIES = 6  # trials to choose how many layers are recomputed; three or four usually suffice
 MARGIN = 0.94  # share of the memory to plan with: fragmentation takes some of the rest
 
 
@@ -47,7 +48,7 @@ def settle(
     config: Config, objective: nn.Module, training: Training, packing: bool, steps: int,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Compile the layers, and recompute some of them, as the config says or as it pays off.
+    """Compile the layers, and recompute some of them, as the config says; `auto` measures.
 
     Args:
         config: its `model.compile` and `model.gradient_checkpointing` may be `auto`.
@@ -58,7 +59,7 @@ def settle(
         dtype: dtype of matmuls.
 
     Raises:
-        torch.OutOfMemoryError: a microbatch does not fit, with every layer recomputed.
+        torch.OutOfMemoryError: a full microbatch does not fit.
     """
     model, accumulation = training.model, config.training.gradient_accumulation_steps
     layers, recomputed, peak = len(decoder_layers(model)), 0, 0.0
@@ -66,8 +67,8 @@ def settle(
     compiling = config.model.compile is True
     if model.device.type == "cuda":
         clear_memory()
-        on_main(print_gpu_memory, "memory    ")  # after loading
-    if steps == 0 or not (fitting or undecided or compiling):
+        on_main(print_gpu_memory, "memory    ", model.device)  # after loading
+    if steps <= 0 or not (fitting or undecided or compiling):
         return
     batch = full_batch(config.training.batch_size, config.data.max_length, packing)
     window = [to_device(batch, model.device)] * min(accumulation, 2)
@@ -116,7 +117,7 @@ def _is_open(config: Config, model: Any, packing: bool) -> tuple[bool, bool]:
 
 
 def _is_worth_compiling(seconds: float) -> bool:
-    """Whether compiled layers save their compile time in a run of so many seconds."""
+    """Whether compiling saves more time than it costs in a run of so many seconds."""
     worth = SAVED * seconds > COMPILE_SECONDS
     run = f"{seconds / 60:,.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
     cost = f"training takes {run} without it, compiling {COMPILE_SECONDS:.0f} seconds once"

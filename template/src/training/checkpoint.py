@@ -35,14 +35,14 @@ from src.data.dataset import Facts
 from src.utils.distributed import RANK, WORLD_SIZE, barrier, gather, is_main, on_main
 from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError, first_line
-from src.utils.files import CHECKPOINT, STEPS, new_folder
+from src.utils.files import CHECKPOINT, FULL, STEPS, new_folder
 
 # DCP warns that it assumes one process, even if no_dist says so.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 MANIFEST = "manifest.json"
 WEIGHTS, MOMENTS = "weights", "moments"  # folders
-TENSORS_A_FILE = 50  # DCP puts a file together in the host's memory before it writes it
-# Keys that a resumed run must share with the one it continues.
+TENSORS_A_FILE = 50  # DCP builds each file in the host's memory
+# Keys that must not change when a run is resumed.
 IDENTITY = (
     *("seed", "model.name", "model.quantization", "lora", "data.max_length", "data.packing"),
     *("training.batch_size", "training.optimizer"),
@@ -58,7 +58,7 @@ class TrainState:
     epoch: int = 0  # the epoch that `position` is in
     position: int = 0  # microbatches of this epoch done, over all processes
     tokens: int = 0  # real tokens seen, filler not counted
-    skipped: int = 0  # steps not taken, for want of labels or of finite numbers
+    skipped: int = 0  # steps not taken: no labels, or not finite
     learning_rate: float | None = None  # of the next step; None: not known
     best_loss: float = float("inf")
     best_step: int | None = None
@@ -71,7 +71,7 @@ class TrainState:
         self.tokens += tokens
 
     def is_due(self, every: int | None) -> bool:
-        """Whether something happens after this step that happens every so many steps."""
+        """Whether this step is a multiple of `every`; null: never."""
         return every is not None and self.step % every == 0
 
     def record_evaluation(self, loss: float) -> bool:
@@ -88,7 +88,7 @@ class TrainState:
 
 @dataclass
 class Training:
-    """Everything that changes while training, which is exactly what a checkpoint holds."""
+    """What a checkpoint saves and restores, besides random states."""
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
@@ -106,7 +106,7 @@ class Training:
         for weight_name, weight in self.trained().items():
             for key, kept in self.optimizer.state.get(weight, {}).items():
                 name = f"{weight_name}/{key}"
-                # Moments of 8 bits are one tensor to the optimizer, and several to a file.
+                # An 8-bit moment is one tensor to the optimizer, and several in a file.
                 parts = getattr(kept, "tensor_attrs", ())
                 moments |= {f"{name}/{part}": getattr(kept, part) for part in parts} or {name: kept}
         return moments
@@ -131,8 +131,6 @@ def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
     """
     path = folder / f"step-{training.state.step:08d}"
     training.state.learning_rate = float(training.optimizer.param_groups[0]["lr"])
-    if on_main(path.exists):  # saved by the loop, and now again by a signal
-        return path
     with explain_failed_write(path, folder):
         with _folder_for_all(path) as temporary:
             _write(training, temporary)
@@ -150,6 +148,8 @@ def explain_failed_write(path: Path, checkpoints: Path) -> Generator[None]:
     try:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise
         failures = getattr(error, "failures", {})  # of DCP: the error of each process
         cause = next((cause for cause, _ in failures.values()), error)
         newest, _ = newest_checkpoint(checkpoints)
@@ -179,7 +179,7 @@ def _write(training: Training, folder: Path) -> None:
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         if sharded or is_main():
             dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
-    # Each reads back its own files, as one process would take long to read all.
+    # Each process hashes its own files: one process would take long to hash all.
     mine = list(folder.rglob(f"shard-{RANK + 1:05}-*"))
     record = {
         "state": asdict(training.state),
@@ -244,7 +244,7 @@ def load_checkpoint(training: Training, path: Path) -> None:
         if f"{name}/step" not in saved:  # it never had a gradient
             del optimizer.state[weight]
     _load(path / MOMENTS, training.moments())
-    if record["scaler"]:  # empty where another dtype needed none: this run's starts anew
+    if record["scaler"]:  # empty if it was not saved in fp16: the new scaler stays
         training.scaler.load_state_dict(record["scaler"])
     vars(training.state).update(record["state"])
     if len(record["random"]) > RANK:  # a process that was not there keeps its seed
@@ -265,7 +265,9 @@ def resume(
             check_identity(path, training.identity)
         load_checkpoint(training, path)
         if path.parent.resolve() != checkpoints.resolve():  # the best weights so far are not here
-            training.state.best_loss, training.state.best_step = float("inf"), None
+            vars(training.state).update(
+                best_loss=float("inf"), best_step=None, evaluations_without_gain=0
+            )
     return path, warnings
 
 
@@ -302,10 +304,10 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
-def find_damage(path: Path, without: str = "") -> str | None:
+def find_damage(path: Path, skip_folder: str = "") -> str | None:
     """What differs from the manifest: a missing, truncated or altered file; None if whole.
 
-    `without` is a folder that nobody will read.
+    `skip_folder` is not checked.
 
     Checksums, because one flipped bit loads silently in safetensors' and torch's formats.
     """
@@ -316,7 +318,7 @@ def find_damage(path: Path, without: str = "") -> str | None:
     if not isinstance(manifest, dict) or CHECKPOINT not in manifest:
         return "no readable manifest"
     for name, checksum in manifest.items():
-        if Path(name).parts[0] == without:
+        if Path(name).parts[0] == skip_folder:
             continue
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -331,7 +333,7 @@ def check_identity(path: Path, identity: dict[str, Any]) -> None:
     Raises:
         UserError: naming each difference.
     """
-    # A key that did not exist when it was saved meant what its default means.
+    # Keys of lora that were added since the save count as their defaults.
     saved = flatten({"lora": LoraConfig().model_dump()}) | _record(path)["identity"]
     cure = "start in another output_dir, or set training.resume_despite_changes=true"
     if differences := [

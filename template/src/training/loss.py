@@ -1,8 +1,8 @@
-"""Cross entropy of the labelled tokens, summed; with a plain head not all logits at once.
+"""Cross entropy of the labelled tokens, summed; with a plain head, computed in chunks.
 
-Logits are the largest tensor of a fine-tuning step: 16,384 tokens x 128,256 words x 4 bytes is
-7.8 GiB, and as much again for the gradient. Prompts and filler carry no loss, so only labelled
-positions go through the head, a chunk at a time.
+Logits are the largest tensor of a fine-tuning step: 16,384 tokens x a vocabulary of 128,256 x 4
+bytes is 7.8 GiB, and as much again for the gradient. Prompts and filler carry no loss, so only
+labelled positions go through the head, a chunk at a time.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from src.models.head import PlainHead
 
 
 def chunk_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss of a chunk, and its gradient: for and in the dtype of the logits.
+    """Summed loss of a chunk, and its gradient for the logits, in their dtype.
 
     Args:
         logits: of shape (rows, vocabulary).
@@ -81,7 +81,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], head: PlainHead | None)
     hidden = head.backbone(**inputs, use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1)[positions]  # (labels, hidden)
     weight, bias = head.linear.weight, head.linear.bias
-    if not torch.is_grad_enabled():  # a trained weight requires a gradient here too
+    if not torch.is_grad_enabled():  # else the gradient of a trained weight would be computed here
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, head)
 
@@ -107,7 +107,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
         head: PlainHead,
     ) -> Tensor:  # fmt: skip
-        # Of weight and bias in fp32: they sum thousands of rows, which bf16 would round each time.
+        # Gradients of weight and bias sum over all chunks, so in fp32: bf16 would round each sum.
         dtypes = (hidden.dtype, torch.float32, torch.float32)
         grads = [
             torch.zeros_like(x, dtype=dtype) if x is not None and x.requires_grad else None
@@ -125,9 +125,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss, delta = gradient(F.linear(h, weight, bias), target)  # (chunk, vocabulary)
             total += loss
             if grad_hidden is not None:
-                grad_hidden[rows] = F.linear(delta, weight.T)
+                grad_hidden[rows] = delta @ weight  # autocast would cast weight.T each time
             if grad_weight is not None:
-                grad_weight += F.linear(delta.T, h.T)
+                grad_weight += delta.T @ h
             if grad_bias is not None:
                 grad_bias += delta.sum(0, dtype=torch.float32)
         ctx.save_for_backward(*grads)

@@ -32,7 +32,7 @@ from src.training.trainer import StepResult
 from src.utils import distributed
 from src.utils.environment import from_root
 from src.utils.errors import Interrupted
-from src.utils.files import METRICS, write_text
+from src.utils.files import METRICS, STEPS, free_name, write_text
 from src.utils.memory import GIB
 
 FEW = 10  # documents: a loss on fewer says little
@@ -119,7 +119,7 @@ def _warnings(
     config: Config, model: PreTrainedModel, train: TokenLoader, evaluation: TokenLoader | None,
     total_steps: int,
 ) -> Iterator[str]:  # fmt: skip
-    """Settings that are allowed and rarely meant."""
+    """Settings that are allowed but rarely intended."""
     rate, warmup = config.training.learning_rate, config.training.warmup_steps
     if config.lora is None and config.model.init == "pretrained" and rate > 1e-4:
         yield f"training.learning_rate={rate:g} suits LoRA; use about 2e-5 to train all weights"
@@ -165,6 +165,8 @@ def describe_resume(
     if state.step >= total_steps:
         key = "max_steps" if settings.max_steps == total_steps else "epochs"
         say(f"finished   all {total_steps} steps are done; a larger training.{key} adds more")
+    elif state.is_out_of_patience(settings.patience):
+        say("finished   stopped early; a larger training.patience, or null, goes on")
     elif saved is not None and not math.isclose(saved, rate, rel_tol=0.01):
         say(
             f"warning: after step {state.step} the learning rate jumps from {saved:.2g} to "
@@ -187,9 +189,9 @@ def measure(
     Args:
         steps: since the last line, with their tensors on the CPU.
         state: after the last of them.
-        batches: of an epoch, over all ranks.
+        batches: per epoch, over all ranks.
         speed: FLOPs of a token, and FLOP/s of this device.
-        seconds: that the steps took.
+        seconds: that these steps took.
     """
     tokens, labelled = sum(s.tokens for s in steps), sum(s.labelled for s in steps)
     taken = [step for step in steps if step.taken]
@@ -263,6 +265,9 @@ class Recorder:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(self._written))
         for name in (METRICS, "samples.jsonl"):
             rewind_metrics(folder / name, step)
+        for path in sorted(self.checkpoints.glob(STEPS)):  # damaged, or of steps taken again
+            if int(path.name[-8:]) > step:
+                path.rename(free_name(path))
         datasets = {"train": self._train} | ({"eval": self._eval} if self._eval else {})
         files = (data.left_out.read_bytes().splitlines(keepends=True) for data in datasets.values())
         if left_out := dict.fromkeys(chain.from_iterable(files)):  # once, if both sets have a row
@@ -306,8 +311,8 @@ class Recorder:
             line += f" · eval loss{where} {m['eval_loss']:.4f}, perplexity {m['perplexity']:.2f}"
         return line
 
-    def conclude(self, step: int, reason: str) -> None:
-        """Write down of which step the result is."""
+    def record_result(self, step: int, reason: str) -> None:
+        """Record which step `final/` holds."""
         self._result = f"step {step:,} of {self._state.step:,}, {reason}"
         if self._record:
             text = f"# final/ holds {self._result}\n{OmegaConf.to_yaml(self._written)}"

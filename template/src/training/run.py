@@ -91,7 +91,7 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
 def _prepare(
     config: Config, written: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> Run:
-    """Make everything that training needs, and say what it is; `output_dir` stays as it is."""
+    """Make everything that training needs, and describe it; nothing is written to `output_dir`."""
     settings = config.training
     shared, reason = choose_strategy(config, device, dtype)
     if shared:
@@ -102,12 +102,12 @@ def _prepare(
     objective, packing = strategy.build_objective(config, tokenizer, shared, device, dtype)
     model = strategy.unwrapped(objective).model
     distributed.on_main(try_saving, model, tokenizer)
-    make = partial(
+    make_loader = partial(
         TokenLoader, config=config, pad_id=tokenizer.pad_token_id, packing=packing,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
-    train = make(documents[0], shuffle=True)
-    evaluation = make(documents[1], shuffle=False) if documents[1] else None
+    train = make_loader(documents[0], shuffle=True)
+    evaluation = None if documents[1] is None else make_loader(documents[1], shuffle=False)
     # The loss is scaled in fp16 only: bf16 has the range of fp32.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     identity = checkpoint.identify(config, train.dataset.facts)
@@ -128,7 +128,7 @@ def _prepare(
 
 
 def _train(run: Run, stop: StopSignal, sample: Callable[[], None]) -> None:
-    """Train to the last step, to early stopping or to a signal: all decisions on when are here."""
+    """Train to the last step, early stopping or a signal; decide when to log, evaluate and save."""
     state, settings, recorder = run.training.state, run.config.training, run.recorder
     steps, started = [], time.perf_counter()
     for step in _steps_of_all_epochs(run):
@@ -137,21 +137,22 @@ def _train(run: Run, stop: StopSignal, sample: Callable[[], None]) -> None:
         recorder.bar.update()
         last, best = state.step >= run.total_steps, False
         stopping = stop.requested() and not last
-        evaluating = run.evaluation and not stopping and (last or state.is_due(settings.eval_every))
+        due = not stopping and (last or state.is_due(settings.eval_every))
+        evaluation = run.evaluation if due else None
         saving = stopping or last or state.is_due(settings.save_every)
-        if not (evaluating or saving or state.is_due(settings.log_every)):
+        if evaluation is None and not saving and not state.is_due(settings.log_every):
             continue
         steps = on_cpu(steps)  # waits for the GPU
         _check_finite(run, steps)
         seconds = time.perf_counter() - started
         metrics = report.measure(steps, state, run.train.sampler.batches, run.speed, seconds)
-        if evaluating:
-            result = evaluate(run.objective, run.evaluation, run.training.model.device, run.dtype)
+        if evaluation is not None:
+            result = evaluate(run.objective, evaluation, run.training.model.device, run.dtype)
             metrics |= {"eval_loss": result.loss, "perplexity": result.perplexity}
             best = state.record_evaluation(result.loss)
             last = last or state.is_out_of_patience(settings.patience)
         recorder.log(metrics)  # before saving: metrics.jsonl has every line up to a checkpoint
-        if evaluating:
+        if evaluation is not None:
             sample()
         if (settings.save_every and (saving or last)) or (best and not last):
             save_checkpoint(run.training, recorder.checkpoints, settings.keep_checkpoints)
@@ -181,16 +182,16 @@ def _steps_of_all_epochs(run: Run) -> Iterator[StepResult]:
 
 
 def _check_finite(run: Run, steps: list[StepResult]) -> None:
-    """Count the steps that were not taken; with on_non_finite=stop raise at one not finite."""
+    """Count the steps that were not taken; with on_non_finite=stop, raise on a non-finite one."""
     state = run.training.state
     for number, step in enumerate(steps, state.step - len(steps) + 1):
         state.skipped += not step.taken
         if not step.finite and run.config.training.on_non_finite == "stop":
             raise RunError(
-                f"step {number}: the loss or a gradient is not finite; the step was not taken. Its "
-                f"batches held rows {step.rows} of data.train (counted from 0). Lower "
-                "training.learning_rate, correct the rows, or set training.on_non_finite=skip to "
-                "go on without such steps"
+                f"step {number}: the loss or a gradient is not finite; the step was not taken. "
+                f"This process's batches held documents {step.rows} of data.train (counted from "
+                "0, without rows that were left out). Lower training.learning_rate, correct the "
+                "rows, or set training.on_non_finite=skip to go on without such steps"
             )
 
 
@@ -200,12 +201,12 @@ def _save_result(run: Run, start_step: int) -> None:
     step, best, reason = state.step, state.best_step, "the last step"
     if best is not None:
         path = checkpoints / f"step-{best:08d}"
-        if best != step and distributed.on_main(path.exists):
+        if best != step and distributed.on_main(checkpoint.find_damage, path) is None:
             checkpoint.load_weights(training.trained(), path)
             step = best
-        gone = f"the last step, as the checkpoint of the best one, {best}, is gone"
+        gone = f"the last step, as the checkpoint of the best one, {best}, is gone or damaged"
         reason = "the best evaluation" if step == best else gone
-    run.recorder.conclude(step, reason)
+    run.recorder.record_result(step, reason)
     weights, final = strategy.gathered(training.model), checkpoints.with_name("final")
     with explain_failed_write(final, checkpoints):
         distributed.on_main(_write_final, run, weights, final, start_step)

@@ -13,7 +13,7 @@ from src.config import Config
 from src.data.chat import render
 from src.data.dataset import read_part
 from src.data.encoding import stop_token_ids
-from src.data.rows import Row, trains
+from src.data.rows import Row, carries_loss
 from src.data.sources import expand
 from src.models.generation import Prompt, generate
 from src.training.checkpoint import TrainState
@@ -53,7 +53,7 @@ def questions(rows: Iterable[Row], limit: int, tokenizer: Tokenizer) -> list[tup
             break
         messages = row.get("messages", [])
         turns = enumerate(messages)
-        at = next((n for n, m in turns if n and m["role"] == "assistant" and trains(m)), None)
+        at = next((n for n, m in turns if n and m["role"] == "assistant" and carries_loss(m)), None)
         if at is None:
             continue
         try:

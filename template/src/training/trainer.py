@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import batched
 from typing import Any
@@ -27,7 +28,8 @@ class StepResult:
 
     loss: Tensor  # fp32 scalar: mean over the labelled tokens of all microbatches and ranks
     grad_norm: Tensor  # before clipping
-    finite: Tensor  # bool: whether both are finite (fp16: the loss; its scaler checks gradients)
+    # bool: both are finite (fp16: the loss), and unless steps are skipped, all before were too
+    finite: Tensor
     labelled: int  # tokens with loss, all ranks
     tokens: int  # real tokens, all ranks
     processed: int  # real tokens and filler, all ranks
@@ -38,7 +40,7 @@ class StepResult:
 
     @property
     def taken(self) -> bool:
-        """Whether the step was taken; an fp16 scaler may have skipped it. Waits for the GPU."""
+        """False: it was skipped here. A skip by an fp16 scaler is not seen. Waits for the GPU."""
         return bool(self.finite) and self.labelled > 0
 
 
@@ -97,7 +99,7 @@ def training_steps(
         dtype: of matmuls, by autocast.
         skip_non_finite: go on after a step whose loss or gradient is not finite, without taking
             it. False: after the first such step no weights change until the epoch ends. So
-            `StepResult.finite`, which waits for the GPU, need not be read at each step.
+            `StepResult.finite` can be read at log time, without waiting at each step.
     """
     device, finite = torch.device(device), None
     objective = as_objective(model, device, dtype).train()
@@ -128,7 +130,7 @@ def train_step(
 ) -> StepResult:  # fmt: skip
     """One step: count labels → forward and backward of each microbatch → check → update.
 
-    `all_finite` is whether all earlier steps were: if not, the weights stay as they are.
+    `all_finite`: False if an earlier step was not finite; then the weights stay as they are.
 
     The divisor is the number of labels in the whole window on all ranks, known before the
     first backward pass. Averaging the microbatches' means instead gives tokens in sparsely
@@ -145,12 +147,12 @@ def train_step(
             scaler.scale(share).backward()
         loss += share.detach()
     distributed.sum_tensor(loss)
-    if labelled:  # else there is no update, before which a scaler may not unscale again
+    if labelled:  # else the scaler is not updated, and unscale_ may run once an update
         scaler.unscale_(optimizer)
     # None becomes infinity. Clipping uses the norm on the device: the CPU does not wait.
     norm = nn.utils.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
     norm, finite = strategy.full(norm), torch.isfinite(loss)
-    if not scaler.is_enabled():  # in fp16 the first ones may overflow, and the scaler skips
+    if not scaler.is_enabled():  # fp16 gradients may overflow; then the scaler skips the step
         finite = finite & torch.isfinite(norm)
     if all_finite is not None:
         finite = finite & all_finite
@@ -167,8 +169,9 @@ def train_step(
 
 def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, finite: Tensor) -> None:
     """Step, unless loss or gradients are not finite; without waiting for the GPU where possible."""
-    # 8-bit AdamW uses torch.compile, for which a machine without a GPU may lack a compiler.
-    with torch.compiler.set_stance("default" if finite.is_cuda else "force_eager"):
+    # 8-bit AdamW uses torch.compile, for which a machine without a GPU may lack a compiler. On a
+    # GPU the stance stays: it is eager where compiling the layers has failed.
+    with nullcontext() if finite.is_cuda else torch.compiler.set_stance("force_eager"):
         if scaler.is_enabled():
             if finite:  # the loss
                 scaler.step(optimizer)  # skips if gradients overflowed

@@ -20,7 +20,7 @@ class RunError(Exception):
 
 
 class Interrupted(Exception):
-    """A run stopped by a signal after its state was saved.
+    """A run that a signal stopped, after its state was saved if `training.save_every` is set.
 
     Attributes:
         exit_code: 143 after SIGTERM, 130 after SIGINT.

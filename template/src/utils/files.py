@@ -1,5 +1,6 @@
 """Write files and folders whole or not at all; and the file names that several parts know."""
 
+import errno
 import os
 import shutil
 from collections.abc import Generator
@@ -12,6 +13,7 @@ from filelock import FileLock, Timeout
 from src.utils.errors import UserError
 from src.utils.ranks import RANK
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}  # what a disk does during a run
 ADAPTER = "adapter_config.json"  # PEFT's, beside the weights of an adapter
 RECIPE = "training_config.yaml"  # beside a trained model: the config that it was trained with
 METRICS = "metrics.jsonl"  # in a run's folder: every number that was logged

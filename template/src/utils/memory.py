@@ -26,13 +26,16 @@ def gpu_memory(device: torch.device | int | None = None) -> dict[str, float]:
     return {name: size / GIB for name, size in sizes.items()}
 
 
-def print_gpu_memory(label: str = "GPU memory") -> None:
-    """Print one line per CUDA device, or one line saying that there is none."""
+def print_gpu_memory(label: str = "GPU memory", device: torch.device | None = None) -> None:
+    """Print one line per CUDA device, or of the given one, or one line saying that there is none.
+
+    To ask a device starts a CUDA context of 0.5 GiB on it: a process of several names its own.
+    """
     if not torch.cuda.is_available():
         print(f"{label}: no CUDA device")
         return
     sizes = "{allocated:.2f} GiB · reserved {reserved:.2f} · peak {peak:.2f} · free {free:.2f}"
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count()) if device is None else [device.index or 0]:
         line = (sizes + " of {total:.2f}").format(**gpu_memory(index))
         print(f"{label}: cuda:{index} allocated {line}")
 

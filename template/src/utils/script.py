@@ -2,7 +2,6 @@
 
 import argparse
 import atexit
-import errno
 import gc
 import io
 import os
@@ -17,13 +16,13 @@ from typing import NoReturn
 
 from src.utils.environment import load_environment
 from src.utils.errors import Interrupted, RunError, UserError
+from src.utils.files import FULL
 from src.utils.ranks import RANK, WORLD_SIZE
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_SIGINT = 130  # 128 + the signal's number, as a shell reports it
 EXIT_SIGPIPE = 141
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}  # what a disk does during a run
 
 
 def run_script(main: Callable[[list[str]], None], help_text: str = "") -> None:

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(name) if Path(name).is_dir() else from_root("outputs") / name.replace("/", "-")
     if folder.name == "final" and (folder.parent / RECORD).is_file():
         folder = folder.parent
-    elif (folder / CHECKPOINT).is_file():  # which a run may prune
+    elif (folder / CHECKPOINT).is_file() and folder.parent.name == "checkpoints":  # it is pruned
         folder = folder.parent.with_name(f"evaluation-{folder.name}")
     trained = trained_config(name)
     data = trained.data if trained else DataConfig(train=options.data)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from src.trained import find_trained, trained_config
 from src.utils.errors import RunError, UserError, first_line
-from src.utils.files import RECIPE, new_folder
+from src.utils.files import CHECKPOINT, RECIPE, new_folder, write_problem
 from src.utils.script import make_parser, run_script
 
 
@@ -20,10 +20,14 @@ def main(arguments: list[str]) -> None:
     options = _parse(arguments)
     folder, out = Path(find_trained(options.run, options.base)), Path(options.out)
     config = trained_config(str(folder))
+    if (folder / CHECKPOINT).is_file():
+        raise UserError(f"{options.run}: a checkpoint; finish its run, then export that")
     if config is None or not (folder / RECIPE).is_file():
         raise UserError(f"{options.run}: no {RECIPE} in it: not the result of a run")
     if out.exists():
         raise UserError(f"{out}: exists already; nothing is overwritten")
+    if problem := write_problem(out):
+        raise UserError(problem)
 
     from src.tools.export import export, serving_advice, write_card
 

@@ -16,12 +16,14 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from src.trained import find_trained, load_trained, trained_config
 from src.utils.environment import to_root
 from src.utils.errors import UserError
+from src.utils.files import RECIPE
 from src.utils.script import between, make_parser, quick_imports, run_script
 
 
@@ -85,7 +87,9 @@ def _describe(name: str, options: argparse.Namespace) -> str:
     names = ("max_length", "raw", "temperature", "top_p", "seed", "base", "quantization")
     given = [(key.replace("_", "-"), getattr(options, key)) for key in names]
     words = [f"--{key} {value}" for key, value in given if value not in {None, False, 1.0}]
-    return " ".join([to_root(Path(name)), *words])
+    recipe = Path(name, RECIPE)  # a run that was continued has another one
+    version = [sha256(recipe.read_bytes()).hexdigest()[:8]] if recipe.is_file() else []
+    return " ".join([to_root(Path(name)), *version, *words])
 
 
 def _chat(

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
 
 def _size(text: str) -> tuple[float, float | None]:
     """GiB and TFLOP/s of `24GB`, `24` or `h100`; of a size alone the speed is not known."""
-    name = text.lower()
+    name = text.lower().removeprefix("rtx").lstrip(" -")
     try:
         gib = float(name.removesuffix("gb").removesuffix("gib"))
     except ValueError:
@@ -68,7 +68,7 @@ def _print_memory(config: Config, total: float | None) -> None:
         text = f"planned with {recomputed} recomputed; training recomputes as few as needed"
         print(f"model.gradient_checkpointing=auto: {text}")
     if config.model.compile is not False:
-        text = "compiled layers take less (40 for 62 GiB, 8B LoRA): this is an upper bound"
+        text = "compiled layers take less (8B LoRA: 40 instead of 62 GiB): an upper bound"
         print(f"model.compile={str(config.model.compile).lower()}: {text}")
     if total is None:
         return

@@ -326,6 +326,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[Any, dict[str, int]]:
     """A YAML file's content, and the line of each key."""
+    if path.suffix.lower() not in {".yaml", ".yml", ".json"}:
+        raise UserError(f"{path}: not a .yaml file; rows are named by data.train={path}")
+    text = ""
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows leave a byte order mark
         read, lines = OmegaConf.create(text or "{}"), dict(_lines(yaml.compose(text)))
@@ -334,7 +337,8 @@ def _read(path: Path) -> tuple[Any, dict[str, int]]:
         problem = f"{path.absolute()}: no such config file; the project has {configs}"
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = f"{path}:{line}: not valid YAML: {error.problem}"
+        conflict = " (an update's conflict is not settled)" * ("\n<<<<<<< " in text)
+        problem = f"{path}:{line}: not valid YAML: {error.problem}{conflict}"
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problem = f"{path}: cannot be read as UTF-8 text ({error})"
     else:
@@ -403,7 +407,7 @@ def _problems(error: ValidationError) -> Iterable[str]:
         else:
             allowed = WORDS.get(kind, item["msg"].replace("Input should be", "expected"))
             what = f"{item['input']!r} is not allowed: {allowed}"
-        problems[key] = f"{key}: {what}"
+        problems[key] = f"{key[:80]}: {what}"
     return problems.values()
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from src.config import Config, ModelConfig
 from src.data.rows import check_source
 from src.data.sources import expand
-from src.utils.environment import from_root, hf_home
+from src.utils.environment import PROJECT_ROOT, from_root, hf_home
 from src.utils.errors import UserError
 from src.utils.files import ADAPTER, CHECKPOINT, METRICS, STEPS, write_problem
 
@@ -46,7 +46,7 @@ def check_run(config: Config, output: bool = True) -> None:
                     checked.add(source)
                     check_source(key, source, config.data)
         except UserError as error:
-            problems += error.problems
+            problems += [p if p.startswith(key) else f"{key}: {p}" for p in error.problems]
     if problem := write_problem(hf_home()):  # the tokens of rows are kept there
         problems.append(f"HF_HOME: {problem}")
     problems += _output_problems(config) if output else ()
@@ -161,7 +161,9 @@ def is_local(name: str) -> bool:
 def _output_problems(config: Config) -> Iterator[str]:
     output, resume = from_root(config.output_dir), config.training.resume
     # A file beside the output folder locks it.
-    if problem := write_problem(output) or write_problem(output.parent):
+    if PROJECT_ROOT.is_relative_to(output.resolve()):
+        yield f"output_dir: {config.output_dir}: the project is in it; give a run its own folder"
+    elif problem := write_problem(output) or write_problem(output.parent):
         yield f"output_dir: {problem}"
     elif resume == "never" and any((output / name).exists() for name in TRACES):
         yield (

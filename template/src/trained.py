@@ -9,7 +9,7 @@ from src.config import Config, ModelConfig, load_config
 from src.preflight import folder_problems, has_tokenizer, is_local, read_json
 from src.utils.environment import from_root
 from src.utils.errors import UserError, first_line
-from src.utils.files import ADAPTER, CHECKPOINT, RECIPE, RECORD
+from src.utils.files import ADAPTER, CHECKPOINT, RECIPE, RECORD, STEPS
 
 if TYPE_CHECKING:  # only loading needs torch
     import torch
@@ -39,6 +39,9 @@ def find_trained(name: str, base: str | None = None) -> str:
         return name
     kinds = (CHECKPOINT, ADAPTER, "config.json")
     places = [p for p in (folder, folder / "final") if any((p / kind).is_file() for kind in kinds)]
+    if not places and (newest := sorted(folder.glob(f"checkpoints/{STEPS}"))[-1:]):
+        more = f"ask {newest[0]}, or finish it with training.resume=auto"
+        raise UserError(f"{folder}: a run that has not finished: {more}")
     if not places:
         raise UserError(f"{folder}: no config.json or {ADAPTER}: not a saved model")
     folder = places[0]
@@ -52,7 +55,8 @@ def find_trained(name: str, base: str | None = None) -> str:
     if from_root(source).is_dir():
         _require_whole(from_root(source))
     elif is_local(source):
-        raise UserError(f"{folder}: its base model is not at {source}; give its place with --base")
+        cure = "" if base else "; give its place with --base"
+        raise UserError(f"{folder}: its base model is not at {source}{cure}")
     return str(folder)
 
 
@@ -67,7 +71,9 @@ def _source(folder: Path, base: str | None) -> str:
         own = _checkpoint_config(folder).model.name
         return base or own
     if (folder / ADAPTER).is_file():
-        return base or read_json(folder / ADAPTER).get("base_model_name_or_path") or ""
+        if source := base or read_json(folder / ADAPTER).get("base_model_name_or_path"):
+            return source
+        raise UserError(f"{folder / ADAPTER}: names no base model; give it with --base")
     return str(folder)
 
 
@@ -124,7 +130,7 @@ def _from_mlflow(uri: str) -> str:
     try:
         return mlflow.artifacts.download_artifacts(uri)
     except Exception as error:  # noqa: BLE001 - whatever its store raises
-        moved = "; if the project has moved, uv run scripts/sync.py RUN says how to link it"
+        moved = "; if the project has moved, scripts/sync.py on a run of before says how to link it"
         raise UserError(f"{uri}: {str(error).splitlines()[0]}{moved}") from None
 
 
@@ -148,9 +154,9 @@ def load_trained(
     """
     from transformers.utils import logging
 
-    from src.models.adapters import load_adapters
+    from src.models.adapters import base_of, load_adapters
     from src.models.model import build_model, load_tokenizer, read_weights
-    from src.training.checkpoint import MOMENTS, find_damage, load_weights
+    from src.training.checkpoint import MOMENTS, architecture_of, find_damage, load_weights
     from src.utils.device import pick_dtype
 
     logging.disable_progress_bar()  # of loading: only answers are printed
@@ -165,6 +171,8 @@ def load_trained(
             raise UserError(f"{folder}: {damage}")
         tokenizer = load_tokenizer(settings)
         model = build_model(settings, trained.lora, tokenizer, device, dtype, trained_in=dtype)
+        if type(base_of(model)).__name__ != architecture_of(folder):
+            raise UserError(f"{folder} was made for another model than {settings.name}")
         load_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, folder)
     else:
         # With the attention that transformers picks, which supports padding and a cache.
@@ -172,7 +180,4 @@ def load_trained(
         tokenizer = load_tokenizer(settings.model_copy(update={"name": str(folder)}))
     if is_adapter:
         model = load_adapters(model, folder)
-    for weight, p in model.named_parameters():  # it would answer with any token
-        if p.is_floating_point() and p.isnan().any():
-            raise UserError(f"{folder}: {weight} holds numbers that are no numbers (NaN)")
     return model.eval(), tokenizer

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,11 @@ def test_rows_of_every_shape_are_answered_beside_what_they_were_or_printed(
     scripts.inference.main([*command, "--output", str(output)])
     answered = rows_of(output)
     added = {"generated", "generated_by"}
+    recipe = sha256((smoke / "final/training_config.yaml").read_bytes()).hexdigest()[:8]
     assert [{k: v for k, v in row.items() if k not in added} for row in answered] == given
-    assert {row["generated_by"] for row in answered} == {f"{smoke / 'final'} --max-length 32"}
+    assert {row["generated_by"] for row in answered} == {
+        f"{smoke / 'final'} {recipe} --max-length 32"
+    }
     assert [row["generated"] for row in answered[:3]] == [HELLO] * 3
     scripts.inference.main([str(smoke), "Say", "--raw", "--max-length", "32"])
     assert capsys.readouterr().out == answered[4]["generated"] + "\n"
@@ -180,15 +184,16 @@ def test_a_conversation_shows_special_tokens_but_the_stop_token(
     assert capsys.readouterr().out == f"hello{tokenizer.bos_token}hello\n"
 
 
-def test_weights_that_are_nan_are_named_instead_of_answering_with_any_token(
-    smoke: Path, tmp_path, refused
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_weights_that_are_no_numbers_are_named_instead_of_answering_with_any_token(
+    smoke: Path, tmp_path, refused, number: str
 ) -> None:
     folder = shutil.copytree(smoke / "final", tmp_path / "broken")
     weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"][3] = float("nan")
+    weights["model.norm.weight"][3] = float(number)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     (line,) = refused(scripts.inference.main, str(folder), "q")
-    assert line == f"{folder}: model.norm.weight holds numbers that are no numbers (NaN)"
+    assert line == f"{folder}: model.norm.weight holds numbers that are NaN or infinite"
 
 
 def test_a_checkpoint_answers_as_the_result_that_was_made_of_it_unless_it_is_damaged(

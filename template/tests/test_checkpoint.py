@@ -228,9 +228,7 @@ def test_resuming_another_run_is_refused_with_each_difference_named(six_steps, r
 
 
 def test_weights_of_other_shapes_cannot_be_resumed_even_where_changes_are_allowed(six_steps, train):
-    with pytest.raises(
-        UserError, match=r"step-00000006/weights: other weights than this model .*;"
-    ):
+    with pytest.raises(UserError, match=r"step-00000006/weights: has weights of other names or"):
         train(
             "data.eval=null", "training.resume=auto", "training.resume_despite_changes=true",
             "model.init=pretrained", "lora.r=2", f"model.name={six_steps / 'final'}",

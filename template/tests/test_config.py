@@ -103,6 +103,11 @@ def test_an_option_is_answered_with_the_key_to_write(arguments: list[str], expec
     assert line == f"command line: {expected} A config file comes before the keys."
 
 
+def test_rows_in_place_of_a_config_are_not_read() -> None:
+    (line,) = problems(path="data/mine.csv")
+    assert line == "data/mine.csv: not a .yaml file; rows are named by data.train=data/mine.csv"
+
+
 def test_a_config_that_is_not_there_says_where_it_looked_and_which_there_are(monkeypatch) -> None:
     monkeypatch.chdir("/")
     (line,) = problems(path="configs/smok.yaml")

@@ -109,7 +109,7 @@ def test_rows_that_the_template_refuses_are_named_once_or_left_out(tokenizer, wr
     )
     data = tokens(file, other, max_length=64, bad_rows="skip")
     assert len(data) == 1
-    assert "30 rows left out as unusable; a run lists them in left_out.jsonl" in list(
+    assert "30 rows left out as unusable (see left_out.jsonl of a run)" in list(
         data_notes(data.facts)
     )
     assert f"{file}:2" in data.left_out.read_text()
@@ -227,13 +227,13 @@ def test_rows_of_the_hub_are_tokenised_once_and_a_missing_dataset_is_one_line(
 
 
 def test_columns_that_are_not_read_are_named(write_rows, tmp_path, tokenizer) -> None:
-    row = {"prompt": "q", "completion": "a", "ticket": 7, "created": "today", "label": True}
+    row = {"prompt": "q", "completion": "a", "number": 7, "created": "today", "label": True}
     source = write_rows(row, chat("q", "a"))
     facts = tokens(source, tokenizer).facts
-    assert facts.unread == {"ticket": 1, "created": 1}
-    assert "not read: ticket, created" in list(data_notes(facts))
+    assert facts.unread == {"number": 1, "created": 1}
+    assert "not read: number, created" in list(data_notes(facts))
     mapped = tokens(source, tokenizer, columns={"system": "created"}, bad_rows="skip")
-    assert mapped.facts.unread == {"ticket": 1}
+    assert mapped.facts.unread == {"number": 1}
     table = tmp_path / "pandas.csv"
     table.write_text(",prompt,completion\n0,q,a\n")
     assert list(tokens(str(table), tokenizer).facts.unread) == ["(column 1)"]

@@ -119,7 +119,7 @@ def test_a_project_without_git_or_with_changes_or_a_leaked_secret_is_named(
     assert [finding.verdict for finding in doctor._check_project()] == ["OK"]
     (tmp_path / ".env").write_text("HF_TOKEN=x\n")
     (line,) = problems(doctor._check_project())
-    assert line.startswith("WARN 1 uncommitted files")
+    assert line.startswith("WARN uncommitted files: 1")
     git("add", ".env")
     git("commit", "-m", "y")
     git("rm", ".env")

@@ -11,6 +11,7 @@ import pytest
 import scripts.train
 from conftest import ROOT, SMOKE
 from src.trained import _saved_settings
+from src.training.metrics import read_metrics
 from src.training.record import Record
 from src.utils import environment
 from src.utils.environment import from_root
@@ -67,6 +68,12 @@ def places(folder: Path) -> dict[str, Path]:
         "a system's folder": Path("/proc/run"),
         "below one": Path("/proc/1/run/a"),
     }
+
+
+@pytest.mark.parametrize("folder", ["/", ".", ".."])
+def test_a_run_gets_a_folder_of_its_own(folder: str, refused) -> None:
+    (line,) = refused(scripts.train.main, SMOKE, f"output_dir={folder}")
+    assert line == f"output_dir: {folder}: the project is in it; give a run its own folder"
 
 
 @pytest.mark.parametrize("key", ["output_dir", "HF_HOME"])
@@ -162,6 +169,9 @@ def test_damaged_files_of_a_run_are_named(tmp_path) -> None:
         recipe.write_text(text)
         with pytest.raises(UserError, match=f"{recipe}: is damaged"):
             _saved_settings(recipe)
-    (tmp_path / "record.json").write_text("{")
-    with pytest.raises(UserError, match=r"record.json: is damaged"):
-        Record(tmp_path)
+    for text in ("{", "{}", "[1]", "null"):
+        (tmp_path / "record.json").write_text(text)
+        with pytest.raises(UserError, match=r"record.json: is damaged"):
+            Record(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": null}\n[1]\n{"step": 1}\n{"st')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]

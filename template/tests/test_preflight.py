@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import scripts.train
 from conftest import SMOKE, chat
@@ -171,6 +172,14 @@ def test_a_base_that_moved_is_named_with_the_option_that_helps(
         find_trained(str(alone), str(moved))
     shutil.copy(run / "config.yaml", alone)
     assert find_trained(str(alone), str(moved)) == str(alone)
+    config = json.loads((moved / "config.json").read_text()) | {"model_type": "mistral"}
+    mistral = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    mistral.save_pretrained(moved)
+    with pytest.raises(UserError, match=f"{alone} was made for another model than {moved}"):
+        load_trained(str(alone), CPU, str(moved))
+    shutil.rmtree(run / "final")
+    with pytest.raises(UserError, match=r"has not finished: ask .*checkpoints/step-00000001, or"):
+        find_trained(str(run))
 
 
 @pytest.mark.parametrize(

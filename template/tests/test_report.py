@@ -43,7 +43,7 @@ def test_rows_that_were_cut_or_left_out_are_counted_and_kept(train, write_rows, 
     options = ["data.bad_rows=skip", "data.max_length=64", "training.max_steps=1"]
     folder = train(f"data.train={path}", "data.eval=0.4", *options)
     printed = capsys.readouterr().out
-    assert "2 rows left out as unusable; a run lists them in left_out.jsonl" in printed
+    assert "2 rows left out as unusable (see left_out.jsonl of a run)" in printed
     assert "left out: nothing to learn from" in printed
     kept = [json.loads(line) for line in (folder / "left_out.jsonl").read_text().splitlines()]
     places = [each["place"] for each in kept]

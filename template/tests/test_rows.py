@@ -4,6 +4,7 @@ import csv
 import datetime
 import gzip
 import json
+import shlex
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import chat
-from src.config import DataConfig
+from src.config import DataConfig, change_data
 from src.data import rows
 from src.data.rows import FIRST_ROWS, MAX_PROBLEMS, LeftOut, carries_loss, check_source, read_rows
 from src.data.sources import expand
@@ -143,7 +144,7 @@ def test_columns_of_other_names_are_mapped_and_a_wrong_name_is_named(write_rows)
     file = write_rows({"prompt": "x", "my answer": "y"})
     columns = {"prompt": "my answer", "completion": "prompt"}  # also crosswise
     assert [m["content"] for m in read(file, columns=columns)[0]["messages"]] == ["y", "x"]
-    expected = "rows.jsonl:1: data.columns.prompt: no column `q`; it has `prompt`, `my answer`"
+    expected = "rows.jsonl:1: data.columns.prompt: no column `q`; it has `prompt`, `my answer` (data.columns=null maps none)"
     assert problems(file, columns={"prompt": "q"})[0].endswith(expected)
 
 
@@ -153,6 +154,14 @@ def test_a_wrong_header_is_named_once_with_the_keys_that_map_it(write_rows) -> N
     assert problem.startswith(f"{file}:1: has `id`, `Die Frage`, `antwort`; a row needs `messages`")
     keys = "'data.columns.prompt=Die Frage' data.columns.completion=antwort"
     assert problem.endswith(f"{keys} (50 rows; data.bad_rows=skip leaves them out)")
+
+
+@pytest.mark.parametrize("name", ["Frage: was?", "no", " prompt", "[x]", "Antwort #1", "1"])
+def test_the_key_that_maps_a_column_works_for_any_name(write_rows, name: str) -> None:
+    (problem,) = problems(write_rows({name: "x", "other one": "y"}))
+    keys = shlex.split(problem.partition("for example ")[2])
+    data = DataConfig(train="-")
+    assert change_data(data, keys).columns == {"prompt": name, "completion": "other one"}
 
 
 def test_a_shape_of_ones_own_goes_through_adapt_whose_errors_name_the_row(
@@ -257,6 +266,8 @@ def test_the_same_rows_come_from_every_format(tmp_path: Path, write_rows) -> Non
     (tmp_path / "excel.csv").write_text(f"sep=,\n{comma}")
     wide = f'"a, b"\t{(tmp_path / "tab.csv").read_text("utf-8-sig")}'.replace("\nq;", "\n\tq;")
     (tmp_path / "a comma in a name.csv").write_text(wide.replace('\n"q;', '\n\t"q;'))
+    quoted = comma.replace("prompt,completion", 'prompt,completion,"a;b\nc;d;"', 1)
+    (tmp_path / "a line end in a name.csv").write_text(quoted)
     expected = messages(tmp_path / "rows.jsonl")
     assert {path.name: messages(path) for path in tmp_path.iterdir()} == dict.fromkeys(
         [path.name for path in tmp_path.iterdir()], expected
@@ -277,7 +288,7 @@ def test_the_same_rows_come_from_every_format(tmp_path: Path, write_rows) -> Non
         ("r.csv", b'\nprompt,completion\na,b\nc,"d\n', ":4: not valid CSV from this line on"),
         ("r.csv", b'prompt,completion\na,b\nc,"d\ne,f\n', ":3: not valid CSV from this line on"),
         ("r.csv", b"prompt,completion,prompt\na,b,c\n", ":1: two columns are called prompt"),
-        ("r.csv", b"prompt,completion\na,b\na,b,c\n", ":3: more cells than the header has"),
+        ("r.csv", b"prompt,completion\na,b\na,b,c\n", ":3: more cells than the header, line 1, has"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, problem: str) -> None:

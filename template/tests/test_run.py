@@ -16,7 +16,7 @@ import scripts.train
 from conftest import ROOT, SMOKE, chat, metrics
 from src.training import loss as loss_module
 from src.training import run, trainer
-from src.utils.errors import RunError
+from src.utils.errors import RunError, UserError
 
 QUESTION = "What does LoRA train?"
 ANSWER = "Two small matrices per layer, whose product is added to the frozen weight."
@@ -154,6 +154,12 @@ def test_a_finished_run_can_be_extended_and_its_first_result_stays(train, capsys
     assert "after step 4 the learning rate jumps from 0 to" in capsys.readouterr().out
     assert (folder / "final-step-00000004.1/model.safetensors").read_bytes() == first
     assert (folder / "final/model.safetensors").read_bytes() != first
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(
+        UserError, match=r"8 steps are done, and this configuration has 4; a larger"
+    ):
+        train(*cosine, "training.max_steps=4", "training.resume=auto")
+    assert (folder / "config.yaml").read_text() == before
 
 
 def test_two_runs_in_one_folder_are_refused_while_the_first_lives(train, refused, tmp_path) -> None:

@@ -348,7 +348,7 @@ def test_a_project_is_tracked_in_any_folder_and_says_what_to_do_after_a_move(
     assert len(kept) == 1
     copy = shutil.copytree(old, tmp_path / "copy")
     monkeypatch.setattr(tracking, "PROJECT_ROOT", copy)
-    with pytest.raises(RunError, match=r"as this project is a copy: remove mlflow.db, or choose"):
+    with pytest.raises(RunError, match=r"as this project is a copy: rename mlflow.db, or choose"):
         send_later(copy / "run")
     old.rename(new)
     monkeypatch.setattr(tracking, "PROJECT_ROOT", new)

@@ -16,6 +16,7 @@ from src.data.rows import Row, read_question
 from src.data.sources import check_exists, raw_rows, reason_of
 from src.utils.environment import from_root
 from src.utils.errors import UserError
+from src.utils.files import write_problem
 
 ANSWER = "generated"  # the column that answers are written to, beside a row's own
 BY = "generated_by"  # the model and the options that wrote them
@@ -34,6 +35,8 @@ def check_answers(source: str, output: Path | None, data: DataConfig, by: str) -
     check_exists("--input", source)
     if output and output.exists() and (not output.is_file() or output.samefile(from_root(source))):
         raise UserError(f"--output: {output} is the input, or no file; give another one")
+    if output and not output.exists() and (problem := write_problem(output)):
+        raise UserError(f"--output: {problem}")
     done = whole = total = 0
     with output.open("r+b") if output and output.exists() else BytesIO() as file:
         for total, (start, _) in enumerate(_rows(source, data, by), 1):

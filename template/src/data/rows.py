@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
+import yaml
+
 from src.config import DataConfig
 from src.data import Rejected
 from src.data.sources import check_exists, is_file, raw_rows, reason_of
@@ -15,7 +17,7 @@ from src.utils.errors import UserError
 MAX_PROBLEMS = 20  # that are printed: enough to see a pattern, few enough to read
 MANY_ROWS = 1000  # rows left out, after each of which the unusable ones are checked
 EMPTY = "left out: nothing to learn from"
-UNUSABLE = "left out as unusable; a run lists them in left_out.jsonl"
+UNUSABLE = "left out as unusable (see left_out.jsonl of a run)"
 FIRST_ROWS = 100  # usable rows that are read before torch is imported
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
@@ -173,7 +175,8 @@ def _read(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
     columns = data.columns or {}
     for ours, theirs in columns.items():
         if theirs not in raw:
-            raise Rejected(f"data.columns.{ours}: no column `{theirs}`; it has {_names(raw)}")
+            missing = f"no column `{theirs}`; it has {_names(raw)}"
+            raise Rejected(f"data.columns.{ours}: {missing} (data.columns=null maps none)")
     try:
         row = _present(adapt(raw | {ours: raw[theirs] for ours, theirs in columns.items()}))
     except Exception as error:  # noqa: BLE001 - the user's code, on this row
@@ -208,7 +211,7 @@ def _shape(row: Row, needs_answer: bool) -> tuple[str, ...]:
         raise Rejected(f"`{incomplete}` is missing; it has {_names(row)}")
     texts = [name for name, cell in row.items() if isinstance(cell, str)]
     keys = zip(("prompt", "completion"), [*texts, "COLUMN", "COLUMN"], strict=False)
-    hint = " ".join(shlex.quote(f"data.columns.{ours}={theirs}") for ours, theirs in keys)
+    hint = " ".join(shlex.quote(f"data.columns.{ours}={_quoted(theirs)}") for ours, theirs in keys)
     raise Rejected(f"has {_names(row)}; a row needs {EXPECTED}; map yours, for example {hint}")
 
 
@@ -352,7 +355,17 @@ def _present(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(row: dict[str, Any]) -> str:
-    return ", ".join(f"`{name}`" for name in row) or "no columns"
+    names = (str(name).replace("\n", "\\n") for name in row)
+    return ", ".join(f"`{name}`" for name in names) or "no columns"
+
+
+def _quoted(name: str) -> str:
+    """A name as a command line gives it: in quotes where YAML would read something else."""
+    try:
+        plain = yaml.safe_load(name) == name
+    except yaml.YAMLError:
+        plain = False
+    return name if plain else json.dumps(name, ensure_ascii=False)
 
 
 def _kind(value: Any) -> str:

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from glob import glob
 from itertools import chain, count
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Places = Iterator[tuple[str, Any]]  # pairs of a place in the file (":3" is its line) and a raw row
+LONGEST_HEADER = 10_000  # characters; beyond them a quote in it is not closed
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")  # org/name[:configuration][:split]
 
@@ -65,12 +66,14 @@ def check_exists(key: str, source: str) -> None:
     """
     if not is_file(source):
         if not HUB_ID.fullmatch(source):
-            raise UserError(f"{key}: {source}: neither a {', '.join(READERS)} file nor a hub id")
+            share = ", nor a share such as 0.05" * (key == "data.eval")
+            kinds = f"neither a {', '.join(READERS)} file nor a hub id{share}"
+            raise UserError(f"{key}: {source}: {kinds}")
     elif not from_root(source).is_file():
-        where = f"paths are relative to the project, {PROJECT_ROOT}"
+        problem = f"no such file (paths are relative to the project, {PROJECT_ROOT})"
         if from_root(source).is_dir():
-            where = f"a folder; name the files in it, e.g. {source.rstrip('/')}/*.jsonl"
-        raise UserError(f"{key}: {source}: no such file ({where})")
+            problem = f"a folder; name the files in it, e.g. {source.rstrip('/')}/*.jsonl"
+        raise UserError(f"{key}: {source}: {problem}")
 
 
 def raw_rows(source: str) -> Places:
@@ -195,14 +198,9 @@ def _json(path: Path) -> Places:
 def _csv(path: Path) -> Places:
     csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
-        before, header = 0, ""
-        while (header := file.readline()) and not header.strip(",;\t \r\n"):
-            before += 1
-        sign = max(",;\t", key=header.count)
-        if header.startswith("sep="):  # Excel's
-            sign, header, before = header[4], "", before + 1
+        lines, sign, before = _csv_header(file)
         # strict: else a quote that is never closed swallows the rest of the file.
-        reader = csv.DictReader(chain([header] * bool(header), file), delimiter=sign, strict=True)
+        reader = csv.DictReader(chain(lines, file), delimiter=sign, strict=True)
         began = before + 1
         try:
             names = [name or f"(column {n})" for n, name in enumerate(reader.fieldnames or (), 1)]
@@ -210,13 +208,32 @@ def _csv(path: Path) -> Places:
                 yield f":{began}", Rejected(f"two columns are called {double[0]}")
                 return
             reader.fieldnames, began = names, before + reader.line_num + 1
+            top = began - 1
             for row in reader:
                 if None in row:
-                    row = Rejected("more cells than the header has; quote commas in text")
+                    row = Rejected(f"more cells than the header, line {top}, has; quote commas")
                 yield f":{before + reader.line_num}", row
                 began = before + reader.line_num + 1
         except csv.Error as error:
             yield f":{began}", Rejected(f"not valid CSV from this line on: {error}")
+
+
+def _csv_header(file: Iterable[str]) -> tuple[list[str], str, int]:
+    """Return the lines of the header, the separator, and how many lines stand before it."""
+    before, sign, header = 0, "", ""
+    for line in file:
+        header += line
+        if header.count('"') % 2 and len(header) < LONGEST_HEADER:  # a name has a line end
+            continue
+        if sep := re.fullmatch('"?sep=(.)"?\\s*', header):  # Excel's
+            sign = sep[1]
+        elif header.strip(",;\t \r\n"):
+            break
+        before, header = before + header.count("\n"), ""
+    lines = header.splitlines(keepends=True)
+    # The one that gives the most columns.
+    sign = sign or max("\t;,", key=lambda s: len(next(csv.reader(lines, delimiter=s), [])))
+    return lines, sign, before
 
 
 def _hub(source: str) -> Places:

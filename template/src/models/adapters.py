@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from src.config import LoraConfig
-from src.models.loading import explained, resolve
+from src.models.loading import check_numbers, explained, resolve
 from src.utils.errors import UserError
 from src.utils.files import ADAPTER
 
@@ -178,6 +178,7 @@ def load_adapters(
         saved = load_peft_weights(name, device="cpu")
         if sum("lora_" in key for key in made) != sum("lora_" in key for key in saved):
             raise ValueError("size mismatch: a different number of layers")
+        check_numbers(adapted, what)
     return cast(PreTrainedModel, adapted)
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
 
 from src.utils.environment import from_root
 from src.utils.errors import UserError, first_line
@@ -57,6 +58,17 @@ def explained(what: str, base: str = "") -> Generator[None]:
         advice = (advice for sign, advice in ADVICE.items() if sign in text)
         line = next(advice, f"could not be loaded: {first_line(error)}")
         raise UserError(f"{what} {line.replace('BASE', base)}") from None
+
+
+def check_numbers(model: nn.Module, what: str) -> None:
+    """Refuse weights that are NaN or infinite: the model would answer with any token.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not p.is_meta and not p.isfinite().all():
+            raise UserError(f"{what}: {name} holds numbers that are NaN or infinite")
 
 
 def resolve(name: str, file: str = "config.json") -> str:

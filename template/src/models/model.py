@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from src.config import LoraConfig, ModelConfig
 from src.data.encoding import stop_token_ids
 from src.models.adapters import add_adapters, embedding_names
-from src.models.loading import explained, resolve
+from src.models.loading import check_numbers, explained, resolve
 from src.utils.environment import from_root
 from src.utils.errors import UserError
 
@@ -247,6 +247,7 @@ def read_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     if missing := sorted(loaded["missing_keys"]):  # transformers makes random ones, and warns
         lacks = f"{len(missing):,} weights that its config.json asks for are missing"
         raise UserError(f"model.name: {config.name}: {lacks}, such as {missing[0]}")
+    check_numbers(model, config.name)
     return model
 
 

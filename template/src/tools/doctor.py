@@ -131,7 +131,7 @@ def _check_project() -> Iterator[Finding]:
             text, fix = "`git status` fails", f"if it says 'dubious ownership': {command}"
         yield Finding("WARN", f"{text}: a run cannot record its code", fix)
         return
-    text = f"{len(status.splitlines())} uncommitted files; a run records the diff of tracked ones"
+    text = f"uncommitted files: {len(status.splitlines())}; a run records the tracked ones' diff"
     yield Finding("WARN" if status else "OK", text, "git add -A && git commit")
     if git(PROJECT_ROOT, "log", "--all", "--format=%h", "-1", "--", ".env"):
         yield Finding("WARN", ".env is in `git log --all -- .env`", "revoke its tokens")

@@ -166,6 +166,8 @@ def write_card(folder: Path, out: Path, name: str, result: str) -> None:
     run = folder.parent
     recipe = yaml.safe_load((folder / RECIPE).read_text("utf-8"))  # as written, without secrets
     base, sources = _public(recipe["model"]["name"]), recipe["data"]["train"]
+    if recipe["model"].get("init") == "random":
+        result = f"trained from random weights; `{base}` is only its architecture"
     data = ", ".join(map(_public, [sources] if isinstance(sources, str) else sources))
     text = CARD.format(
         base=base, title=Path(name).name, name=_public(name), data=data, result=result

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from src.config import Config, LoraConfig, TrainingConfig, flatten
 from src.data.dataset import Facts
+from src.models.adapters import base_of
 from src.utils.distributed import RANK, WORLD_SIZE, barrier, gather, is_main, on_main
 from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError, first_line
@@ -182,6 +183,7 @@ def _write(training: Training, folder: Path) -> None:
     # Each process hashes its own files: one process would take long to hash all.
     mine = list(folder.rglob(f"shard-{RANK + 1:05}-*"))
     record = {
+        "architecture": type(base_of(training.model)).__name__,
         "state": asdict(training.state),
         "identity": training.identity,
         "scaler": training.scaler.state_dict(),
@@ -197,6 +199,11 @@ def _write(training: Training, folder: Path) -> None:
         (folder / MANIFEST).write_text(manifest, encoding="utf-8")
 
 
+def architecture_of(path: Path) -> str:
+    """The class of the model, or of an adapter's base, that a checkpoint is of."""
+    return _record(path)["architecture"]
+
+
 def load_weights(trained: dict[str, Tensor], path: Path) -> None:
     """Copy the weights of a checkpoint into these, whatever strategy saved it.
 
@@ -210,8 +217,7 @@ def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Read a folder of shards into these tensors, which must be all that it holds."""
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     if _sizes(folder) != {name: tensor.shape for name, tensor in tensors.items()}:
-        cure = "start in another output_dir; lora.adapter continues a saved adapter"
-        raise UserError(f"{folder}: other weights than this model and optimizer have; {cure}")
+        raise UserError(f"{folder}: has weights of other names or shapes than this run's")
     reader = HuggingFaceStorageReader(str(folder))
     dcp.load(tensors, storage_reader=reader, no_dist=not _is_sharded(tensors))
 
@@ -335,9 +341,10 @@ def check_identity(path: Path, identity: dict[str, Any]) -> None:
     """
     # Keys of lora that were added since the save count as their defaults.
     saved = flatten({"lora": LoraConfig().model_dump()}) | _record(path)["identity"]
-    cure = "start in another output_dir, or set training.resume_despite_changes=true"
+    despite = ", or set training.resume_despite_changes=true"
     if differences := [
-        f"training.resume: {k} was {saved.get(k)} in {path.name} and is {v} now; undo it, {cure}"
+        f"training.resume: {k} was {saved.get(k)} in {path.name} and is {v} now; undo it, or start "
+        "in another output_dir" + despite * (not k.startswith(("lora", "training.optimizer")))
         for k, v in identity.items()
         if saved.get(k) != v
     ]:

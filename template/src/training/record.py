@@ -53,8 +53,9 @@ class Record:
         """Read the record of a folder; given facts, make a new one, which `update` writes."""
         text = "" if facts else (folder / RECORD).read_text("utf-8")
         try:
-            self.folder, self.facts = folder, facts or json.loads(text)
-        except ValueError as error:
+            self.folder, self.facts = folder, facts or dict(json.loads(text))
+            self.facts["key"], self.facts["started"]
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / RECORD}: is damaged: {error}") from None
         self._lock = threading.Lock()  # the thread that sends to MLflow updates it too
 

@@ -29,7 +29,7 @@ from src.training.trainer import StepResult, evaluate, on_cpu, training_steps
 from src.utils import distributed
 from src.utils.device import pick_device, pick_dtype
 from src.utils.environment import from_root
-from src.utils.errors import RunError
+from src.utils.errors import RunError, UserError
 from src.utils.files import RECIPE, free_name, new_folder, only_run_in
 from src.utils.ranks import RANK, WORLD_SIZE
 from src.utils.seed import set_seed
@@ -117,6 +117,9 @@ def _prepare(
         set_seed(config.seed + RANK, config.deterministic)
     recorder = report.Recorder(config, written, training.state, total_steps, documents)
     resumed = checkpoint.resume(training, settings, recorder.checkpoints)
+    if training.state.step > total_steps:
+        done = f"{training.state.step} steps are done, and this configuration has {total_steps}"
+        raise UserError(f"training.resume: {done}; a larger training.epochs or max_steps goes on")
     report.describe_resume(*resumed, training.state, config, total_steps)
     speed = measure_speed(model, train.dataset.lengths, device, dtype)
     report.describe(config, model, dtype, train, evaluation, total_steps, speed)

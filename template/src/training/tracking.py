@@ -157,7 +157,7 @@ class Sender:
         files = Path(unquote(urlsplit(experiment.artifact_location).path))
         local = not os.environ.get("MLFLOW_TRACKING_URI") and files.name == own.name
         if local and files.resolve() != own.resolve():
-            moved = f"its files are in {files}, as this project is a copy: remove mlflow.db"
+            moved = f"its files are in {files}, as this project is a copy: rename mlflow.db"
             if not files.parent.exists():
                 link = shlex.join(["ln", "-s", str(PROJECT_ROOT), str(files.parent)])
                 moved = f"its files were in {files}, and the project has moved: link it ({link})"

@@ -34,4 +34,6 @@ class Interrupted(Exception):
 def first_line(error: BaseException) -> str:
     """An error's type and first line; of an error that Dynamo wraps, those of the inner one."""
     cause = getattr(error, "inner_exception", error)
-    return f"{type(cause).__name__}: {next(iter(str(cause).strip().splitlines()), '')}"
+    lines = str(cause).strip().splitlines()
+    most = 2 if lines and lines[0].endswith(":") else 1
+    return f"{type(cause).__name__}: {' '.join(map(str.strip, lines[:most]))}"

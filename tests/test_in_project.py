@@ -1,6 +1,7 @@
 """The tests of `in_project/` pass in a rendered project, whose owner does not get them.
 
-They guard what the template promises and an owner seldom edits: kills, several processes, plans.
+They guard what the template promises and an owner seldom edits: kills, several processes, plans,
+places that cannot be written, damaged folders, MLflow's failures.
 """
 
 import shutil

@@ -70,11 +70,16 @@ def _result(folder: Path) -> dict[str, str]:
         ("peak GiB", "peak_memory_gib", max),
     ):
         if values := [line[key] for line in lines if line.get(key) is not None]:
-            result[name] = f"{summarize(values):,.4g}"
+            result[name] = _rounded(summarize(values))
     if lines and lines[-1]["loss"] is None:
         result["loss"] = "not finite"
     if (report := folder / "evaluation.json").is_file():
         measured = json.loads(report.read_text("utf-8"))
         for name, figure in measured["scores"]["model"].items():
-            result[f"{name} on {measured['data']}"] = f"{figure:,.4g}"
+            result[f"{name} on {measured['data']}"] = _rounded(figure)
     return result
+
+
+def _rounded(figure: float) -> str:
+    """Four digits, and no exponent for a large number."""
+    return f"{figure:,.0f}" if figure >= 1000 else f"{figure:.4g}"

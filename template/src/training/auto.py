@@ -129,7 +129,8 @@ def compile_all(objective: nn.Module, attempt: Callable[[], Trial]) -> float | N
     """Compile the layers and the loss, and try them; if that fails, run eagerly from here on.
 
     There may be no C compiler or no Triton, or Dynamo or Inductor cannot compile this architecture,
-    perhaps in the backward pass only.
+    perhaps in the backward pass only. Processes on unlike machines may not agree on that: then
+    those that can compile wait for the others until `training.timeout`.
 
     Returns:
         GiB at the peak of compiled microbatches; None if nothing is compiled.

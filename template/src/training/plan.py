@@ -155,11 +155,8 @@ def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
     model.set_attn_implementation(attention)
     if attention == "sdpa":  # and the model supports it
         model.set_attn_implementation("planned_sdpa")
-    mode, counter, settings = (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        ByteCounter(),
-        config.training,
-    )
+    mode, counter = FakeTensorMode(allow_non_fake_inputs=True), ByteCounter()
+    settings = config.training
     batch = full_batch(settings.batch_size, config.data.max_length, packing=True, labelled=0.5)
     batch = tree_map_only(Tensor, mode.from_tensor, batch)
     for layer in layers_of(model)[-1:]:

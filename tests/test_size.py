@@ -13,7 +13,7 @@ from helpers import ROOT, TEMPLATE, reachable
 FILES = sorted([*(TEMPLATE / "src").rglob("*.py"), *(TEMPLATE / "scripts").rglob("*.py")])
 # What the code may grow to. Raise a number in the commit that needs it, and say there what for.
 # Nodes count because lines can be packed.
-CODE_LINES, REACHABLE, NODES, LINES = 5775, 4490, 61_950, 8710
+CODE_LINES, REACHABLE, NODES, LINES = 5790, 4500, 62_150, 8740
 TEST_LINES = 5130
 STORY = ("src/training/run.py", "src/training/trainer.py", "src/training/loss.py")
 STORY_CODE_LINES = 420

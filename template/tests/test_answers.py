@@ -100,6 +100,8 @@ def test_an_output_of_other_rows_is_left_as_it_is(write_rows, tmp_path, lines, t
     before = output.read_bytes()
     with pytest.raises(UserError, match="is the input, or no file"):
         check_answers(source, Path(source), DATA, "me")
+    with pytest.raises(UserError, match=r"a.csv: answers are lines of JSON; call it .jsonl"):
+        check_answers(source, tmp_path / "a.csv", DATA, "me")
     with pytest.raises(UserError, match=told):
         check_answers(source, output, DATA, "me")
     assert output.read_bytes() == before

@@ -147,3 +147,11 @@ def test_no_recorded_release_lies_outside_this_history(template: Path) -> None:
         pytest.skip("a shallow clone: git fetch --tags --unshallow")
     missing = [each for each in releases.recorded()[:-1] if not releases.is_known(each, template)]
     assert missing == []
+
+
+def test_no_run_of_the_project_is_committed_with_the_template() -> None:
+    listed = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).stdout.splitlines()
+    left = {"metrics.jsonl", "record.json", "samples.jsonl", "run.json", "uncommitted.diff"}
+    assert not [
+        n for n in listed if Path(n).name in left or n.endswith(".lock") != (n == "uv.lock")
+    ]

@@ -23,7 +23,6 @@ from typing import Any
 from src.trained import find_trained, load_trained, trained_config
 from src.utils.environment import to_root
 from src.utils.errors import UserError
-from src.utils.files import RECIPE
 from src.utils.script import between, make_parser, quick_imports, run_script
 
 
@@ -87,8 +86,12 @@ def _describe(name: str, options: argparse.Namespace) -> str:
     names = ("max_length", "raw", "temperature", "top_p", "seed", "base", "quantization")
     given = [(key.replace("_", "-"), getattr(options, key)) for key in names]
     words = [f"--{key} {value}" for key, value in given if value not in {None, False, 1.0}]
-    recipe = Path(name, RECIPE)  # a run that was continued has another one
-    version = [sha256(recipe.read_bytes()).hexdigest()[:8]] if recipe.is_file() else []
+    weights, digest = sorted(Path(name).rglob("*.safetensors")), sha256()
+    for file in weights:  # the ends of the files: any training changes them
+        with file.open("rb") as opened:
+            opened.seek(max(file.stat().st_size - 2**20, 0))
+            digest.update(opened.read())
+    version = [digest.hexdigest()[:8]] * bool(weights)
     return " ".join([to_root(Path(name)), *version, *words])
 
 

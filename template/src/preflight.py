@@ -1,6 +1,7 @@
 """Check files, folders and first rows of a run before torch is imported."""
 
 import json
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -161,7 +162,7 @@ def is_local(name: str) -> bool:
 def _output_problems(config: Config) -> Iterator[str]:
     output, resume = from_root(config.output_dir), config.training.resume
     # A file beside the output folder locks it.
-    if PROJECT_ROOT.is_relative_to(output.resolve()):
+    if PROJECT_ROOT.is_relative_to(os.path.realpath(output)):
         yield f"output_dir: {config.output_dir}: the project is in it; give a run its own folder"
     elif problem := write_problem(output) or write_problem(output.parent):
         yield f"output_dir: {problem}"

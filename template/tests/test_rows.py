@@ -156,7 +156,7 @@ def test_a_wrong_header_is_named_once_with_the_keys_that_map_it(write_rows) -> N
     assert problem.endswith(f"{keys} (50 rows; data.bad_rows=skip leaves them out)")
 
 
-@pytest.mark.parametrize("name", ["Frage: was?", "no", " prompt", "[x]", "Antwort #1", "1"])
+@pytest.mark.parametrize("name", ["Frage: was?", "no", " prompt", "[x]", "Antwort #1", "1e3"])
 def test_the_key_that_maps_a_column_works_for_any_name(write_rows, name: str) -> None:
     (problem,) = problems(write_rows({name: "x", "other one": "y"}))
     keys = shlex.split(problem.partition("for example ")[2])
@@ -294,6 +294,11 @@ def test_the_same_rows_come_from_every_format(tmp_path: Path, write_rows) -> Non
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert problems(tmp_path / name)[0].startswith(f"{tmp_path / name}{problem}")
+
+
+def test_a_table_of_one_column_has_commas_between_the_others(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("text\na tab\tand; a semicolon\n")
+    assert [row["text"] for row in read(str(tmp_path / "r.csv"))] == ["a tab\tand; a semicolon"]
 
 
 def test_a_parquet_column_that_python_cannot_hold_is_not_read(tmp_path: Path) -> None:

@@ -154,6 +154,13 @@ def test_a_finished_run_can_be_extended_and_its_first_result_stays(train, capsys
     assert "after step 4 the learning rate jumps from 0 to" in capsys.readouterr().out
     assert (folder / "final-step-00000004.1/model.safetensors").read_bytes() == first
     assert (folder / "final/model.safetensors").read_bytes() != first
+    # An earlier step again, with nothing left to train: it is the result, and step 8's is kept.
+    eighth = (folder / "final/model.safetensors").read_bytes()
+    fourth = f"training.resume={folder / 'checkpoints/step-00000004'}"
+    train(*cosine, "training.max_steps=4", fourth)
+    assert (folder / "final/model.safetensors").read_bytes() == first
+    assert (folder / "final-step-00000004.3/model.safetensors").read_bytes() == eighth
+    train(*cosine, "training.max_steps=8", "training.resume=auto")
     before = (folder / "config.yaml").read_text()
     with pytest.raises(
         UserError, match=r"8 steps are done, and this configuration has 4; a larger"

@@ -35,7 +35,7 @@ def check_answers(source: str, output: Path | None, data: DataConfig, by: str) -
     check_exists("--input", source)
     if output and output.exists() and (not output.is_file() or output.samefile(from_root(source))):
         raise UserError(f"--output: {output} is the input, or no file; give another one")
-    if output and output.suffix.lower() in {".csv", ".parquet"}:
+    if output and output.suffix.lower() in {".csv", ".parquet", ".gz", ".zst"}:
         raise UserError(f"--output: {output}: answers are lines of JSON; call it .jsonl")
     if output and not output.exists() and (problem := write_problem(output)):
         raise UserError(f"--output: {problem}")

@@ -8,6 +8,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from src.config import DataConfig
 from src.data import Rejected
@@ -355,15 +357,15 @@ def _present(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(row: dict[str, Any]) -> str:
-    names = (str(name).replace("\n", "\\n") for name in row)
+    names = (repr(str(name))[1:-1] for name in row)  # a line end as \\n
     return ", ".join(f"`{name}`" for name in names) or "no columns"
 
 
 def _quoted(name: str) -> str:
     """A name as a command line gives it: in quotes where YAML would read something else."""
     try:
-        plain = yaml.safe_load(name) == name
-    except yaml.YAMLError:
+        plain = OmegaConf.from_dotlist([f"name={name}"]).name == name
+    except (OmegaConfBaseException, yaml.YAMLError):
         plain = False
     return name if plain else json.dumps(name, ensure_ascii=False)
 

@@ -230,10 +230,10 @@ def _csv_header(file: Iterable[str]) -> tuple[list[str], str, int]:
         elif header.strip(",;\t \r\n"):
             break
         before, header = before + header.count("\n"), ""
-    lines = header.splitlines(keepends=True)
-    # The one that gives the most columns.
-    sign = sign or max("\t;,", key=lambda s: len(next(csv.reader(lines, delimiter=s), [])))
-    return lines, sign, before
+    lines = list(io.StringIO(header, newline=""))
+    columns = {s: len(next(csv.reader(lines, delimiter=s), [])) for s in "\t;,"}
+    best = max(columns, key=columns.__getitem__)
+    return lines, sign or (best if columns[best] > 1 else ","), before
 
 
 def _hub(source: str) -> Places:

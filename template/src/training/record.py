@@ -79,6 +79,9 @@ class Record:
         facts: dict[str, Any] = {"key": uuid.uuid4().hex, "started": int(time.time() * 1000)}
         if step and (earlier := cls.find(folder)):
             facts = {name: earlier.facts[name] for name in facts}
+            held = earlier.facts.get("final_step")
+            if held and held <= step:  # else that step is taken again
+                facts["final_step"] = held
         fingerprints = {f"fingerprint.{part}": rows.fingerprint[:16] for part, rows in read.items()}
         tags = provenance() | fingerprints
         if "mlflow.source.git.commit" not in tags and (PROJECT_ROOT / ".git").exists():

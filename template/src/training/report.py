@@ -317,7 +317,16 @@ class Recorder:
         if self._record:
             text = f"# final/ holds {self._result}\n{OmegaConf.to_yaml(self._written)}"
             write_text(self._folder / "config.yaml", text)
+
+    def final_is_written(self, step: int) -> None:
+        """Record that `final/` holds the weights of this step."""
+        if self._record:
             self._record.update(final=self._result, final_step=step)
+
+    @property
+    def final_step(self) -> int:
+        """The step of which `final/` is, as far as the record says; 0: it does not."""
+        return self._record.facts.get("final_step", 0) if self._record else 0
 
     def summarise(self) -> None:
         """Print what came out, where it is, and what to do next."""

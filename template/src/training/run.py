@@ -212,14 +212,18 @@ def _save_result(run: Run, start_step: int) -> None:
     run.recorder.record_result(step, reason)
     weights, final = strategy.gathered(training.model), checkpoints.with_name("final")
     with explain_failed_write(final, checkpoints):
-        distributed.on_main(_write_final, run, weights, final, start_step)
+        distributed.on_main(_write_final, run, weights, final, start_step, step)
+        run.recorder.final_is_written(step)
 
 
-def _write_final(run: Run, weights: dict[str, Tensor], final: Path, start_step: int) -> None:
-    if final.exists() and start_step == run.training.state.step:
-        return  # nothing was left to train, so nothing has changed
+def _write_final(
+    run: Run, weights: dict[str, Tensor], final: Path, start_step: int, step: int
+) -> None:
+    earlier = run.recorder.final_step
+    if final.exists() and start_step == run.training.state.step and earlier == step:
+        return  # nothing was left to train
     if final.exists():  # a finished run was continued: keep its earlier result
-        final.rename(free_name(final.with_name(f"final-step-{start_step:08d}")))
+        final.rename(free_name(final.with_name(f"final-step-{earlier or start_step:08d}")))
     with new_folder(final) as folder:
         save_model(run.training.model, run.tokenizer, folder, run.dtype, weights)
         shutil.copy(final.with_name("config.yaml"), folder / RECIPE)

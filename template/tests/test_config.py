@@ -75,6 +75,7 @@ def test_all_problems_are_reported_in_one_go_and_those_of_the_file_with_their_li
         ("[1, 2]", "a config is a mapping of keys to values"),
         ("word", "word: unknown key"),
         ("a: b: c", ":1: not valid YAML"),
+        ("a:\n<<<<<<< mine\n  b: 1\n=======\n", "(an update's conflict is not settled)"),
         ("seed: 1\nseed: 2", ":2: not valid YAML: found duplicate key"),
         ("output_dir: ${oc.env:NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
         ("a: !!python/object/apply:os.system [ls]", ":1: not valid YAML"),

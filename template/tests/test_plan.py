@@ -103,6 +103,7 @@ def test_help_shows_usage_and_defaults_and_unknown_words_are_refused(capsys, ref
     assert "[CONFIG] [key=value ...] [--gpu GPU] [--mfu SHARE]" in page
     for default in ("configs/train.yaml", "the GPU of this machine", "0.4"):
         assert f"(default: {default})" in page
+    assert scripts.plan._size("RTX 4090") == scripts.plan._size("4090") == (23.5, 165)
     for size in ("big", "0GB", "nan"):
         (line,) = refused(scripts.plan.main, SMOKE, "--gpu", size)
         assert line.startswith(f"--gpu {size}: neither a size")

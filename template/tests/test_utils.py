@@ -10,7 +10,7 @@ import pynvml
 import pytest
 import torch
 
-from src.utils import device
+from src.utils import device, memory
 from src.utils.device import pick_device, pick_dtype
 from src.utils.errors import UserError
 from src.utils.memory import clear_memory, gpu_memory, print_gpu_memory
@@ -49,6 +49,18 @@ def test_memory_is_honest_on_a_machine_without_cuda(capsys, monkeypatch):
     print_gpu_memory("after loading")
     clear_memory()
     assert capsys.readouterr().out == "after loading: no CUDA device\n"
+
+
+def test_a_process_asks_its_own_gpu_alone_for_its_memory(capsys, monkeypatch):
+    asked, sizes = [], dict.fromkeys(("allocated", "reserved", "peak", "free", "total"), 1.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(memory, "gpu_memory", lambda index: asked.append(index) or sizes)
+    print_gpu_memory("memory", torch.device("cuda", 3))
+    assert asked == [3]
+    print_gpu_memory("memory")
+    assert asked[1:] == [*range(8)]
+    assert capsys.readouterr().out.startswith("memory: cuda:3 allocated 1.00 GiB")
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -87,7 +87,7 @@ def _describe(name: str, options: argparse.Namespace) -> str:
     given = [(key.replace("_", "-"), getattr(options, key)) for key in names]
     words = [f"--{key} {value}" for key, value in given if value not in {None, False, 1.0}]
     weights, digest = sorted(Path(name).rglob("*.safetensors")), sha256()
-    for file in weights:  # the ends of the files: any training changes them
+    for file in weights:  # the end of each file: quick, and training changes it
         with file.open("rb") as opened:
             opened.seek(max(file.stat().st_size - 2**20, 0))
             digest.update(opened.read())

@@ -167,6 +167,18 @@ def test_what_cannot_be_exported_is_refused(tuned, tmp_path, refused, smoke: Pat
     assert not out.exists()
 
 
+def test_a_model_of_random_weights_has_no_base_in_its_card(smoke: Path, tmp_path, refused) -> None:
+    scripts.export.main([str(smoke), str(tmp_path / "exported")])
+    card = (tmp_path / "exported/README.md").read_text()
+    assert "Trained from random weights; its architecture is `configs/tiny`'s." in card
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])
+    (checkpoint, *_) = (smoke / "checkpoints").iterdir()
+    (line,) = refused(scripts.export.main, str(checkpoint), str(tmp_path / "other"))
+    assert line == f"{checkpoint}: a checkpoint; finish its run, then export that"
+    (line,) = refused(scripts.export.main, str(smoke), "/proc/exported")
+    assert line.startswith("/proc/exported: cannot be written: ")
+
+
 def test_a_push_that_fails_leaves_the_export_and_the_command_that_repeats_it(
     tuned, tmp_path
 ) -> None:

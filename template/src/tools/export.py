@@ -39,12 +39,11 @@ COMPARED_ROWS = 8
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank accepts
 CARD = """\
 ---
-base_model: {base}
-library_name: transformers
+{base_model}library_name: transformers
 pipeline_tag: text-generation
 ---
 # {title}
-Fine-tuned from `{base}`; the base model's license applies to it too.
+{origin}
 ```python
 from transformers import pipeline
 answer = pipeline("text-generation", "{name}")
@@ -166,11 +165,18 @@ def write_card(folder: Path, out: Path, name: str, result: str) -> None:
     run = folder.parent
     recipe = yaml.safe_load((folder / RECIPE).read_text("utf-8"))  # as written, without secrets
     base, sources = _public(recipe["model"]["name"]), recipe["data"]["train"]
+    base_model = f"base_model: {base}\n"
+    origin = f"Fine-tuned from `{base}`; the base model's license applies to it too."
     if recipe["model"].get("init") == "random":
-        result = f"trained from random weights; `{base}` is only its architecture"
+        base_model, origin = "", f"Trained from random weights; its architecture is `{base}`'s."
     data = ", ".join(map(_public, [sources] if isinstance(sources, str) else sources))
     text = CARD.format(
-        base=base, title=Path(name).name, name=_public(name), data=data, result=result
+        base_model=base_model,
+        origin=origin,
+        title=Path(name).name,
+        name=_public(name),
+        data=data,
+        result=result,
     )
     facts = getattr(Record.find(run), "facts", {"tags": {}})
     # The step that final/ holds: the best evaluation may have been before the last step.

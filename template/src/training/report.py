@@ -312,7 +312,7 @@ class Recorder:
         return line
 
     def record_result(self, step: int, reason: str) -> None:
-        """Record which step `final/` holds."""
+        """Write into `config.yaml` of which step the result is."""
         self._result = f"step {step:,} of {self._state.step:,}, {reason}"
         if self._record:
             text = f"# final/ holds {self._result}\n{OmegaConf.to_yaml(self._written)}"

@@ -29,7 +29,7 @@ def gpu_memory(device: torch.device | int | None = None) -> dict[str, float]:
 def print_gpu_memory(label: str = "GPU memory", device: torch.device | None = None) -> None:
     """Print one line per CUDA device, or of the given one, or one line saying that there is none.
 
-    To ask a device starts a CUDA context of 0.5 GiB on it: a process of several names its own.
+    To ask a device starts a CUDA context on it: a process of several names its own.
     """
     if not torch.cuda.is_available():
         print(f"{label}: no CUDA device")

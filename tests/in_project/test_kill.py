@@ -28,7 +28,7 @@ from src.training.speed import Speed
 from src.training.trainer import train_epoch
 
 SAVE_EVERY, STEPS = 5, 25
-# About half a second each; the template's own CI asks for a hundred.
+# About half a second each; the template's own CI asks for more.
 KILLS = int(os.environ.get("KILLS", "20"))
 
 
@@ -44,7 +44,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_weights(tmp_path)
     assert result["kills"] >= KILLS
     assert result["different_ends"] == 0
     assert result["most_steps_repeated"] <= SAVE_EVERY - 1
-    if KILLS >= 100:
+    if KILLS >= 50:
         assert result["kills_that_found_a_half_written_folder"] > 0, "no kill hit a save"
 
 

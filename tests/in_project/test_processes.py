@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import scripts.train
-from conftest import ROOT, SMOKE, TORCHRUN, chat, metrics, train_in_processes, write_lines
+from conftest import ROOT, RUNS, SMOKE, TORCHRUN, chat, metrics, train_in_processes, write_lines
 
 pytestmark = pytest.mark.slow  # each start imports torch once a process
 
@@ -35,7 +35,7 @@ trainer.train_step = fail
 run_script(scripts.train.main)
 """
 
-# Prints what each process has at its peak while it gets its shard, in MiB.
+# Each process prints how much its memory grows while it gets its shard, in MiB; then runs follow.
 LOAD = """
 import os, resource, sys
 from functools import partial
@@ -52,6 +52,8 @@ with process_group(cpu, 60):
     before = peak()
     objective = distribute(build, "fsdp", cpu, torch.float32)
     print(f"peak {os.environ['RANK']} {peak() - before:.0f}", flush=True)
+from src.utils import distributed
+distributed.RESTARTS += 1
 """
 
 
@@ -69,8 +71,39 @@ def options(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def on_two_machines(script: Path, *arguments: Path) -> str:
+    """Run a script in two processes of each of two agents; return what all of them print."""
+    with socket.socket() as some:
+        some.bind(("127.0.0.1", 0))
+        port = some.getsockname()[1]
+    place = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    agents = [
+        subprocess.Popen(
+            [*TORCHRUN, *place, f"--node-rank={n}", script, *arguments], cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for n in (0, 1)
+    ]  # fmt: skip
+    printed = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(printed)
+    return "".join(printed)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, saved_model: Path) -> Path:
+def large_model(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A model whose weights are most of what a process holds."""
+    config = AutoConfig.from_pretrained(
+        ROOT / "configs/tiny", hidden_size=1024, intermediate_size=4096, num_hidden_layers=9
+    )
+    folder = tmp_path_factory.mktemp("large")
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, saved_model: Path, large_model: Path) -> Path:
     """A folder of runs that all do the same, with one process or several; or end as another one."""
     folder = tmp_path_factory.mktemp("runs")
     pretrained = [f"model.name={saved_model}", "model.init=pretrained"]
@@ -102,8 +135,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, saved_model: Path) -> Path:
         [*options(folder / "undisturbed"), *LONG],
     )
     assert "strategy   fsdp: as training.strategy says" in printed
-    printed += train_in_processes(4, go_on("fsdp-to-four", "fsdp", 1, fsdp))
-    assert printed.count("resume     step-00000003") == 2
+    commands = [
+        go_on("fsdp-to-four", "fsdp", 1, fsdp),
+        command("hsdp", 1, "training.strategy=hsdp"),
+    ]
+    (folder / "four.py").write_text(LOAD + RUNS.format(commands=commands))
+    four = on_two_machines(folder / "four.py", large_model)
+    (folder / "printed").write_text(four)
+    assert (printed + four).count("resume     step-00000003") == 2
     scripts.train.main(go_on("ddp-to-one", "ddp", 4))
     scripts.train.main(go_on("fsdp-to-one", "fsdp", 4))
     return folder
@@ -126,7 +165,7 @@ def assert_same(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ddp", "fsdp", "one-to-fsdp", "fsdp-to-four", "ddp-to-one", "fsdp-to-one"]
+    "name", ["ddp", "fsdp", "hsdp", "one-to-fsdp", "fsdp-to-four", "ddp-to-one", "fsdp-to-one"]
 )
 def test_any_strategy_trains_as_one_process_and_its_checkpoints_fit_any_other(runs, name) -> None:
     assert len(metrics(runs / "one")) % 2 == 0
@@ -175,51 +214,29 @@ def workers(agent: subprocess.Popen) -> list[int]:
     return [ranks[rank] for rank in sorted(ranks)]
 
 
-def test_two_machines_shard_within_and_copy_between(runs, tmp_path, start) -> None:
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        port = some.getsockname()[1]
-    place = ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    launcher = ["--nnodes=2", "--nproc-per-node=2", *place]
-    agents = [
-        start("four", [*launcher, f"--node-rank={n}"], "training.strategy=hsdp") for n in (0, 1)
-    ]
-    for agent in agents:
-        output, _ = agent.communicate(timeout=300)
-        assert agent.returncode == 0, output
-    assert_same(tmp_path / "four", runs / "one")
-
-
-def test_loading_takes_the_memory_of_one_model_and_not_of_each_process(tmp_path, tokenizer) -> None:
-    config = AutoConfig.from_pretrained(
-        ROOT / "configs/tiny", hidden_size=1024, intermediate_size=4096, num_hidden_layers=9
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    size = sum(p.nbytes for p in model.parameters()) / 2**20  # in fp32, as it will be trained
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+def test_loading_takes_the_memory_of_one_model_and_not_of_each_process(runs, large_model) -> None:
+    # It is trained in fp32, and saved in bf16.
+    size = 2 * sum(file.stat().st_size for file in large_model.glob("*.safetensors")) / 2**20
     assert size > 400
-    (tmp_path / "load.py").write_text(LOAD)
-    four = ["--standalone", "--nproc-per-node=4"]
-    output = subprocess.run(
-        [*TORCHRUN, *four, tmp_path / "load.py", tmp_path / "model"], check=True, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    peaks = {int(rank): int(mib) for rank, mib in re.findall(r"peak (\d) (\d+)", output)}
+    found = re.findall(r"peak (\d) (\d+)", (runs / "printed").read_text())
+    peaks = {int(rank): int(mib) for rank, mib in found}
     assert len(peaks) == 4
     assert all(peaks[rank] < 0.5 * size for rank in (1, 2, 3)), (size, peaks)
     assert peaks[0] < 2 * size, (size, peaks)
 
 
 def test_a_process_that_hangs_is_named(tmp_path, start) -> None:
-    options = ["training.epochs=2000", "training.save_every=5", "training.timeout=5"]
+    options = ["training.epochs=2000", "training.save_every=5", "training.timeout=10"]
     process = start("hung", TWO, *options)
     wait_for(tmp_path / "hung/checkpoints/step-00000005", process)
     worker = workers(process)[1]
     os.kill(worker, signal.SIGSTOP)
-    lines = iter(process.stdout)
-    assert any("error: training.timeout: rank 1 did not answer within 5 s" in x for x in lines)
+    told, lines = "error: training.timeout: rank 1 did not answer within 10 s", []
+    for line in process.stdout:
+        lines.append(line)
+        if told in line:
+            break
+    assert told in lines[-1], "".join(lines)
     os.kill(worker, signal.SIGKILL)  # which torchrun does itself, after 30 s
     process.communicate(timeout=60)
     assert process.returncode != 0

@@ -55,10 +55,10 @@ def batched(folder: Path) -> float:
     import torch
 
     from src.models.generation import generate
-    from src.trained import load_trained
+    from src.trained import find_trained, load_trained
 
     torch.set_num_threads(2)
-    model, tokenizer = load_trained(folder, torch.device("cpu"))
+    model, tokenizer = load_trained(find_trained(str(folder)), torch.device("cpu"))
     model.generation_config.min_new_tokens = NEW  # so that both make as many
     ratios = []
     for _ in range(ROUNDS):
@@ -93,16 +93,14 @@ def export(folder: Path) -> float:
     """Peak resident GiB of a merge, above what the imports take."""
     code = (
         "import resource, sys, peft, torch; from pathlib import Path\n"
-        "from src.config import load_config, LoraConfig\n"
         "from src.tools.export import export\n"
         "from src.models.adapters import add_adapters\n"
-        "from src.utils.files import RECIPE\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from src.trained import find_trained\n"
         "folder, out = Path(sys.argv[1]), Path(sys.argv[2]); out.mkdir()\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20\n"
         "before = peak()\n"
-        "config = load_config(folder / RECIPE)[0]\n"
-        "export(folder, out, None, config)\n"
+        "found = find_trained(str(folder))\n"
+        "export(found, found.config, out)\n"
         "print(peak() - before)"
     )
     adapter(folder)

@@ -585,11 +585,11 @@ def run_generate(c: Campaign) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from src.models.generation import generate
-    from src.trained import load_trained
+    from src.trained import find_trained, load_trained
 
     asked = sorted(_questions(c), key=len)
     prompts = [asked[n * (len(asked) - 1) // 7] for n in range(8)]  # the shortest to the longest
-    model, tokenizer = load_trained(c.smoke_model(), torch.device(c.device))
+    model, tokenizer = load_trained(find_trained(str(c.smoke_model())), torch.device(c.device))
     for dtype in (torch.bfloat16, torch.float32):
         model.to(dtype)
         together = generate(model, tokenizer, prompts, 64)

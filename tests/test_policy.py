@@ -67,9 +67,9 @@ AutoTokenizer.from_pretrained("configs/tiny").save_pretrained("outputs/base")
 runpy.run_path("scripts/train.py", run_name="__main__")
 """
 LOAD_AND_RESUME = """
-import pathlib, runpy, torch
-from src.trained import load_trained
-load_trained(pathlib.Path("outputs/train/final"), torch.device("cpu"))
+import runpy, torch
+from src.trained import find_trained, load_trained
+load_trained(find_trained("outputs/train/final"), torch.device("cpu"))
 runpy.run_path("scripts/train.py", run_name="__main__")
 """
 

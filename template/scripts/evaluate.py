@@ -11,58 +11,58 @@ import argparse
 import sys
 from pathlib import Path
 
-from src.trained import find_trained, load_trained, trained_config
+from src.config import Config, DataConfig, ModelConfig, change_data
+from src.data.rows import check_source
+from src.data.sources import expand
+from src.trained import Trained, find_trained, load_trained, make_model_parser
 from src.utils.environment import from_root
-from src.utils.files import CHECKPOINT, RECORD
-from src.utils.script import between, make_parser, run_script
+from src.utils.files import RECORD
+from src.utils.script import between, run_script
 
 
 def main(arguments: list[str]) -> None:
     """Check model and rows first, then import torch."""
     options = _parse(arguments)
-    from src.config import Config, DataConfig, ModelConfig, change_data
-    from src.data.rows import check_source
-    from src.data.sources import expand
-
-    name = find_trained(options.model, options.base)
-    folder = Path(name) if Path(name).is_dir() else from_root("outputs") / name.replace("/", "-")
-    if folder.name == "final" and (folder.parent / RECORD).is_file():
-        folder = folder.parent
-    elif (folder / CHECKPOINT).is_file() and folder.parent.name == "checkpoints":  # it is pruned
-        folder = folder.parent.with_name(f"evaluation-{folder.name}")
-    trained = trained_config(name)
-    data = trained.data if trained else DataConfig(train=options.data)
-    if trained and options.data in ([data.train] if isinstance(data.train, str) else data.train):
+    found = find_trained(options.model, options.base)
+    trained_on = found.config.data if found.config else DataConfig(train="-")
+    sources = [trained_on.train] if isinstance(trained_on.train, str) else trained_on.train
+    if options.data in sources:
         print(f"warning: {options.data} is what the model was trained on", file=sys.stderr)
-    data = change_data(data, options.keys)
-    data = data.model_copy(update={"train": options.data, "eval": None, "packing": False})
+    data = change_data(trained_on.model_copy(update={"train": options.data}), options.keys)
     for source in expand(options.data):
         check_source("DATA", source, data)
-    config = Config(output_dir=str(folder), model=ModelConfig(name=name), data=data)
+    folder = _folder_for(found)
+    config = Config(output_dir=str(folder), model=ModelConfig(name=found.name), data=data)
 
     from src.tools.evaluate import compare_with_base, write_evaluation
     from src.training.tracking import send_evaluation
     from src.utils.device import pick_device
 
-    model, tokenizer = load_trained(name, pick_device(options.device), options.base)
+    model, tokenizer = load_trained(found, pick_device(options.device))
     result = compare_with_base(model, tokenizer, config, options.samples, options.max_length)
     page = write_evaluation(result, folder)
-    send_evaluation(Path(name), result["scores"]["model"], page)
+    send_evaluation(Path(found.name), result["scores"]["model"], page)
     print(f"{page.read_text('utf-8')}Written to {page} and evaluation.json.")
 
 
+def _folder_for(found: Trained) -> Path:
+    """Where the evaluation of a model is written: not into a checkpoint, which is pruned."""
+    folder = Path(found.name)
+    if not folder.is_dir():
+        return from_root("outputs") / found.name.replace("/", "-")
+    if found.kind == "checkpoint":
+        return folder.parent.with_name(f"evaluation-{folder.name}")
+    return folder.parent if (folder.parent / RECORD).is_file() else folder
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser, default = make_parser(__doc__), "(default: %(default)s)"
+    parser = make_model_parser(__doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a run's folder, a checkpoint, a saved model or a hub id")
     add("data", metavar="DATA", help="rows with answers")
     keys = "how DATA is read, such as data.columns.prompt=Question (default: as in training)"
     add("keys", metavar="data.key=value", nargs="*", help=keys)
-    add("--samples", type=between(0, 2**31), default=20, help=f"rows to answer {default}")
-    names, tokens = ("--max-length", "--max-new-tokens"), f"tokens of an answer at most {default}"
-    add(*names, type=between(1, 2**31), default=256, help=tokens)
-    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help=default)
-    add("--base", help="folder or hub id of the adapter's base model, if it has moved")
+    samples = "rows to answer (default: %(default)s)"
+    add("--samples", type=between(0, 2**31), default=20, help=samples)
     return parser.parse_intermixed_args(arguments)
 
 

@@ -6,24 +6,27 @@ rounding changed, nothing is written. The folder's README.md is a model card.
 `--push org/name` uploads the folder to the hub, to a private repository unless --public is given.
 """
 
-import argparse
 from pathlib import Path
 
-from src.trained import find_trained, trained_config
+from src.trained import find_trained
 from src.utils.errors import RunError, UserError, first_line
-from src.utils.files import CHECKPOINT, RECIPE, new_folder, write_problem
+from src.utils.files import RECIPE, new_folder, write_problem
 from src.utils.script import make_parser, run_script
 
 
 def main(arguments: list[str]) -> None:
     """Check the folders first, then import torch."""
-    options = _parse(arguments)
-    folder, out = Path(find_trained(options.run, options.base)), Path(options.out)
-    config = trained_config(str(folder))
-    if (folder / CHECKPOINT).is_file():
-        raise UserError(f"{options.run}: a checkpoint; finish its run, then export that")
-    if config is None or not (folder / RECIPE).is_file():
-        raise UserError(f"{options.run}: no {RECIPE} in it: not the result of a run")
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run's folder, or its final/")
+    add("out", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
+    add("--base", help="folder or hub id of the adapter's base model, if it has moved")
+    add("--push", metavar="ORG/NAME", help="upload the folder to this repository of the hub")
+    add("--public", action="store_true", help="make that repository public (default: private)")
+    options = parser.parse_args(arguments)
+    found, out = find_trained(options.run, options.base), options.out
+    if found.config is None or found.kind == "checkpoint":
+        raise UserError(f"{options.run}: not the result of a finished run: no {RECIPE} in it")
     if out.exists():
         raise UserError(f"{out}: exists already; nothing is overwritten")
     if problem := write_problem(out):
@@ -32,31 +35,19 @@ def main(arguments: list[str]) -> None:
     from src.tools.export import export, serving_advice, write_card
 
     with new_folder(out) as new:
-        result = export(folder, new, options.base, config)
-        write_card(folder, new, options.push or str(out), result)
-    commands = serving_advice(folder, out, options.base)
-    print(result, f"written to {out}; to serve it:", *commands, sep="\n")
+        result = export(found, found.config, new)
+        write_card(found, new, options.push or str(out), result)
+    print(result, f"written to {out}; to serve it:", *serving_advice(found, out), sep="\n")
     if options.push:
         from huggingface_hub import HfApi
 
         api = HfApi()
         try:
             api.create_repo(options.push, private=not options.public, exist_ok=True)
-            print(api.upload_folder(repo_id=options.push, folder_path=str(out)))
+            print(api.upload_folder(repo_id=options.push, folder_path=out))
         except Exception as error:  # noqa: BLE001 - each version of the hub's library has its own
-            cure = f"`uv run hf upload {options.push} {out}` repeats it"
-            raise RunError(f"--push: {first_line(error)}; {out} is whole: {cure}") from None
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("run", metavar="RUN", help="a run's folder, or its final/")
-    add("out", metavar="OUT", help="the folder to write; it must not exist yet")
-    add("--base", help="folder or hub id of the adapter's base model, if it has moved")
-    add("--push", metavar="ORG/NAME", help="upload the folder to this repository of the hub")
-    add("--public", action="store_true", help="make that repository public (default: private)")
-    return parser.parse_args(arguments)
+            cure = f"{out} is whole: `uv run hf upload {options.push} {out}` repeats it"
+            raise RunError(f"--push: {first_line(error)}; {cure}") from None
 
 
 if __name__ == "__main__":

@@ -1,24 +1,49 @@
 """Find and load what training made: a run, its result, a checkpoint; or another saved model."""
 
+import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from src.config import Config, ModelConfig, load_config
-from src.preflight import folder_problems, has_tokenizer, is_local, read_json
+from src.preflight import folder_problems, is_local, read_json
 from src.utils.environment import from_root
-from src.utils.errors import UserError, first_line
+from src.utils.errors import UserError
 from src.utils.files import ADAPTER, CHECKPOINT, RECIPE, RECORD, STEPS
+from src.utils.script import between, make_parser
 
 if TYPE_CHECKING:  # only loading needs torch
     import torch
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+KINDS = {CHECKPOINT: "checkpoint", ADAPTER: "adapter", "config.json": "model"}
 
-def find_trained(name: str, base: str | None = None) -> str:
-    """The folder or hub id that a script's MODEL means, checked before anything is loaded.
+
+@dataclass(frozen=True)
+class Trained:
+    """A saved model that was found and checked, and is not loaded yet."""
+
+    name: str  # its folder, or its hub id
+    kind: str  # checkpoint, adapter or model
+    base: str  # the model whose weights are read first: of a checkpoint or an adapter, or itself
+    config: Config | None = None  # what it was trained with; None: not by this project
+
+
+def make_model_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options of all scripts that generate with a model."""
+    parser, default = make_parser(description), "(default: %(default)s)"
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a run's folder, any saved model, a hub id or an MLflow URI")
+    add("--base", help="folder or hub id of the adapter's or checkpoint's base, if it has moved")
+    length = f"tokens of an answer at most {default}"
+    add("--max-length", type=between(1, 2**31), default=256, help=length)
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help=default)
+    return parser
+
+
+def find_trained(name: str, base: str | None = None) -> Trained:
+    """The saved model that a script's MODEL means, checked before anything is loaded.
 
     Args:
         name: a run's folder, its `final/`, a checkpoint, any saved model, a hub id, or an MLflow
@@ -26,86 +51,44 @@ def find_trained(name: str, base: str | None = None) -> str:
         base: the base of an adapter or a checkpoint, if it has moved.
 
     Raises:
-        UserError: it is no saved model, lacks its tokenizer or its base, or a file is damaged.
+        UserError: it is no saved model, its base or its config is absent, or a file is damaged.
     """
     if name.startswith(("models:/", "runs:/")):
         name = _from_mlflow(name)
-    folder = from_root(name)
-    if not folder.is_dir():
-        if is_local(name):
-            raise UserError(f"{name}: no such folder; training prints where its model is")
-        if base:
-            raise UserError(f"--base goes with a folder, and {name} is a hub id")
-        return name
-    kinds = (CHECKPOINT, ADAPTER, "config.json")
-    places = [p for p in (folder, folder / "final") if any((p / kind).is_file() for kind in kinds)]
-    if not places and (newest := sorted(folder.glob(f"checkpoints/{STEPS}"))[-1:]):
-        more = f"ask {newest[0]}, or finish it with training.resume=auto"
-        raise UserError(f"{folder}: a run that has not finished: {more}")
-    if not places:
-        raise UserError(f"{folder}: no config.json or {ADAPTER}: not a saved model")
-    folder = places[0]
-    if not (folder / CHECKPOINT).is_file():  # whose files have checksums
-        _require_whole(folder)
-        if not has_tokenizer(folder):
-            raise UserError(f"{folder}: no tokenizer; save one with tokenizer.save_pretrained")
-        if base and not (folder / ADAPTER).is_file():
-            raise UserError(f"--base goes with an adapter, and {folder} is a whole model")
-    source = _source(folder, base)
-    if from_root(source).is_dir():
-        _require_whole(from_root(source))
-    elif is_local(source):
-        cure = "" if base else "; give its place with --base"
-        raise UserError(f"{folder}: its base model is not at {source}{cure}")
-    return str(folder)
+    found = Trained(name, "model", name)
+    if from_root(name).is_dir():
+        found = _in_folder(from_root(name), base)
+    elif is_local(name):
+        raise UserError(f"{name}: no such folder; training prints where its model is")
+    if base and found.kind == "model":
+        raise UserError(
+            f"--base goes with the folder of an adapter or a checkpoint, not with {name}"
+        )
+    source = from_root(found.base)
+    if not source.is_dir() and is_local(found.base):
+        raise UserError(f"{found.name}: its base model is not at {source}; give it with --base")
+    for place in (from_root(found.name), source):
+        if problems := [*folder_problems(place, str(place))]:
+            raise UserError(*problems)
+    return found
 
 
-def _require_whole(folder: Path) -> None:
-    if problems := [*folder_problems(folder, str(folder))]:
-        raise UserError(*problems)
-
-
-def _source(folder: Path, base: str | None) -> str:
-    """The model whose weights are read first: the base of an adapter or checkpoint, or itself."""
-    if (folder / CHECKPOINT).is_file():
-        own = _checkpoint_config(folder).model.name
-        return base or own
-    if (folder / ADAPTER).is_file():
-        if source := base or read_json(folder / ADAPTER).get("base_model_name_or_path"):
-            return source
-        raise UserError(f"{folder / ADAPTER}: names no base model; give it with --base")
-    return str(folder)
-
-
-def _checkpoint_config(folder: Path) -> Config:
-    places = folder / "config.yaml", folder.parent.parent / "config.yaml"
-    for path in places:
-        if path.is_file():
-            return load_config(path)[0]
-    raise UserError(f"{folder}: a checkpoint out of its run: copy the run's config.yaml into it")
-
-
-def trained_config(folder: str) -> Config | None:
-    """Read the config that a saved model was trained with; None if no run of this project made it.
-
-    Args:
-        folder: what `find_trained` returned.
-    """
-    if Path(folder, CHECKPOINT).is_file():
-        return _checkpoint_config(Path(folder))
-    path = Path(folder) / RECIPE
-    return load_config(path)[0] if path.is_file() else None
-
-
-def _saved_settings(recipe: Path) -> ModelConfig:
-    """How a saved model is loaded; its config may have keys that a later version has not."""
-    try:
-        written = yaml.safe_load(recipe.read_text("utf-8"))["model"] if recipe.is_file() else {}
-        keys = ("quantization", "trust_remote_code")
-        return ModelConfig(name="-", **{key: written[key] for key in keys if key in written})
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        problem = f"is damaged: {first_line(error)}; the run's config.yaml is its copy"
-        raise UserError(f"{recipe}: {problem}") from None
+def _in_folder(folder: Path, base: str | None) -> Trained:
+    """The saved model in a folder, or in the `final/` of a run."""
+    places = [(place, file) for place in (folder, folder / "final") for file in KINDS]
+    there = next((each for each in places if Path(*each).is_file()), None)
+    if there is None:
+        newest = sorted(folder.glob(f"checkpoints/{STEPS}"))[-1:]
+        unfinished = "a run that has not finished; training.resume=auto goes on, or ask "
+        problem = f"no config.json or {ADAPTER}: not a saved model"
+        raise UserError(f"{folder}: {unfinished}{newest[0]}" if newest else f"{folder}: {problem}")
+    folder, kind = there[0], KINDS[there[1]]
+    if kind == "checkpoint":
+        config = load_config(folder.parent.parent / "config.yaml")[0]
+        return Trained(str(folder), kind, base or config.model.name, config)
+    config = load_config(folder / RECIPE)[0] if (folder / RECIPE).is_file() else None
+    own = read_json(folder / ADAPTER).get("base_model_name_or_path") or str(folder)
+    return Trained(str(folder), kind, base or own, config)
 
 
 def find_runs(names: list[str]) -> list[Path]:
@@ -135,14 +118,13 @@ def _from_mlflow(uri: str) -> str:
 
 
 def load_trained(
-    name: str | Path, device: "torch.device", base: str | None = None, quantization: Any = None
+    found: Trained, device: "torch.device", quantization: Any = None
 ) -> "tuple[PreTrainedModel, Tokenizer]":
     """Load a full model, an adapter on its base, or a checkpoint, to generate with it.
 
     Args:
-        name: what `find_trained` returned: a folder or a hub id.
+        found: by `find_trained`.
         device: where the model goes.
-        base: the base model, if it is not where it was.
         quantization: of the base; None: what the adapter was trained on, because it learnt to
             make up for that rounding too.
 
@@ -160,24 +142,24 @@ def load_trained(
     from src.utils.device import pick_dtype
 
     logging.disable_progress_bar()  # of loading: only answers are printed
-    folder, dtype = Path(name), pick_dtype("auto", device)
-    is_checkpoint, is_adapter = ((folder / file).is_file() for file in (CHECKPOINT, ADAPTER))
-    trained = _checkpoint_config(folder) if is_checkpoint else None
-    settings = trained.model if trained else _saved_settings(folder / RECIPE)
-    kind = quantization or (settings.quantization if is_checkpoint or is_adapter else "none")
-    settings = settings.model_copy(update={"name": _source(folder, base), "quantization": kind})
-    if trained:
+    folder, dtype, config = Path(found.name), pick_dtype("auto", device), found.config
+    own = config.model if config else ModelConfig(name=found.base)
+    settings = own.model_copy(
+        update={"name": found.base, "quantization": quantization or own.quantization}
+    )
+    if config and found.kind == "checkpoint":
         if damage := find_damage(folder, skip_folder=MOMENTS):
             raise UserError(f"{folder}: {damage}")
         tokenizer = load_tokenizer(settings)
-        model = build_model(settings, trained.lora, tokenizer, device, dtype, trained_in=dtype)
+        model = build_model(settings, config.lora, tokenizer, device, dtype, trained_in=dtype)
         if type(base_of(model)).__name__ != architecture_of(folder):
             raise UserError(f"{folder} was made for another model than {settings.name}")
         load_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, folder)
-    else:
-        # With the attention that transformers picks, which supports padding and a cache.
-        model = read_weights(settings, device, dtype)
-        tokenizer = load_tokenizer(settings.model_copy(update={"name": str(folder)}))
-    if is_adapter:
+        return model.eval(), tokenizer
+    saved = {"name": found.name, "chat_template": None}  # the tokenizer is saved with its template
+    tokenizer = load_tokenizer(settings.model_copy(update=saved))
+    # With the attention that transformers picks, which supports padding and a cache.
+    model = read_weights(settings, device, dtype)
+    if found.kind == "adapter":
         model = load_adapters(model, folder)
     return model.eval(), tokenizer

@@ -5,10 +5,8 @@ import json
 import shutil
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import scripts.inference
@@ -17,7 +15,7 @@ from src.config import DataConfig
 from src.data.answers import answer_rows, check_answers
 from src.data.chat import chat_text
 from src.models import generation
-from src.trained import trained_config
+from src.trained import find_trained
 from src.utils.errors import UserError
 
 DATA = DataConfig(train="-")
@@ -39,7 +37,7 @@ def test_rows_of_every_shape_are_answered_beside_what_they_were_or_printed(
         {"text": "Say"},
     ]
     output = tmp_path / "out/answers.jsonl"
-    command = [str(smoke), "--input", write_rows(*given), "--max-new-tokens", "32"]
+    command = [str(smoke), "--input", write_rows(*given), "--max-length", "32"]
     scripts.inference.main([*command, "--output", str(output)])
     answered = rows_of(output)
     added = {"generated", "generated_by"}
@@ -47,7 +45,7 @@ def test_rows_of_every_shape_are_answered_beside_what_they_were_or_printed(
     version = sha256(weights[-(2**20) :]).hexdigest()[:8]
     assert [{k: v for k, v in row.items() if k not in added} for row in answered] == given
     assert {row["generated_by"] for row in answered} == {
-        f"{smoke / 'final'} {version} --max-length 32"
+        f"{smoke / 'final'} {version} max_length=32 top_p=1.0"
     }
     assert [row["generated"] for row in answered[:3]] == [HELLO] * 3
     scripts.inference.main([str(smoke), "Say", "--raw", "--max-length", "32"])
@@ -127,8 +125,10 @@ def test_a_row_that_asks_nothing_is_named_before_anything_is_loaded(
     assert not output.exists()
 
 
-WAYS = "give prompts, or --chat, or --input with or without --output"
-SYSTEM = "--system goes with prompts or --chat; rows of --input bring their own"
+WAYS = (
+    "give prompts with --system or --raw or neither, or --chat with or without --system, "
+    "or --input with or without --output"
+)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ SYSTEM = "--system goes with prompts or --chat; rows of --input bring their own"
         (["--output", "x"], WAYS),
         (["a", "--input", "x"], "command line: 'a' is not data.key=value"),
         (["data.column=a", "--input", "x"], "data.column: unknown key; did you mean data.columns?"),
-        (["q", "--raw", "--system", "x"], SYSTEM),
-        (["--input", "x", "--system", "x"], SYSTEM),
+        (["q", "--raw", "--system", "x"], WAYS),
+        (["--input", "x", "--system", "x"], WAYS),
         ([" "], "an empty prompt: there is nothing to answer"),
     ],
 )
@@ -168,25 +168,6 @@ def test_prompts_standard_input_and_a_conversation_are_answered_after_a_system_t
     assert asked == [*turns, *([("system", "Be brief."), *turn] for turn in turns)]
 
 
-def test_a_conversation_shows_special_tokens_but_the_stop_token(
-    capsys, tokenizer, monkeypatch
-) -> None:
-    stop, special = tokenizer.eos_token_id, tokenizer.bos_token_id
-    hello = tokenizer("hello", add_special_tokens=False)["input_ids"]
-
-    def answer(_: object, streamer: Any) -> str:
-        streamer.put(torch.tensor([[1, 2]]))
-        for token in [*hello, special, *hello, stop]:
-            streamer.put(torch.tensor([token]))
-        streamer.end()
-        return ""
-
-    said = iter(["a question", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(said))
-    scripts.inference._chat(answer, tokenizer, [stop], [])
-    assert capsys.readouterr().out == f"hello{tokenizer.bos_token}hello\n"
-
-
 @pytest.mark.parametrize("number", ["nan", "inf"])
 def test_weights_that_are_no_numbers_are_named_instead_of_answering_with_any_token(
     smoke: Path, tmp_path, refused, number: str
@@ -205,7 +186,7 @@ def test_a_checkpoint_answers_as_the_result_that_was_made_of_it_unless_it_is_dam
     last = sorted(shutil.copytree(smoke, tmp_path / "run").glob("checkpoints/step-*"))[-1]
     scripts.inference.main([str(last), "Say hello.", "--max-length", "32"])
     assert capsys.readouterr().out.strip() == HELLO
-    read = trained_config(str(last))
-    assert read == trained_config(str(smoke / "final")), "rows to answer are read as the run did"
+    read = find_trained(str(last)).config
+    assert read == find_trained(str(smoke)).config, "rows to answer are read as the run did"
     next((last / "weights").iterdir()).write_bytes(b"x")
     assert "(checksum)" in refused(scripts.inference.main, str(last), "hi")[0]

@@ -34,7 +34,7 @@ def test_the_loss_is_the_one_that_training_found_and_mlflow_gets_it(learnt: Path
     assert figures["exact"] == figures["contains"] == 1
     assert (len(result["samples"]), warned) == (5, "")
     page = learnt / "evaluation.md"
-    asked = f"Rows in loss: all {result['rows']}; answered: the first 5."
+    asked = f"Rows in loss: {result['rows']}; answered: the first 5."
     assert result["rows"] == len(Path(SAMPLE).read_text().splitlines())
     assert printed == f"{page.read_text()}Written to {page} and evaluation.json.\n"
     assert page.read_text().splitlines()[-1] == asked
@@ -85,7 +85,7 @@ def test_bad_rows_and_numbers_are_named_before_anything_is_loaded(
     assert "no such file" in refused(scripts.evaluate.main, str(learnt), "nothing.jsonl")[0]
     with pytest.raises(SystemExit, match="2"):
         evaluate(learnt, rows, "--max-length", "0")
-    assert "--max-length/--max-new-tokens: 0 is not from 1 to" in capsys.readouterr().err
+    assert "--max-length: 0 is not from 1 to" in capsys.readouterr().err
 
 
 def test_a_table_survives_what_models_say(tmp_path) -> None:

@@ -30,7 +30,7 @@ from src.models.adapters import without_input_casts
 from src.models.generation import generate
 from src.models.head import find_plain_head
 from src.models.model import build_model, check_positions, save_model
-from src.trained import load_trained
+from src.trained import find_trained, load_trained
 from src.training.loss import summed_loss
 from src.training.trainer import evaluate
 from src.utils.environment import load_environment
@@ -221,12 +221,12 @@ def test_other_kinds_of_lora_learn_and_are_saved(
     (scale,) = {each["default"] for each in scales if isinstance(each, dict)}
     assert scale == (8 / 2 if kind == "rslora" else 8 / 4)
     save_model(model, tokenizer, tmp_path / "m", torch.bfloat16)
-    again, _ = load_trained(tmp_path / "m", CPU)
+    again, _ = load_trained(find_trained(str(tmp_path / "m")), CPU)
     loaded = {n: p for n, p in again.named_parameters() if "lora_" in n}
     assert all(torch.equal(loaded[n], p) for n, p in model.named_parameters() if p.requires_grad)
     if kind == "dora":
         with pytest.raises(UserError, match="DoRA does not work on 8-bit weights"):
-            load_trained(tmp_path / "m", CPU, quantization="8bit")
+            load_trained(find_trained(str(tmp_path / "m")), CPU, quantization="8bit")
 
 
 @pytest.mark.parametrize(
@@ -236,9 +236,8 @@ def test_other_kinds_of_lora_learn_and_are_saved(
         ({"target_modules": "q_proj|("}, r"lora.target_modules: \S"),
         ({"target_modules": "nothing_like_it"}, "lora.target_modules: .*nothing_like_it"),
         ({"target_parameters": ["q_proj.weight", "embed_out"]}, "lora.target_parameters: .* no embed_out$"),
-        ({"modules_to_save": ["embed_tokens", "embed_out"]}, "lora.modules_to_save: .*embeddings and head are embed_tokens, lm_head"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]}, "lora.target_modules: q_proj: lora.modules_to_save trains the same weight"),
-        ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}, "lora.target_modules: lm_head: .* are one weight.*; name it in one"),
+        ({"modules_to_save": ["embed_tokens", "embed_out"]}, "lora.modules_to_save: .* no embed_out$"),
+        ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}, "lora.target_modules: modules_to_save cannot be applied to"),
     ],
 )  # fmt: skip
 def test_layers_that_lora_cannot_take_are_named_in_one_line(tune, lora, expected) -> None:
@@ -250,9 +249,8 @@ def test_layers_that_lora_cannot_take_are_named_in_one_line(tune, lora, expected
     ("error", "advice"),
     [
         (OSError("You are trying to access a gated repo.\n401"), "org/x is gated: ask for access .*HF_TOKEN"),
-        (OSError("Error while deserializing header: 14013 bytes"), "org/x could not be loaded: OSError: Error while"),
+        (OSError("Error while deserializing header: 14013 bytes"), "org/x cannot be used: OSError: Error while"),
         (torch.OutOfMemoryError("CUDA out of memory."), "org/x does not fit: try model.quantization=4bit"),
-        (Exception("data did not match any variant of untagged enum MergeType"), "org/x has a tokenizer.json that"),
     ],
 )  # fmt: skip
 def test_what_went_wrong_while_loading_gets_its_own_advice(error, advice) -> None:
@@ -275,8 +273,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch) -> None:
         raise RuntimeError("whatever this version of the hub's library raises")
 
     monkeypatch.setattr(loading.HfApi, "model_info", answer)
-    # The tests run offline, which the line says.
-    expected = "is not on this machine and could not be fetched: HF_HUB_OFFLINE is set"
+    expected = "is not on this machine and could not be fetched: check the name, the network"
     for key, load in {
         "model.name": lambda name: model_module.load_tokenizer(ModelConfig(name=name)),
         "lora.adapter": lambda name: model_module.add_adapters(Mock(), LoraConfig(adapter=name)),
@@ -330,7 +327,9 @@ def test_a_saved_adapter_is_trained_further_and_keeps_its_rank(
     assert loss_of(second) == loss_of(first) != loss_of(tune())
     assert all(g.abs().sum() > 0 for g in adapter_gradients(second).values())
     save_model(second, tokenizer, tmp_path / "second", torch.bfloat16)
-    loaded, _ = load_trained(tmp_path / "second", CPU)  # its base is named by its place now
+    loaded, _ = load_trained(
+        find_trained(str(tmp_path / "second")), CPU
+    )  # its base is named by its place now
     assert loaded.peft_config["default"].r == 4
 
 
@@ -358,7 +357,7 @@ def test_an_adapter_of_another_model_is_refused(
         config = AutoConfig.for_model(**described)
     AutoModelForCausalLM.from_config(config).save_pretrained(other)
     with pytest.raises(UserError, match=f"^{adapter} was made for another model than {other}"):
-        load_trained(adapter, CPU, base=str(other))
+        load_trained(find_trained(str(adapter), str(other)), CPU)
     with pytest.raises(UserError, match=f"^lora.adapter: {adapter} was made for another model"):
         tune(name=other, adapter=str(adapter))
 
@@ -387,7 +386,7 @@ def test_whole_modules_train_in_fp32_beside_adapters_and_come_back(
         for p in whole.values():
             p.mul_(8)
     save_model(model, tokenizer, tmp_path / "m", torch.bfloat16)
-    loaded, _ = load_trained(tmp_path / "m", CPU)
+    loaded, _ = load_trained(find_trained(str(tmp_path / "m")), CPU)
     assert loss_of(loaded) == pytest.approx(loss_of(model), rel=0.01)
     assert loss_of(loaded) != pytest.approx(before, rel=0.01)
 
@@ -405,7 +404,7 @@ def test_new_tokens_are_refused_with_the_way_out(kind: str, tokenizer, tmp_path)
         lora = LoraConfig(r=4, modules_to_save=[*whole] or None)
         return build_model(ModelConfig(name=str(tmp_path)), lora, more, CPU, torch.float32)
 
-    with pytest.raises(UserError, match=r"'<mine>' is the first without") as refusal:
+    with pytest.raises(UserError, match="but the model only") as refusal:
         build()
     *_, advice = str(refusal.value).partition("lora.modules_to_save=")
     base.resize_token_embeddings(len(more))
@@ -424,7 +423,7 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(
     monkeypatch.setattr(GenerationConfig, "save_pretrained", refuse)
     arguments = [SMOKE, f"output_dir={tmp_path / 'run'}", "device=cpu", "tracking.enabled=false"]
     (line,) = refused(scripts.train.main, *arguments)
-    assert line.endswith("cannot be saved: a value that the library refuses")
+    assert line.endswith("cannot be used: ValueError: a value")
     assert not (tmp_path / "run").exists()
 
 

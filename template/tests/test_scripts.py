@@ -85,7 +85,7 @@ def test_help_shows_the_defaults(capsys) -> None:
     with pytest.raises(SystemExit, match="0"):
         scripts.inference.main(["--help"])
     defaults = re.findall(r"\(default: (.*?)\)", " ".join(capsys.readouterr().out.split()))
-    assert defaults == ["printed", "256", "16", "0.0", "1.0", "0", "auto", "as it was trained"]
+    assert defaults == ["256", "auto", "printed", "16", "0.0", "1.0", "0", "as it was trained"]
 
 
 def test_a_conflict_in_code_that_is_imported_is_one_line(tmp_path, refused) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import scripts.train
 from conftest import ROOT, SMOKE
-from src.trained import _saved_settings
+from src.trained import find_trained
 from src.training.metrics import read_metrics
 from src.training.record import Record
 from src.utils import environment
@@ -165,10 +165,11 @@ def test_a_connection_that_another_process_lost_is_no_place() -> None:
 
 def test_damaged_files_of_a_run_are_named(tmp_path) -> None:
     recipe = tmp_path / "training_config.yaml"
+    (tmp_path / "config.json").write_text("{}")
     for text in ("", "model: {quantization: 5bit}", "a: [", "[]"):
         recipe.write_text(text)
-        with pytest.raises(UserError, match=f"{recipe}: is damaged"):
-            _saved_settings(recipe)
+        with pytest.raises(UserError, match=f"^{recipe}:"):
+            find_trained(str(tmp_path))
     for text in ("{", "{}", "[1]", "null"):
         (tmp_path / "record.json").write_text(text)
         with pytest.raises(UserError, match=r"record.json: is damaged"):

@@ -161,7 +161,7 @@ def test_files_of_a_run_are_found_by_its_uri(tmp_path, seen: Path, refused) -> N
     number = client.create_experiment("models", (tmp_path / "store").as_uri())
     run = client.create_run(number).info.run_id
     client.log_artifacts(run, str(seen / "final"), "model")
-    found = Path(find_trained(f"runs:/{run}/model"))
+    found = Path(find_trained(f"runs:/{run}/model").name)
     saved = "model.safetensors"
     assert (found / saved).read_bytes() == (seen / "final" / saved).read_bytes()
     lines = refused(scripts.inference.main, "runs:/0123456789abcdef0123456789abcdef/model", "hi")

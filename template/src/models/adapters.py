@@ -69,31 +69,21 @@ def _new_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
 
 
 def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
-    """Refuse names that match nothing, or stand in two lists: PEFT ignores them without a word.
+    """Refuse names that match nothing: PEFT ignores them without a word.
 
     Raises:
-        UserError: naming the key, the names, and the embeddings and head that the model has.
+        UserError: naming the key and the names.
     """
     layers, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    targets = [] if isinstance(lora.target_modules, str) else lora.target_modules  # str: a pattern
-    ends, whole = embedding_names(model), lora.modules_to_save or []
-    for key, names, known in (
-        ("target_modules", targets, layers),
-        ("target_parameters", lora.target_parameters or [], parameters),
-        ("modules_to_save", whole, layers),
+    for key, known in (
+        ("target_modules", layers),
+        ("target_parameters", parameters),
+        ("modules_to_save", layers),
     ):
-        missing = [n for n in names if not any(f".{k}".endswith(f".{n}") for k in known)]
-        if missing:
-            raise UserError(
-                f"lora.{key}: {type(model).__name__} has no {', '.join(missing)}"
-                + f"; its embeddings and head are {', '.join(ends)}" * (key == "modules_to_save")
-            )
-    tied = ends if _is_tied(model) and {*ends} & {*whole} else []  # one weight
-    if both := {*targets} & {*whole, *tied}:
-        raise UserError(
-            f"lora.target_modules: {', '.join(sorted(both))}: lora.modules_to_save trains the same "
-            "weight whole (tied embeddings and head are one weight); name it in one of the two"
-        )
+        names = getattr(lora, key) or []
+        names = [] if isinstance(names, str) else names  # a pattern: PEFT refuses it itself
+        if missing := [n for n in names if not any(f".{k}".endswith(f".{n}") for k in known)]:
+            raise UserError(f"lora.{key}: {type(model).__name__} has no {', '.join(missing)}")
 
 
 def embedding_names(model: PreTrainedModel) -> list[str]:

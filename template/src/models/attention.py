@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -24,7 +24,7 @@ HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in to
 
 
 def varlen_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0,
     sliding_window: int | None = None, cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0, softcap: float | None = None, s_aux: Tensor | None = None,
@@ -145,15 +145,15 @@ def set_attention(
                 _try_varlen(model, device, dtype)
         except (ValueError, ImportError) as error:
             reason = str(error).splitlines()[0]
+            continue
         except RuntimeError as error:
             if advice := cudnn_advice(error):
                 raise UserError(advice) from None
             raise
-        else:
-            if packing and _isolates_documents(model, device, dtype):
-                return True
-            reason = "reads packed documents only, and this model cannot keep them apart"
-            usable += [name] * (name != "varlen")
+        if packing and _isolates_documents(model, device, dtype):
+            return True
+        reason = "reads packed documents only, and this model cannot keep them apart"
+        usable += [name] * (name != "varlen")
     if not usable:
         raise UserError(f"model.attention: {implementation}: {reason}")
     model.set_attn_implementation(usable[0])
@@ -172,7 +172,7 @@ def _isolates_documents(model: PreTrainedModel, device: torch.device, dtype: tor
         return False
     try:
         one, other = (
-            _logits(model, short_row(first, 0), device, dtype, training=False)[0, 8:].float()
+            probe(model, short_row(first, 0), device, dtype).logits[0, 8:].float()
             for first in (0, 8)
         )
     except ValueError:  # linear attention, where a kernel's package is missing, says so itself
@@ -194,19 +194,26 @@ def _try_varlen(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
         dtype == torch.float32 or torch.cuda.get_device_capability(device)[0] < 8
     ):
         raise ValueError("flash attention needs bf16 or fp16, and an Ampere GPU or a later one")
-    _logits(model, short_row(0), device, dtype, training=True)
+    probe(model, short_row(0), device, dtype, training=True)
 
 
 @torch.no_grad()
-def _logits(
-    model: PreTrainedModel, row: dict[str, Any], device: torch.device, dtype: torch.dtype,
-    training: bool,
-) -> Tensor:  # fmt: skip
-    """The logits of a packed row. Dropout does not change the random numbers of the run."""
-    before = model.training
+def probe(
+    model: nn.Module, row: dict[str, Any], device: torch.device, dtype: torch.dtype,
+    training: bool = False,
+) -> Any:  # fmt: skip
+    """Return what a model makes of a short row; its mode and the run's random numbers stay.
+
+    It runs eagerly, or compiled layers would specialise on eight tokens first.
+    """
+    before, devices = model.training, [device] * (device.type == "cuda")
     model.train(training)
     try:
-        with torch.random.fork_rng([device] * (device.type == "cuda")), autocast(device, dtype):
-            return model(**to_device(row, device, MODEL_INPUTS), use_cache=False).logits
+        with (
+            torch.random.fork_rng(devices),  # for dropout
+            torch.compiler.set_stance("force_eager"),
+            autocast(device, dtype),
+        ):
+            return model(**to_device(row, device, MODEL_INPUTS), use_cache=False)
     finally:
         model.train(before)

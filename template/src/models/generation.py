@@ -1,39 +1,33 @@
 """Answers from a model, under inference_mode: one prompt, a batch of them, or a stream."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from itertools import batched
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.generation.streamers import BaseStreamer
 
 from src.data.chat import chat_text
-from src.models.adapters import base_dtype, without_input_casts
+from src.models.adapters import base_dtype, base_of, without_input_casts
 from src.models.model import position_limit, stops_of
 from src.utils.device import autocast
 from src.utils.errors import UserError, first_line
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-    from transformers import PreTrainedTokenizerBase as Tokenizer
-    from transformers.generation.streamers import BaseStreamer
-
 LONG_JOB = 2000  # decoding steps: 20 s for a model of 1 billion parameters on an H200
 
-# A question, a list of messages, or a row as `read_question` returns it.
-Prompt = str | list[dict[str, Any]] | dict[str, Any]
+Prompt = str | dict[str, Any]  # a question, or a row as `read_question` returns it
 
 
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, tokenizer: Tokenizer, prompt: Prompt | list[Prompt],
-    max_length: int = 256, *, raw: bool = False, temperature: float = 0.0, top_p: float = 1.0,
-    batch_size: int = 16, streamer: BaseStreamer | None = None, dtype: torch.dtype | None = None,
+    max_length: int = 256, *, temperature: float = 0.0, top_p: float = 1.0, batch_size: int = 16,
+    streamer: BaseStreamer | None = None, dtype: torch.dtype | None = None,
 ) -> str | list[str]:  # fmt: skip
     """Complete one prompt, or many in batches of similar length.
 
@@ -44,12 +38,11 @@ def generate(
     Args:
         model: a causal language model, in any mode; its mode and attention are restored.
         tokenizer: the one it was trained with.
-        prompt: a user's question, or a list of them. Each may also be a list of messages, or an
-            object with `messages` and `tools`, or with `text` to be continued as it is; its
-            `place` names it in errors.
+        prompt: a user's question, or a row with `messages` and `tools`, or with `text` to be
+            continued as it is, without the chat template; its `place` names it in errors. Or a
+            list of them.
         max_length: of *new* tokens, unlike transformers' own `max_length`. A model with a table
             of positions (GPT-2) also stops at its end.
-        raw: continue a question as it is, without the chat template.
         temperature: 0 takes the likeliest token each time; above 0, tokens are sampled.
         top_p: sample from the likeliest tokens that add up to this probability.
         batch_size: prompts at a time.
@@ -62,32 +55,30 @@ def generate(
     Raises:
         UserError: a prompt leaves no position for an answer, or the template refuses it.
     """
-    first = prompt[0] if isinstance(prompt, list) and prompt else None
-    many = isinstance(prompt, list) and not (isinstance(first, dict) and "role" in first)
-    given: Any = prompt if many else [prompt]
-    raw, limit = raw or tokenizer.chat_template is None, position_limit(model)
-    prompts = [_encode(each, tokenizer, raw, limit) for each in given]
+    given: Any = prompt if isinstance(prompt, list) else [prompt]
+    model = base_of(model)  # PEFT's own `generate` would leave our config in it
+    limit = position_limit(model)
+    prompts = [_encode(each, tokenizer, limit) for each in given]
     stops, pad = stops_of(model, tokenizer), tokenizer.pad_token_id or 0
     config = GenerationConfig(eos_token_id=stops, pad_token_id=pad)
     if temperature > 0:  # top_k=0: else transformers draws from the 50 likeliest only
         config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     compiled = is_compiled_for(model, -(-len(prompts) // batch_size) * max_length)
     with _inference_state(model, config, dtype, compiled):
-        complete = partial(_complete, model, max_length, streamer)
+        complete = partial(_complete, model, max_length, limit, streamer)
         answers = _in_batches(complete, [ids for ids, _ in prompts], batch_size, compiled)
     # With special tokens: those that an answer was trained to have belong to it.
     texts = [str(tokenizer.decode(ids)) for ids in answers]
     texts = [text.removeprefix(blank) for text, (_, blank) in zip(texts, prompts, strict=True)]
-    return texts if many else texts[0]
+    return texts if isinstance(prompt, list) else texts[0]
 
 
 def _in_batches(
     complete: Callable[..., list[list[int]]], prompts: list[list[int]], size: int, compiled: bool
 ) -> list[list[int]]:
     """Answer prompts of similar length together, the longest first: it needs the most memory."""
-    order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
     answers: dict[int, list[int]] = {}
-    for numbers in batched(order, size):
+    for numbers in batched(sorted(range(len(prompts)), key=lambda n: -len(prompts[n])), size):
         batch = [prompts[n] for n in numbers]
         try:
             said = complete(batch, size if compiled else 0)
@@ -97,8 +88,7 @@ def _in_batches(
             # There is no C compiler, or the model cannot be compiled.
             print(f"warning: answers are not compiled: {first_line(error)}", file=sys.stderr)
             torch.compiler.set_stance("force_eager")  # until the state is restored
-            compiled = False
-            said = complete(batch, 0)
+            compiled, said = False, complete(batch, 0)
         answers |= zip(numbers, said, strict=False)  # filled up for the compiler
     return [answers[n] for n in range(len(prompts))]
 
@@ -115,14 +105,14 @@ def is_compiled_for(model: PreTrainedModel, steps: int) -> bool:
 
 
 def _complete(
-    model: PreTrainedModel, max_length: int, streamer: BaseStreamer | None,
+    model: PreTrainedModel, max_length: int, limit: int | None, streamer: BaseStreamer | None,
     batch: list[list[int]], rows: int,
 ) -> list[list[int]]:  # fmt: skip
     """Return the tokens after each prompt up to the stop token; the first prompt is the longest.
 
     `rows` is not 0 for the compiler: then a batch has so many, and one of few lengths.
     """
-    width, limit = len(batch[0]), position_limit(model)
+    width = len(batch[0])
     if rows:
         batch = batch + batch[-1:] * (rows - len(batch))
         width = max(128, 2 ** (width - 1).bit_length())
@@ -143,36 +133,27 @@ def _complete(
     ]
 
 
-def _encode(
-    prompt: Prompt, tokenizer: Tokenizer, raw: bool, limit: int | None = None
-) -> tuple[list[int], str]:
+def _encode(prompt: Prompt, tokenizer: Tokenizer, limit: int | None) -> tuple[list[int], str]:
     """Return a prompt's tokens, and the blanks at its end that are left out of them.
 
     They are if training's tokens merge such a blank with the answer's first word.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    row: dict[str, Any] = prompt if isinstance(prompt, dict) else {"messages": messages}
-    place, blank = row.get("place", str(prompt)[:80]), ""
-    if raw and "messages" in row:
-        if len(row["messages"]) > 1:
-            raise UserError(f"{place}: a conversation cannot be continued without a chat template")
-        row = {"text": row["messages"][0]["content"]}
-    if "text" in row:
-        ids: Any = tokenizer(row["text"])["input_ids"]  # with the tokenizer's BOS
-    else:
-        try:
+    row: Any = prompt
+    if isinstance(prompt, str):
+        row = {"messages": [{"role": "user", "content": prompt}]}
+    encode, blank = partial(tokenizer, add_special_tokens=False), ""
+    try:
+        if "text" in row:
+            ids: Any = tokenizer(row["text"])["input_ids"]  # with the tokenizer's BOS
+        else:  # a rendered template has its BOS already
             text = chat_text(tokenizer, row["messages"], True, row.get("tools"))
-        except ValueError as error:
-            raise UserError(f"{place}: {error}") from None
-        # A rendered template has its BOS already.
-        encode = partial(tokenizer, add_special_tokens=False)
-        ids, bare = encode(text)["input_ids"], text.rstrip(" ")
-        if bare != text and encode(f"{text}a")["input_ids"][: len(ids)] != ids:
-            ids, blank = encode(bare)["input_ids"], text[len(bare) :]
-    if limit is not None and len(ids) >= limit:
-        raise UserError(
-            f"{place}: a prompt of {len(ids)} tokens fills the model's {limit} positions"
-        )
+            ids, bare = encode(text)["input_ids"], text.rstrip(" ")
+            if bare != text and encode(f"{text}a")["input_ids"][: len(ids)] != ids:
+                ids, blank = encode(bare)["input_ids"], text[len(bare) :]
+        if limit is not None and len(ids) >= limit:
+            raise ValueError(f"a prompt of {len(ids)} tokens fills the model's {limit} positions")
+    except ValueError as error:
+        raise UserError(f"{row.get('place', str(prompt)[:80])}: {error}") from None
     return ids, blank
 
 
@@ -198,8 +179,6 @@ def _inference_state(
             yield
     finally:
         model.generation_config = kept
-        if hasattr(model, "peft_config"):  # PEFT sets it there too
-            cast(Any, model).get_base_model().generation_config = kept
         if attention == "varlen":
             model.set_attn_implementation(attention)
         model.train(training)

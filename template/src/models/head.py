@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from src.data.batching import MODEL_INPUTS, short_row, to_device
+from src.data.batching import short_row
 from src.models.adapters import base_of
-from src.utils.device import autocast
+from src.models.attention import probe
 
 CHUNK = 1024  # rows of logits at a time: 0.5 GiB in fp32 with a vocabulary of 128k
 CPU_CHUNK = 128  # on a CPU, whose cache holds them: 20 % more tokens a second
@@ -51,23 +51,18 @@ def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) 
     backbone = getattr(base, "base_model", base)
     if type(head) is not nn.Linear or backbone is base:
         return None
-    training, seen = base.training, {}
-    inputs = to_device(short_row(0), device, MODEL_INPUTS)
+    row, seen = short_row(0), {}
     if base.config._attn_implementation != "varlen":  # linear attention refuses a packed row
-        inputs = {"input_ids": inputs["input_ids"]}
+        row = {"input_ids": row["input_ids"]}
 
     def watch(_: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         ramp = torch.linspace(-1000, 1000, logits.numel(), device=device, dtype=logits.dtype)
         seen.update(hidden=arguments[0], ramp=ramp.view_as(logits))
         return seen["ramp"]
 
-    base.eval()
-    # Run eagerly, or compiled layers would specialise on eight tokens first.
-    with torch.compiler.set_stance("force_eager"), autocast(device, dtype):
-        with head.register_forward_hook(watch):
-            logits = base(**inputs, use_cache=False).logits
-        hidden = backbone(**inputs, use_cache=False).last_hidden_state.float()
-    base.train(training)
+    with head.register_forward_hook(watch):
+        logits = probe(base, row, device, dtype).logits
+    hidden = probe(backbone, row, device, dtype).last_hidden_state.float()
     if not seen:  # the model computes its logits without calling its head
         return None
     same = (hidden - seen["hidden"].float()).norm() <= 0.01 * hidden.norm()

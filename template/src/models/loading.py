@@ -3,18 +3,16 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from src.utils.environment import from_root
 from src.utils.errors import UserError, first_line
 
-ABSENT = "is not on this machine and could not be fetched: " + (
-    "HF_HUB_OFFLINE is set (in the environment or .env); unset it, or give a local folder"
-    if constants.HF_HUB_OFFLINE
-    else "check the name and the network, or give a local folder (gated models also need HF_TOKEN "
-    "in .env)"
+ABSENT = (
+    "is not on this machine and could not be fetched: check the name, the network, HF_HUB_OFFLINE "
+    "and HF_TOKEN (in the environment or .env), or give a local folder"
 )
 ANOTHER = "was made for another model than BASE"
 # What a library's message contains, in lower case, and what to say instead.
@@ -28,11 +26,6 @@ ADVICE = {
     "offline mode": ABSENT,
     "not a valid model": ABSENT,
     "can't find 'adapter_config.json'": ABSENT,
-    "the backend tokenizer": "has no tokenizer.json: fetch it; for a tokenizer.model, uv add "
-    "sentencepiece",
-    "untagged enum": "has a tokenizer.json that this version of tokenizers cannot read: fetch it "
-    "again, or save it with tokenizer.save_pretrained of a current transformers",
-    "ignore_mismatched_sizes": "has weights of other sizes than its config.json: fetch both again",
     "size mismatch": ANOTHER,
     "not found in the base model": ANOTHER,
 }
@@ -40,7 +33,7 @@ ADVICE = {
 
 @contextmanager
 def explained(what: str, base: str = "") -> Generator[None]:
-    """Turn the many ways in which reading a model fails into one line that says what to do.
+    """Turn the many ways in which reading or saving a model fails into one line for the user.
 
     Args:
         what: the key or option that named the model, and its name: `model.name: org/name`.
@@ -56,7 +49,7 @@ def explained(what: str, base: str = "") -> Generator[None]:
     except Exception as error:  # noqa: BLE001 - each library raises its own kinds
         text = str(error).lower()
         advice = (advice for sign, advice in ADVICE.items() if sign in text)
-        line = next(advice, f"could not be loaded: {first_line(error)}")
+        line = next(advice, f"cannot be used: {first_line(error)}")
         raise UserError(f"{what} {line.replace('BASE', base)}") from None
 
 

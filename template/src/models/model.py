@@ -73,11 +73,9 @@ def build_model(
     model.config.use_cache = False  # with a cache, transformers does not see packed documents
     rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > rows:
-        sizes = f"its tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings"
-        first = tokenizer.convert_ids_to_tokens(rows)
         raise UserError(
-            f"model.name: {config.name}: {sizes}: {first!r} is the first without one. Is it "
-            "another model's tokenizer? If you added tokens, call model.resize_token_embeddings("
+            f"model.name: {config.name}: its tokenizer has {len(tokenizer)} tokens but the model "
+            f"only {rows} embeddings. If you added tokens, call model.resize_token_embeddings("
             "len(tokenizer)), save both in a folder, name that, and with LoRA train the new rows: "
             f"lora.modules_to_save=[{','.join(embedding_names(model))}]"
         )
@@ -120,13 +118,9 @@ def try_saving(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     Raises:
         UserError: transformers refuses to save one of the configs that it has loaded.
     """
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, explained(f"model.name: {model.name_or_path}"):
         for part in (model.config, model.generation_config, tokenizer):
-            try:
-                part.save_pretrained(folder)
-            except Exception as error:  # noqa: BLE001 - whatever a library's check raises
-                what = f"{model.name_or_path} cannot be saved: {' '.join(str(error).split())}"
-                raise UserError(f"model.name: {what}") from None
+            part.save_pretrained(folder)
 
 
 def save_model(
@@ -179,11 +173,20 @@ def without_weights(
     Raises:
         UserError: as `build_model` does.
     """
-    described = _from_pretrained(AutoConfig, config)
+    described = read_config(config)
     with explained(f"model.name: {config.name}"), torch.device(device):
         return AutoModelForCausalLM.from_config(
             described, dtype=dtype, trust_remote_code=config.trust_remote_code
         )
+
+
+def read_config(config: ModelConfig) -> Any:
+    """The model's config.json as transformers understands it.
+
+    Raises:
+        UserError: as `build_model` does.
+    """
+    return _from_pretrained(AutoConfig, config)
 
 
 def count_before_loading(config: ModelConfig) -> int:
@@ -216,8 +219,7 @@ def check_positions(config: ModelConfig, max_length: int) -> None:
     Raises:
         UserError: naming both; and as `build_model` does.
     """
-    described = _from_pretrained(AutoConfig, config).get_text_config()
-    known = getattr(described, "max_position_embeddings", None)
+    known = getattr(read_config(config).get_text_config(), "max_position_embeddings", None)
     # Rarely true: not every model can be built on meta.
     if known and max_length > known and position_limit(without_weights(config)):
         raise UserError(
@@ -263,10 +265,8 @@ def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
 
     layers = [m for m in model.modules() if isinstance(m, Linear4bit | Linear8bitLt)]
     if not layers:
-        raise UserError(
-            f"model.quantization: {config.name} has no layer that bitsandbytes can quantize; use "
-            "model.quantization=none"
-        )
+        problem = "has no layer that bitsandbytes can quantize; use model.quantization=none"
+        raise UserError(f"model.quantization: {config.name} {problem}")
     for layer in layers:
         assert getattr(layer, "compute_dtype", None) != torch.float32, "4-bit computes in fp32"
         # On CPUs with AVX512-BF16 the first evaluation repacks the weights for a kernel

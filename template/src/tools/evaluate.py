@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -45,17 +44,16 @@ def compare_with_base(
     """
     longest = min(config.data.max_length, position_limit(model) or config.data.max_length)
     config = changed(config, f"data.max_length={longest}")
-    loader = padded_loader(config.data.train, tokenizer, config)
-    dtype = pick_dtype(config.model.dtype, model.device)
-    given = read_part(expand(config.data.train), config.data)
-    asked = questions(given, samples, tokenizer)
+    source, dtype = config.data.train, pick_dtype("auto", model.device)
+    loader = padded_loader(source, tokenizer, config)
+    asked = questions(read_part(expand(source), config.data), samples, tokenizer)
     rows: list[dict[str, Any]] = [
         {"prompt": row["messages"], "expected": expected} for row, expected in asked
     ]
     adapted: Any = model
     scores = {}
     for name in ("model", "base") if hasattr(model, "peft_config") else ("model",):
-        with torch.no_grad(), adapted.disable_adapter() if name == "base" else nullcontext():
+        with adapted.disable_adapter() if name == "base" else nullcontext():
             result = evaluate(model, loader, model.device, dtype)
             answers = generate(model, tokenizer, [row for row, _ in asked], max_length)
         scores[name] = {"loss": result.loss, "perplexity": result.perplexity}
@@ -64,8 +62,7 @@ def compare_with_base(
         if rows:
             scores[name]["exact"] = fmean(row[name].strip() == row["expected"] for row in rows)
             scores[name]["contains"] = fmean(row["expected"] in row[name] for row in rows)
-    source, total = config.data.train, len(loader.dataset)
-    return {"data": source, "rows": total, "scores": scores, "samples": rows}
+    return {"data": source, "rows": len(loader.dataset), "scores": scores, "samples": rows}
 
 
 def write_evaluation(result: dict[str, Any], folder: Path) -> Path:
@@ -73,14 +70,6 @@ def write_evaluation(result: dict[str, Any], folder: Path) -> Path:
 
     Those of other data are renamed to evaluation-1.json and so on.
     """
-    scores, samples = result["scores"], result["samples"]
-    figures = [["", *scores["model"]]]
-    figures += [[name, *(f"{x:.4g}" for x in row.values())] for name, row in scores.items()]
-    text = f"# Evaluation on {result['data']}\n\n{_table(figures)}"
-    if samples:
-        columns = ["prompt", "expected", *scores]
-        text += f"\n{_table([columns, *([_cell(row[key]) for key in columns] for row in samples)])}"
-    asked = f"the first {len(samples)}" if samples else "none"
     folder.mkdir(parents=True, exist_ok=True)
     page, report = folder / "evaluation.md", folder / "evaluation.json"
     if report.is_file() and json.loads(report.read_text("utf-8"))["data"] != result["data"]:
@@ -88,16 +77,24 @@ def write_evaluation(result: dict[str, Any], folder: Path) -> Path:
         for file in (page, report):
             file.rename(file.with_stem(f"evaluation-{number}"))
     write_text(report, f"{json.dumps(result, indent=1, ensure_ascii=False)}\n")
-    write_text(page, f"{text}\nRows in loss: all {result['rows']:,}; answered: {asked}.\n")
+    scores, samples = result["scores"], result["samples"]
+    tables = [_table([{"": name, **row} for name, row in scores.items()]), _table(samples)]
+    counts = f"Rows in loss: {result['rows']:,}; answered: the first {len(samples):,}.\n"
+    write_text(page, "\n".join([f"# Evaluation on {result['data']}\n", *tables, counts]))
     return page
 
 
-def _table(rows: list[list[str]]) -> str:
-    header, *body = [f"| {' | '.join(row)} |\n" for row in rows]
-    return "".join([header, "|---" * len(rows[0]), "|\n", *body])
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Rows of the same keys as a table in Markdown."""
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *cells] if rows else []
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _cell(value: Any) -> str:
+    """A figure, a text or the last of several messages, in one line."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
     text = value if isinstance(value, str) else value[-1]["content"]
     text = " ".join(text.replace("|", "\\|").split())
     return text if len(text) <= MAX_CELL else f"{text[:MAX_CELL]} …"

@@ -1,6 +1,5 @@
 """Write one ordinary model folder from a trained model: adapters merged, with a model card."""
 
-import json
 import shlex
 import shutil
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import ModelCardData
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
@@ -19,12 +18,13 @@ from src.data.batching import padded_loader, short_row
 from src.models.adapters import load_adapters
 from src.models.model import (
     load_tokenizer,
+    read_config,
     read_weights,
     save_model,
     set_generation_config,
-    without_weights,
 )
-from src.trained import load_trained
+from src.preflight import read_json
+from src.trained import Trained, load_trained
 from src.training.metrics import read_metrics
 from src.training.record import Record
 from src.training.trainer import evaluate
@@ -39,8 +39,7 @@ COMPARED_ROWS = 8
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank accepts
 CARD = """\
 ---
-{base_model}library_name: transformers
-pipeline_tag: text-generation
+{metadata}
 ---
 # {title}
 {origin}
@@ -56,16 +55,13 @@ print(answer(messages, max_new_tokens=256, do_sample=False)[0]["generated_text"]
 FIGURES = ("fingerprint.train", "step", "loss", "eval_loss", "tokens", "torch", "transformers")
 
 
-def export(folder: Path, out: Path, base: str | None, config: Config) -> str:
+def export(found: Trained, config: Config, out: Path) -> str:
     """Write a full model to `out`: safetensors shards, tokenizer, chat template and stop tokens.
 
-    It first prints how much memory and disk that takes.
-
     Args:
-        folder: a run's `final/`.
-        out: an empty folder.
-        base: the adapter's base model, if it has moved.
+        found: the result of a run.
         config: that the run was trained with.
+        out: an empty folder.
 
     Returns:
         What merging changed, for the terminal and the card.
@@ -74,23 +70,16 @@ def export(folder: Path, out: Path, base: str | None, config: Config) -> str:
         UserError: the base is quantized: merging would round the adapter away.
         RunError: merging changed the model by more than rounding does.
     """
-    adapter, source, trust = folder / ADAPTER, str(folder), config.model.trust_remote_code
-    if adapter.is_file():
-        source = base or json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
-    settings = ModelConfig(name=source, trust_remote_code=trust)
-    empty: Any = without_weights(settings)
-    if getattr(empty.config, "quantization_config", None):
+    settings = ModelConfig(name=found.base, trust_remote_code=config.model.trust_remote_code)
+    described = read_config(settings)
+    if getattr(described, "quantization_config", None):
         problem = "is quantized, and merging would round the adapter away"
-        raise UserError(f"{source}: {problem}; name the original with --base")
-    dtype = empty.config.dtype or torch.float32
-    size = empty.num_parameters() * dtype.itemsize
-    memory, disk = (tqdm.format_sizeof(each, "iB", 1024) for each in (1.3 * size, size))
-    merged = f", merged into {source}" if adapter.is_file() else ""
-    print(f"exporting  {folder}{merged}: about {memory} of memory and {disk} of disk")
+        raise UserError(f"{found.base}: {problem}; name the original with --base")
+    dtype = described.dtype or torch.float32
     logging.disable_progress_bar()
-    tokenizer = load_tokenizer(ModelConfig(name=str(folder), trust_remote_code=trust))
-    if adapter.is_file():
-        model, result = _merge_checked(folder, base, settings, dtype, config, tokenizer)
+    tokenizer = load_tokenizer(settings.model_copy(update={"name": found.name}))
+    if found.kind == "adapter":
+        model, result = _merge_checked(found, config, settings, dtype, tokenizer)
     else:
         model = read_weights(settings, CPU, dtype)
         result = "all weights were trained: there is nothing to merge"
@@ -100,16 +89,15 @@ def export(folder: Path, out: Path, base: str | None, config: Config) -> str:
 
 
 def _merge_checked(
-    folder: Path, base: str | None, settings: ModelConfig, dtype: torch.dtype, config: Config,
-    tokenizer: Tokenizer,
-) -> tuple[PreTrainedModel, str]:  # fmt: skip
+    found: Trained, config: Config, settings: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer
+) -> tuple[PreTrainedModel, str]:
     """Merge the adapter in full precision, and compare the logits of the run's own rows."""
     batches, rows = _batches(tokenizer, config)
     trained_on = ""
     if (kind := config.model.quantization) != "none":  # the adapter learnt to make up for it
-        _, loss = _measure(load_trained(folder, CPU, base)[0], batches)
+        _, loss = _measure(load_trained(found, CPU)[0], batches)
         trained_on = f", and was {loss:.4f} on the {kind} base it was trained on"
-    adapted = load_adapters(read_weights(settings, CPU, dtype), folder).eval()
+    adapted = load_adapters(read_weights(settings, CPU, dtype), found.name).eval()
     logits, loss = _measure(adapted, batches)
     model = _merge(adapted)
     merged_logits, merged_loss = _measure(model, batches)
@@ -153,40 +141,35 @@ def _measure(model: PreTrainedModel, batches: list[dict[str, Any]]) -> tuple[Ten
     return logits, evaluate(model, batches, model.device, model.dtype).loss
 
 
-def write_card(folder: Path, out: Path, name: str, result: str) -> None:
+def write_card(found: Trained, out: Path, name: str, result: str) -> None:
     """Write README.md of the exported model: base, how to ask it, data and figures.
 
     Args:
-        folder: the run's `final/`.
+        found: the result of a run.
         out: the exported model's folder.
         name: what loads it: its later folder, or its repository on the hub.
         result: what `export` returned.
     """
-    run = folder.parent
+    folder = Path(found.name)
     recipe = yaml.safe_load((folder / RECIPE).read_text("utf-8"))  # as written, without secrets
     base, sources = _public(recipe["model"]["name"]), recipe["data"]["train"]
-    base_model = f"base_model: {base}\n"
-    origin = f"Fine-tuned from `{base}`; the base model's license applies to it too."
-    if recipe["model"].get("init") == "random":
-        base_model, origin = "", f"Trained from random weights; its architecture is `{base}`'s."
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation")
+    origin = f"Trained from random weights; its architecture is `{base}`'s."
+    if recipe["model"].get("init") != "random":
+        metadata.base_model = base
+        origin = f"Fine-tuned from `{base}`; the base model's license applies to it too."
     data = ", ".join(map(_public, [sources] if isinstance(sources, str) else sources))
+    title, name = Path(name).name, _public(name)
     text = CARD.format(
-        base_model=base_model,
-        origin=origin,
-        title=Path(name).name,
-        name=_public(name),
-        data=data,
-        result=result,
+        metadata=metadata, title=title, origin=origin, name=name, data=data, result=result
     )
-    facts = getattr(Record.find(run), "facts", {"tags": {}})
+    record = Record.find(folder.parent)
+    facts = record.facts if record else {"tags": {}}
     # The step that final/ holds: the best evaluation may have been before the last step.
-    lines = {line["step"]: line for line in read_metrics(run / METRICS)}
+    lines = {line["step"]: line for line in read_metrics(folder.parent / METRICS)}
     figures = facts["tags"] | lines.get(facts.get("final_step"), {})
-    for key in FIGURES:
-        if key in figures:
-            value = "not finite" if figures[key] is None else figures[key]
-            text += f"- {key}: {f'{value:.4g}' if isinstance(value, float) else value}\n"
-    if (curve := run / "loss.png").is_file():
+    text += "".join(f"- {key}: {figures[key]}\n" for key in FIGURES if key in figures)
+    if (curve := folder.with_name("loss.png")).is_file():
         shutil.copy(curve, out / "loss.png")
         text += "\n![loss](loss.png)\n"
     (out / "README.md").write_text(text, encoding="utf-8")
@@ -197,19 +180,18 @@ def _public(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
-def serving_advice(folder: Path, out: Path, base: str | None) -> list[str]:
+def serving_advice(found: Trained, out: Path) -> list[str]:
     """Return the commands that serve the export and, where vLLM can, the adapter alone."""
-    model, adapter = shlex.quote(str(out)), shlex.quote(str(folder))
+    model, folder = shlex.quote(str(out)), Path(found.name)
     serve = "uv run --with 'transformers[serving]' transformers serve"
     lines = [f"uvx vllm serve {model}", f"{serve} {model}"]
-    if (folder / ADAPTER).is_file():
-        described = json.loads((folder / ADAPTER).read_text("utf-8"))
-        base = base or described["base_model_name_or_path"]
+    if found.kind == "adapter":
+        described, adapter = read_json(folder / ADAPTER), shlex.quote(found.name)
         refused = [key for key in ("use_dora", "modules_to_save") if described.get(key)]
         rank = next(rank for rank in VLLM_RANKS if rank >= described["r"])
         # The adapter's generation config: the base's own stop tokens do not end a turn.
         alone = (
-            f"uvx vllm serve {base} --enable-lora --max-lora-rank {rank} "
+            f"uvx vllm serve {found.base} --enable-lora --max-lora-rank {rank} "
             f"--lora-modules tuned={adapter} --generation-config {adapter}"
         )
         no = f"(vLLM does not serve an adapter alone with {' or '.join(refused)})"

@@ -130,7 +130,7 @@ def test_a_tokenizer_that_this_library_cannot_read_says_what_helps(
     described = json.loads((saved_model / "tokenizer.json").read_text())
     described["model"]["merges"] = 5
     (folder / "tokenizer.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match=r"has a tokenizer.json that this version of tokenizers"):
+    with pytest.raises(UserError, match=r"cannot be used: .* untagged enum"):
         train_on(folder)
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     with pytest.raises(UserError, match=r"tokenizer.model: .*: uv add sentencepiece"):
@@ -164,7 +164,7 @@ def test_a_base_that_moved_is_named_with_the_option_that_helps(
         found = find_trained(str(folder), str(moved))
         assert load_trained(found, CPU)[0].name_or_path == str(moved)
     for name in (str(moved), "org/name"):
-        with pytest.raises(UserError, match=f"--base goes with an adapter .*, not with {name}"):
+        with pytest.raises(UserError, match=f"--base goes with .*, not with {name}"):
             find_trained(name, str(moved))
     checkpoint = run / "checkpoints/step-00000001"
     alone = shutil.copytree(checkpoint, tmp_path / "alone/of/its/run")

@@ -26,6 +26,7 @@ ADVICE = {
     "offline mode": ABSENT,
     "not a valid model": ABSENT,
     "can't find 'adapter_config.json'": ABSENT,
+    "the backend tokenizer": "has no tokenizer.json: fetch it",
     "size mismatch": ANOTHER,
     "not found in the base model": ANOTHER,
 }

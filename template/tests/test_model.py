@@ -13,7 +13,6 @@ from unittest.mock import Mock
 import peft
 import pytest
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -261,30 +260,13 @@ def test_what_went_wrong_while_loading_gets_its_own_advice(error, advice) -> Non
         raise error
 
 
-def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch) -> None:
-    asked: list[str] = []
-
-    def answer(_: object, name: str, **__: object) -> None:
-        asked.append(name)
-        if name == "org/gone":
-            raise HfHubHTTPError(
-                "404", response=cast(Any, SimpleNamespace(headers={}, request=None))
-            )
-        raise RuntimeError("whatever this version of the hub's library raises")
-
-    monkeypatch.setattr(loading.HfApi, "model_info", answer)
-    expected = "is not on this machine and could not be fetched: check the name, the network"
+def test_a_model_that_is_not_here_is_named_with_its_key() -> None:
     for key, load in {
         "model.name": lambda name: model_module.load_tokenizer(ModelConfig(name=name)),
         "lora.adapter": lambda name: model_module.add_adapters(Mock(), LoraConfig(adapter=name)),
     }.items():
-        with pytest.raises(UserError, match=f"^{key}: org/away {expected}"):
+        with pytest.raises(UserError, match=f"^{key}: org/away is not on this machine"):
             load("org/away")
-    assert loading.resolve("org/gone") == "org/gone", "what loads the model explains the answer"
-    assert asked == ["org/away", "org/away", "org/gone"]
-    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: "a/file")
-    assert loading.resolve("org/here") == "org/here"
-    assert len(asked) == 3
 
 
 def test_weights_that_the_config_asks_for_and_nobody_saved_are_not_made_up(

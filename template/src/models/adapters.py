@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from src.config import LoraConfig
 from src.models.loading import check_numbers, explained, resolve
 from src.utils.errors import UserError
-from src.utils.files import ADAPTER
 
 # Kernels of these models use two weights directly and bypass their modules, so that adapters on
 # them get no gradient.
@@ -27,22 +26,15 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
 
     Raises:
         UserError: `lora.target_modules` or `target_parameters` name nothing that can be adapted,
-            or the saved adapter is absent, no LoRA, or made for another model; or DoRA would
-            divide by zero.
+            or the saved adapter is absent, no LoRA, or made for another model.
     """
     if lora.adapter:
         adapted = load_adapters(model, lora.adapter, is_trainable=True)
     else:
         adapted = _new_adapters(model, lora)
-    for name, p in adapted.named_parameters():
+    for p in adapted.parameters():
         if p.requires_grad:  # PEFT leaves whole modules in bf16, which rounds most updates away
             p.data = p.data.float()
-        if "lora_magnitude_vector" in name and not p.is_meta and not p.all():
-            layer = name.partition(".lora_magnitude_vector")[0].rpartition(".")[2]
-            raise UserError(
-                f"lora.dora: a row of {layer} is zero, and DoRA divides by its length (often the "
-                "padding token's); leave the layer out of lora.target_modules, or lora.dora=false"
-            )
     return adapted
 
 
@@ -153,7 +145,7 @@ def load_adapters(
 
     what, base = f"{'lora.adapter: ' * is_trainable}{name}", str(model.name_or_path)
     with explained(what, base), _quiet():
-        name = resolve(str(name), ADAPTER)
+        name = resolve(str(name))
         config: Any = PeftConfig.from_pretrained(name)
         if is_trainable and config.peft_type != "LORA":
             raise UserError(f"{what}: a {config.peft_type} adapter; only LoRA can be trained here")

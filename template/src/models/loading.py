@@ -3,8 +3,6 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from src.utils.environment import from_root
@@ -68,23 +66,11 @@ def check_numbers(model: nn.Module, what: str) -> None:
             raise UserError(f"{what}: {name} holds numbers that are NaN or infinite")
 
 
-def resolve(name: str, file: str = "config.json") -> str:
+def resolve(name: str) -> str:
     """A local folder as an absolute path, so that an adapter finds its base from anywhere.
 
     Args:
-        name: a folder, relative to the project's root, or a hub id.
-        file: one that tells whether a hub id is in this machine's cache.
-
-    Raises:
-        ConnectionError: it is not there, and the hub cannot be reached. See `explained`.
+        name: a folder, relative to the project's root, or a hub id, which stays as it is.
     """
-    if from_root(name).is_dir():
-        return str(from_root(name).resolve())
-    if not isinstance(try_to_load_from_cache(name, file), str):
-        try:  # once: transformers would try for 46 seconds
-            HfApi().model_info(name, timeout=10)
-        except HfHubHTTPError:
-            pass  # the hub did answer, and what loads the model explains the answer
-        except Exception:  # noqa: BLE001 - each version of the hub's library has its own
-            raise ConnectionError("couldn't connect to the hub") from None
-    return name
+    folder = from_root(name)
+    return str(folder.resolve()) if folder.is_dir() else name

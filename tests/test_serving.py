@@ -1,6 +1,7 @@
 """An exported model is served by an existing engine, and says over HTTP what it says here."""
 
 import json
+import re
 import shlex
 import socket
 import subprocess
@@ -16,13 +17,15 @@ from helpers import render, script
 QUESTION = "What does LoRA train?"
 
 
-def test_the_command_that_export_prints_serves_what_inference_answers(tmp_path: Path) -> None:
+def test_the_readmes_command_serves_what_inference_answers(tmp_path: Path) -> None:
     folder = render(tmp_path / "project")
     quick = ("training.epochs=15", "tracking.enabled=false", "device=cpu")
     script(folder, "train", "configs/smoke.yaml", *quick)
-    printed = script(folder, "export", "outputs/smoke", "exported").splitlines()
+    script(folder, "export", "outputs/smoke", "exported")
     here = script(folder, "inference", "exported", QUESTION, "--max-length", "24").strip()
-    command = shlex.split(next(line for line in printed if "transformers serve" in line))
+    readme = (folder / "README.md").read_text()
+    (served,) = re.findall(r"`(uv run --with [^`]* transformers serve) exported/my-model`", readme)
+    command = [*shlex.split(served), "exported"]
     extra = [*command[: command.index("transformers")], "python", "-c", "import fastapi"]
     if (tried := subprocess.run(extra, cwd=folder, capture_output=True, text=True)).returncode:
         pytest.skip(f"the extra cannot be installed here: {tried.stderr.strip().splitlines()[-1]}")

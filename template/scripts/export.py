@@ -32,12 +32,12 @@ def main(arguments: list[str]) -> None:
     if problem := write_problem(out):
         raise UserError(problem)
 
-    from src.tools.export import export, serving_advice, write_card
+    from src.tools.export import export, write_card
 
     with new_folder(out) as new:
         result = export(found, found.config, new)
         write_card(found, new, options.push or str(out), result)
-    print(result, f"written to {out}; to serve it:", *serving_advice(found, out), sep="\n")
+    print(result, f"written to {out}", sep="\n")
     if options.push:
         from huggingface_hub import HfApi
 

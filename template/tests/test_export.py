@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import shlex
 import shutil
 from pathlib import Path
 from typing import cast
@@ -19,7 +18,6 @@ import scripts.inference
 import scripts.train
 from conftest import SMOKE
 from src.tools import export
-from src.trained import Trained
 from src.utils.errors import RunError
 
 
@@ -190,21 +188,6 @@ def test_a_push_that_fails_leaves_the_export_and_the_command_that_repeats_it(
         f"{out} is whole: `uv run hf upload org/name {out}` repeats it"
     )
     assert (out / "model.safetensors").is_file()
-
-
-def test_the_commands_that_serve_are_real_and_say_what_vllm_refuses(tmp_path) -> None:
-    out, found = tmp_path / "my model", Trained(str(tmp_path), "adapter", "a/b")
-    for adapter, expected in (
-        ({"r": 16}, "uvx vllm serve a/b --enable-lora --max-lora-rank 16 "),
-        ({"r": 24}, "--max-lora-rank 32 "),
-        ({"r": 8, "use_dora": True}, "not serve an adapter alone with use_dora"),
-        ({"r": 8, "modules_to_save": ["x"]}, "not serve an adapter alone with modules_to_save"),
-    ):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
-        vllm, transformers, alone = export.serving_advice(found, out)
-        assert shlex.split(vllm) == ["uvx", "vllm", "serve", str(out)]
-        assert shlex.split(transformers)[:4] == ["uv", "run", "--with", "transformers[serving]"]
-        assert expected in alone
 
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9}

@@ -1,6 +1,5 @@
 """Write one ordinary model folder from a trained model: adapters merged, with a model card."""
 
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,20 +22,18 @@ from src.models.model import (
     save_model,
     set_generation_config,
 )
-from src.preflight import read_json
 from src.trained import Trained, load_trained
 from src.training.metrics import read_metrics
 from src.training.record import Record
 from src.training.trainer import evaluate
 from src.utils.errors import RunError, UserError
-from src.utils.files import ADAPTER, METRICS, RECIPE
+from src.utils.files import METRICS, RECIPE
 
 CPU = torch.device("cpu")
 # How much merging may change the logits, relative to their norm: a bf16 weight keeps 8 bits of
 # the sum, and the rounding errors of layers add up.
 MAX_CHANGE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 COMPARED_ROWS = 8
-VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank accepts
 CARD = """\
 ---
 {metadata}
@@ -178,22 +175,3 @@ def write_card(found: Trained, out: Path, name: str, result: str) -> None:
 def _public(name: str) -> str:
     """A name without the folders of this machine."""
     return Path(name).name if Path(name).is_absolute() else name
-
-
-def serving_advice(found: Trained, out: Path) -> list[str]:
-    """Return the commands that serve the export and, where vLLM can, the adapter alone."""
-    model, folder = shlex.quote(str(out)), Path(found.name)
-    serve = "uv run --with 'transformers[serving]' transformers serve"
-    lines = [f"uvx vllm serve {model}", f"{serve} {model}"]
-    if found.kind == "adapter":
-        described, adapter = read_json(folder / ADAPTER), shlex.quote(found.name)
-        refused = [key for key in ("use_dora", "modules_to_save") if described.get(key)]
-        rank = next(rank for rank in VLLM_RANKS if rank >= described["r"])
-        # The adapter's generation config: the base's own stop tokens do not end a turn.
-        alone = (
-            f"uvx vllm serve {found.base} --enable-lora --max-lora-rank {rank} "
-            f"--lora-modules tuned={adapter} --generation-config {adapter}"
-        )
-        no = f"(vLLM does not serve an adapter alone with {' or '.join(refused)})"
-        lines.append(no if refused else alone)
-    return lines

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from src.trained import find_trained
 from src.utils.errors import RunError, UserError, first_line
-from src.utils.files import RECIPE, new_folder, write_problem
+from src.utils.files import RECIPE, new_folder
 from src.utils.script import make_parser, run_script
 
 
@@ -29,8 +29,6 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{options.run}: not the result of a finished run: no {RECIPE} in it")
     if out.exists():
         raise UserError(f"{out}: exists already; nothing is overwritten")
-    if problem := write_problem(out):
-        raise UserError(problem)
 
     from src.tools.export import export, write_card
 

@@ -110,16 +110,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     turn = lambda text: [_turn("system", text)]  # noqa: E731
     add("--system", type=turn, default=[], help="a system turn before the first question")
     add("--input", help="a file of rows: `messages`, `prompt`, or `text` to be continued")
-    output = "the file that gets these rows with their answers as `generated` (default: printed)"
-    add("--output", type=Path, help=output)
+    add("--output", type=Path, help="its rows with answers as `generated` (default: printed)")
     add("--chat", action="store_true", help="a conversation; an empty line ends it")
-    size = f"prompts at a time {default}"
-    add("--batch-size", type=between(1, 2**31), default=16, help=size)
+    add("--batch-size", type=between(1, 2**31), default=16, help=f"prompts at a time {default}")
     add("--raw", action="store_true", help="continue the prompt, without the chat template")
-    heat = f"0: the likeliest token; above 0, tokens are sampled {default}"
-    add("--temperature", type=between(0, math.inf, float), default=0.0, help=heat)
-    nucleus = f"sample from the likeliest tokens that add up to this probability {default}"
-    add("--top-p", type=between(0, 1, float), default=1.0, help=nucleus)
+    heat, share = between(0, math.inf, float), between(0, 1, float)
+    add("--temperature", type=heat, default=0.0, help=f"above 0, tokens are sampled {default}")
+    add("--top-p", type=share, default=1.0, help=f"from the likeliest of this sum {default}")
     add("--seed", type=between(0, 2**31), default=0, help=f"seed for sampling {default}")
     bits = "of the base model (default: as it was trained)"
     add("--quantization", choices=["4bit", "8bit", "none"], help=bits)

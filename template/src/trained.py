@@ -113,8 +113,7 @@ def _from_mlflow(uri: str) -> str:
     try:
         return mlflow.artifacts.download_artifacts(uri)
     except Exception as error:  # noqa: BLE001 - whatever its store raises
-        moved = "; if the project has moved, scripts/sync.py on a run of before says how to link it"
-        raise UserError(f"{uri}: {str(error).splitlines()[0]}{moved}") from None
+        raise UserError(f"{uri}: {str(error).splitlines()[0]}") from None
 
 
 def load_trained(

@@ -5,7 +5,6 @@ import re
 import runpy
 import shutil
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
@@ -158,7 +157,7 @@ def test_what_cannot_be_exported_is_refused(tuned, tmp_path, refused, smoke: Pat
     narrow = AutoConfig.for_model(**described | {"hidden_size": 64})
     AutoModelForCausalLM.from_config(narrow).save_pretrained(tmp_path / "narrow")
     (line,) = lines("--base", str(tmp_path / "narrow"))
-    assert f"was made for another model than {tmp_path / 'narrow'}" in line
+    assert line.endswith("was made for another base model")
     run = shutil.copytree(tuned, tmp_path / "run")
     (run / "final/training_config.yaml").unlink()
     assert "not the result of a finished run" in lines()[0]
@@ -173,8 +172,6 @@ def test_a_model_of_random_weights_has_no_base_in_its_card(smoke: Path, tmp_path
     (checkpoint, *_) = (smoke / "checkpoints").iterdir()
     (line,) = refused(scripts.export.main, str(checkpoint), str(tmp_path / "other"))
     assert line.startswith(f"{checkpoint}: not the result of a finished run")
-    (line,) = refused(scripts.export.main, str(smoke), "/proc/exported")
-    assert line.startswith("/proc/exported: cannot be written: ")
 
 
 def test_a_push_that_fails_leaves_the_export_and_the_command_that_repeats_it(
@@ -188,35 +185,3 @@ def test_a_push_that_fails_leaves_the_export_and_the_command_that_repeats_it(
         f"{out} is whole: `uv run hf upload org/name {out}` repeats it"
     )
     assert (out / "model.safetensors").is_file()
-
-
-SAMPLING = {"temperature": 0.6, "top_p": 0.9}
-
-
-BEAMS = {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}
-
-
-@pytest.mark.parametrize(
-    ("lora", "file", "values"),
-    [
-        ("null", "generation_config.json", {"eos_token_id": 0, "do_sample": False, **SAMPLING}),
-        ("{r: 4}", "generation_config.json", BEAMS),
-        ("{r: 4}", "config.json", SAMPLING),
-    ],
-)
-def test_a_base_whose_generation_config_transformers_refuses_is_trained_and_saved(
-    saved_model: Path, tmp_path: Path, train, lora: str, file: str, values: dict
-) -> None:
-    base = shutil.copytree(saved_model, tmp_path / "base")
-    described = json.loads((base / file).read_text()) | values
-    (base / "generation_config.json").unlink()  # else transformers does not read the other's values
-    (base / file).write_text(json.dumps(described))
-    run = train(
-        f"model.name={base}", "model.init=pretrained", f"lora={lora}", "data.eval=null",
-        "training.max_steps=1",
-    )  # fmt: skip
-    scripts.export.main([str(run), str(tmp_path / "exported")])
-    for folder in [tmp_path / "exported", *([run / "final"] if lora == "null" else [])]:
-        saved = GenerationConfig.from_pretrained(folder)
-        assert 1 in cast(list, saved.eos_token_id)
-        assert (saved.do_sample, saved.temperature) == (True, 0.6) or "num_beams" in values

@@ -4,13 +4,12 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
+from transformers import AutoTokenizer, GenerationConfig
 
 from src.models import generation
 from src.models.generation import generate
 from src.models.model import save_model, set_generation_config
 from src.trained import find_trained, load_trained
-from src.utils.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -63,37 +62,6 @@ def test_an_answer_is_all_that_follows_the_prompt_up_to_a_stop_token(
     assert seen["config"].eos_token_id == stops
 
 
-def test_a_long_job_gets_the_same_answers_in_few_shapes_and_if_it_cannot_be_compiled(
-    make_model, tokenizer, monkeypatch, capsys
-) -> None:
-    model, shapes = make_model(packing=False).eval(), set()
-    prompts = [f"{'why ' * (9 * n)}{n}?" for n in range(11)]
-    expected = generate(model, tokenizer, prompts, max_length=4, batch_size=4)
-    assert not generation.is_compiled_for(model, 10_000), "a CPU"
-    with monkeypatch.context() as patch:
-        patch.setattr(type(model), "device", torch.device("cuda"))
-        assert [generation.is_compiled_for(model, n) for n in (256, 10_000)] == [False, True]
-        assert not generation.is_compiled_for(model.train(), 10_000)
-    monkeypatch.setattr(generation, "is_compiled_for", lambda *_: True)
-    model.eval().register_forward_pre_hook(
-        lambda _, __, given: shapes.add(tuple(given["input_ids"].shape)), with_kwargs=True
-    )
-    assert generate(model, tokenizer, prompts, max_length=4, batch_size=4) == expected
-    assert shapes == {(4, 128), (4, 256), (4, 1)}
-    real = type(model).generate
-
-    def without_compiler(self, *args, cache_implementation=None, **options):
-        if cache_implementation:
-            raise RuntimeError("no C compiler\nat all")
-        return real(self, *args, **options)
-
-    monkeypatch.setattr(type(model), "generate", without_compiler)
-    capsys.readouterr()
-    assert generate(model, tokenizer, prompts, max_length=4, batch_size=4) == expected
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == "warning: answers are not compiled: RuntimeError: no C compiler"
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_a_model_that_trains_answers_outside_of_inference_mode(
     make_model, tokenizer, training: bool
@@ -110,29 +78,6 @@ def test_a_model_that_trains_answers_outside_of_inference_mode(
     assert kept[0].is_inference() != training
     if training:  # else torch refuses to save an inference tensor for the backward pass
         model(torch.arange(8)[None]).logits.sum().backward()
-
-
-def test_an_answer_ends_where_the_models_positions_do(tokenizer) -> None:
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
-    config = GPT2Config(vocab_size=512, eos_token_id=1, **sizes)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    asked = len(tokenizer("x " * 10)["input_ids"])
-    with mock.patch.object(model, "generate", wraps=model.generate) as complete:
-        for length in (256, 4):
-            generate(model, tokenizer, {"text": "x " * 10}, max_length=length)
-    assert [call.kwargs["max_new_tokens"] for call in complete.call_args_list] == [32 - asked, 4]
-    rows = [{"text": "x"}, {"text": "x " * 40, "place": "rows.jsonl:2"}]
-    expected = r"rows.jsonl:2: a prompt of \d+ tokens fills the model's 32 positions"
-    with pytest.raises(UserError, match=expected):
-        generate(model, tokenizer, rows)
-
-
-def test_a_prompt_that_the_template_refuses_is_named(make_model, tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no') }}")
-    asked = [{"role": "user", "content": "Hi"}]
-    for prompt, name in (("Hi", "Hi"), ({"messages": asked, "place": "a.csv:9"}, "a.csv:9")):
-        with pytest.raises(UserError, match=f"{name}.*: the chat template refuses it: .*no"):
-            generate(make_model(), tokenizer, prompt, max_length=1)
 
 
 SETTINGS = {

@@ -48,7 +48,7 @@ def _new_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
         use_rslora=lora.rslora, use_dora=lora.dora,
         target_modules=lora.target_modules, target_parameters=lora.target_parameters,
         modules_to_save=lora.modules_to_save and list(lora.modules_to_save),  # PEFT adds to it
-        ensure_weight_tying=bool(lora.modules_to_save) and _is_tied(model),
+        ensure_weight_tying=bool(lora.modules_to_save),  # where they are tied
         exclude_modules=MAMBA_WEIGHTS if bypassed else None,
         auto_mapping={"base_model_class": type(model).__name__},  # for `load_adapters`
     )  # fmt: skip
@@ -76,17 +76,6 @@ def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
         names = [] if isinstance(names, str) else names  # a pattern: PEFT refuses it itself
         if missing := [n for n in names if not any(f".{k}".endswith(f".{n}") for k in known)]:
             raise UserError(f"lora.{key}: {type(model).__name__} has no {', '.join(missing)}")
-
-
-def embedding_names(model: PreTrainedModel) -> list[str]:
-    """The input embeddings and the head, as `lora.modules_to_save` names them."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is e for e in ends)]
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    return cast(Any, head) is not None and head.weight is embeddings.weight
 
 
 def base_of(model: nn.Module) -> Any:
@@ -140,11 +129,10 @@ def load_adapters(
         UserError: they are absent, damaged or made for another model; to train, they are no LoRA;
             or the base is in 8 bits, which PEFT's DoRA cannot read.
     """
-    from peft import PeftConfig, PeftModel
-    from peft.utils import load_peft_weights
+    from peft import PeftConfig, PeftModelForCausalLM
 
-    what, base = f"{'lora.adapter: ' * is_trainable}{name}", str(model.name_or_path)
-    with explained(what, base), _quiet():
+    what = f"{'lora.adapter: ' * is_trainable}{name}"
+    with explained(what), _quiet():
         name = resolve(str(name))
         config: Any = PeftConfig.from_pretrained(name)
         if is_trainable and config.peft_type != "LORA":
@@ -154,11 +142,10 @@ def load_adapters(
         made_for = (config.auto_mapping or {}).get("base_model_class")
         if made_for not in {None, type(model).__name__}:  # other layers of the same shapes
             raise ValueError("size mismatch: another architecture")
-        adapted = PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
-        # PEFT ignores layers that the base lacks, and only warns of those that the adapter lacks.
-        made = [key for key, _ in adapted.named_parameters(remove_duplicate=False)]
-        saved = load_peft_weights(name, device="cpu")
-        if sum("lora_" in key for key in made) != sum("lora_" in key for key in saved):
+        config.inference_mode = not is_trainable
+        adapted = PeftModelForCausalLM(model, config)
+        loaded = adapted.load_adapter(name, "default", is_trainable=is_trainable)
+        if loaded.missing_keys or loaded.unexpected_keys:  # which PEFT only reports
             raise ValueError("size mismatch: a different number of layers")
         check_numbers(adapted, what)
     return cast(PreTrainedModel, adapted)
@@ -182,11 +169,11 @@ def _quiet() -> Generator[None]:
 
     PEFT 0.21 reads a deprecated attribute of transformers 5.23, and looks among the layers for the
     experts that it adapts as parameters. Torch warns that weights are not copied into a model on
-    `meta`. That keys are missing is an error in `load_adapters`. PEFT sets fan_in_fan_out itself
-    (GPT-2), and src/tools/export.py unties tied layers before it merges.
+    `meta`. PEFT sets fan_in_fan_out itself (GPT-2), and src/tools/export.py unties tied layers
+    before it merges.
     """
-    ignored = "The following (rank|alpha)_pattern|for .*: copying from a non-meta|Found missing"
-    ignored += "|fan_in_fan_out is set|Model (has|with) `tie_word"
+    ignored = "The following (rank|alpha)_pattern|for .*: copying from a non-meta"
+    ignored += "|fan_in_fan_out is set|Model (has|with) `tie_word|You have requested `ensure_weight"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", ignored)

@@ -12,7 +12,7 @@ ABSENT = (
     "is not on this machine and could not be fetched: check the name, the network, HF_HUB_OFFLINE "
     "and HF_TOKEN (in the environment or .env), or give a local folder"
 )
-ANOTHER = "was made for another model than BASE"
+ANOTHER = "was made for another base model"
 # What a library's message contains, in lower case, and what to say instead.
 ADVICE = {
     "gated repo": "is gated: ask for access on its page at huggingface.co, then put your token "
@@ -31,12 +31,11 @@ ADVICE = {
 
 
 @contextmanager
-def explained(what: str, base: str = "") -> Generator[None]:
+def explained(what: str) -> Generator[None]:
     """Turn the many ways in which reading or saving a model fails into one line for the user.
 
     Args:
         what: the key or option that named the model, and its name: `model.name: org/name`.
-        base: the model that an adapter is loaded on.
 
     Raises:
         UserError: for any exception.
@@ -48,8 +47,7 @@ def explained(what: str, base: str = "") -> Generator[None]:
     except Exception as error:  # noqa: BLE001 - each library raises its own kinds
         text = str(error).lower()
         advice = (advice for sign, advice in ADVICE.items() if sign in text)
-        line = next(advice, f"cannot be used: {first_line(error)}")
-        raise UserError(f"{what} {line.replace('BASE', base)}") from None
+        raise UserError(f"{what} {next(advice, f'cannot be used: {first_line(error)}')}") from None
 
 
 def check_numbers(model: nn.Module, what: str) -> None:

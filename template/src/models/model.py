@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from src.config import LoraConfig, ModelConfig
 from src.data.encoding import stop_token_ids
-from src.models.adapters import add_adapters, embedding_names
+from src.models.adapters import add_adapters
 from src.models.loading import check_numbers, explained, resolve
 from src.utils.environment import from_root
 from src.utils.errors import UserError
@@ -32,10 +32,9 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
             its tokens begin in the text.
     """
     tokenizer = _from_pretrained(AutoTokenizer, config)
-    if tokenizer is None or not tokenizer.is_fast:
-        raise UserError(f"model.name: {config.name}: needs a fast tokenizer (a tokenizer.json)")
-    if tokenizer.eos_token is None:
-        raise UserError(f"model.name: {config.name}: its tokenizer has no EOS token to stop at")
+    if tokenizer is None or not tokenizer.is_fast or tokenizer.eos_token is None:
+        needed = "a fast tokenizer (a tokenizer.json) with an EOS token to stop at"
+        raise UserError(f"model.name: {config.name}: needs {needed}")
     if config.chat_template or tokenizer.chat_template is None:
         template = from_root(config.chat_template or DEFAULT_CHAT_TEMPLATE)
         tokenizer.chat_template = template.read_text(encoding="utf-8")
@@ -77,7 +76,7 @@ def build_model(
             f"model.name: {config.name}: its tokenizer has {len(tokenizer)} tokens but the model "
             f"only {rows} embeddings. If you added tokens, call model.resize_token_embeddings("
             "len(tokenizer)), save both in a folder, name that, and with LoRA train the new rows: "
-            f"lora.modules_to_save=[{','.join(embedding_names(model))}]"
+            "lora.modules_to_save=[embed_tokens,lm_head]"
         )
     if config.quantization != "none":
         _check_quantized(model, config)

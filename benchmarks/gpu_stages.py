@@ -397,21 +397,20 @@ def settled(c: Campaign, model: Any, rows: int, length: int, checkpointing: bool
     import torch
 
     from src.config import Config, DataConfig, ModelConfig, TrainingConfig
-    from src.models.head import find_plain_head
-    from src.training.auto import settle
+    from src.training.auto import prepare_layers
     from src.training.checkpoint import Training
-    from src.training.loss import Objective
     from src.training.optimizer import make_optimizer
+    from src.training.trainer import as_objective
 
     device, settings = torch.device(c.device), TrainingConfig(batch_size=rows)
-    objective = Objective(model, find_plain_head(model, device, torch.bfloat16))
+    objective = as_objective(model, device, torch.bfloat16)
     config = Config(
         output_dir="unused", training=settings, data=DataConfig(train="unused", max_length=length),
         model=ModelConfig(name="unused", gradient_checkpointing=checkpointing),
     )  # fmt: skip
     scaler = torch.amp.GradScaler(c.device, enabled=False)
     training = Training(model, make_optimizer(model, settings), scaler, {})
-    settle(config, objective, training, True, 100_000, torch.bfloat16)
+    prepare_layers(config, objective, training, True, 100_000)
     return objective
 
 

@@ -51,9 +51,8 @@ def answer_outside_of_autocast(template: Path) -> None:
     replace(template / "src/models/generation.py", cast, "")
 
 
-def evaluate_without_casts(template: Path) -> None:
-    both = "without_input_casts(objective.model), autocast(device, dtype)"
-    replace(template / "src/training/trainer.py", both, "without_input_casts(objective.model)")
+def compute_the_loss_without_casts(template: Path) -> None:
+    replace(template / "src/training/loss.py", "autocast(device, self.dtype), ", "")
 
 
 def ask_for_determinism_late(template: Path) -> None:
@@ -120,7 +119,7 @@ ON_A_GPU = [
     (wait_for_the_gpu_within_a_step, STEP),
     (leave_a_tensor_on_the_cpu, FORWARD),
     (answer_outside_of_autocast, ROAD),
-    (evaluate_without_casts, ROAD),
+    (compute_the_loss_without_casts, ROAD),
     (ask_for_determinism_late, ORDER),
 ]
 

@@ -6,7 +6,6 @@ of scripts/train.py (default: configs/train.yaml).
 """
 
 from src.config import Config, from_command_line
-from src.utils.errors import UserError
 from src.utils.script import between, make_parser, run_script
 
 # GiB that a GPU of this name has, a little less than its makers say, and its dense bf16 TFLOP/s.
@@ -22,13 +21,14 @@ def main(arguments: list[str]) -> None:
     parser = make_parser(__doc__)
     parser.usage = "%(prog)s [CONFIG] [key=value ...] [--gpu GPU] [--mfu SHARE]"
     sizes = f"24GB, or one of {', '.join(GPUS)} (default: the GPU of this machine)"
-    parser.add_argument("--gpu", help=f"the GPU to plan for: its memory, such as {sizes}")
+    text = f"the GPU to plan for: its memory, such as {sizes}"
+    parser.add_argument("--gpu", type=size_of_gpu, default=(None, None), help=text)
     text = "share of the GPU's peak speed that training uses (default: %(default)s)"
     share = between(1e-9, 1, float)
     parser.add_argument("--mfu", metavar="SHARE", type=share, default=0.4, help=text)
     options, rest = parser.parse_known_args(arguments)
     config, _ = from_command_line(rest)
-    total, tflops = _size(options.gpu) if options.gpu else (None, None)
+    total, tflops = options.gpu
 
     import torch
 
@@ -39,28 +39,21 @@ def main(arguments: list[str]) -> None:
     if total is None and torch.cuda.is_available():
         total = gpu_memory()["total"]
         tflops = matmul_rate(torch.device("cuda"), torch.bfloat16) / 1e12
-    _print_memory(config, total)
-    print(_describe_cost(config, tflops, options.mfu))
+    _print_memory(config, float("inf") if total is None else total)
+    _print_cost(config, tflops, options.mfu)
 
 
-def _size(text: str) -> tuple[float, float | None]:
+def size_of_gpu(text: str) -> tuple[float, float | None]:
     """GiB and TFLOP/s of `24GB`, `24` or `h100`; of a size alone the speed is not known."""
-    name = text.lower().removeprefix("rtx").lstrip(" -")
-    try:
-        gib = float(name.removesuffix("gb").removesuffix("gib"))
-    except ValueError:
-        gib = 0.0
-    if name not in GPUS and not 1 <= gib < 10_000:
-        names = ", ".join(GPUS)
-        raise UserError(f"--gpu {text}: neither a size such as 24GB nor one of {names}")
-    return GPUS.get(name, (gib, None))
+    name = text.lower()
+    return GPUS.get(name) or (float(name.removesuffix("gb")), None)
 
 
-def _print_memory(config: Config, total: float | None) -> None:
+def _print_memory(config: Config, total: float) -> None:
     """Print the peak and its parts, what `auto` means for it, and whether it fits."""
-    from src.training.plan import MAX_BATCH, cheapest_that_fits, largest_batch, plan_for
+    from src.training.plan import cheapest_that_fits, largest_batch, plan_for
 
-    settled, planned = plan_for(config, float("inf") if total is None else total)
+    settled, planned = plan_for(config, total)
     for part, gib in vars(planned).items():
         print(f"{part.removesuffix('_gib'):<12} {gib:8.2f} GiB")
     if config.model.gradient_checkpointing == "auto":
@@ -70,36 +63,27 @@ def _print_memory(config: Config, total: float | None) -> None:
     if config.model.compile is not False:
         text = "compiled layers take less (8B LoRA: 40 instead of 62 GiB): an upper bound"
         print(f"model.compile={str(config.model.compile).lower()}: {text}")
-    if total is None:
+    if total == float("inf"):
         return
-    size, fits = largest_batch(config, total), planned.peak_gib <= total
-    largest = f"training.batch_size={size} is the largest that does"
-    if size >= MAX_BATCH:
-        largest = f"training.batch_size={size} fits; nothing larger was tried"
-    elif size == 0:
-        largest = "no training.batch_size does"
-    print(f"{'fits' if fits else 'does not fit'} in {total:g} GiB; {largest}")
+    fits, size = planned.peak_gib <= total, largest_batch(config, total) or "none"
+    verdict = "fits" if fits else "does not fit"
+    print(f"{verdict} in {total:g} GiB; the largest training.batch_size that does: {size}")
     if not fits and (change := cheapest_that_fits(settled, total)):
         print(f"try {change[0]}: {change[1]:.2f} GiB, as planned with it")
 
 
-def _describe_cost(config: Config, tflops: float | None, mfu: float) -> str:
-    """Return the steps, tokens and hours of the run, or the reason why they are not known."""
+def _print_cost(config: Config, tflops: float | None, mfu: float) -> None:
+    """Print the steps and tokens of the run, and its hours where the GPU's speed is known."""
     from src.data.dataset import load_documents
     from src.models.model import load_tokenizer
     from src.training.plan import cost
 
-    try:
-        train, _ = load_documents(config, load_tokenizer(config.model))
-    except UserError as error:
-        return f"steps and hours are not known: {error.problems[0]}"
+    train, _ = load_documents(config, load_tokenizer(config.model))
     steps, tokens, flops = cost(config, train)
-    text = f"{steps:,} steps, {tokens:,} tokens"
-    if tflops is None:
-        return text
-    hours = flops / (tflops * 1e12 * mfu) / 3600
-    time = f"{hours:.3g} hours" if hours >= 0.02 else "about a minute or less"
-    return f"{text}; {time} at {mfu:.0%} of {tflops:,.0f} TFLOP/s"
+    print(f"{steps:,} steps, {tokens:,} tokens")
+    if tflops:
+        hours = flops / (tflops * 1e12 * mfu) / 3600
+        print(f"{hours:.3g} hours at {mfu:.0%} of {tflops:,.0f} TFLOP/s")
 
 
 if __name__ == "__main__":

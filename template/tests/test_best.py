@@ -62,7 +62,7 @@ def test_the_best_evaluated_weights_are_the_result(train, worse, lora, save_ever
         next((folder / f"checkpoints/step-{best:08d}/weights").iterdir()).write_bytes(b"")
         shutil.rmtree(folder / "final")
         train(*options, "training.resume=auto")
-        gone = f"step 8 of 8, the last step, as the checkpoint of the best one, {best}, is gone or damaged"
+        gone = f"step 8 of 8, the last step, as step-{best:08d}, the best one, is gone or damaged"
         assert gone in capsys.readouterr().out
 
 

@@ -14,12 +14,10 @@ from conftest import ROOT, SMOKE, chat, load_model, tokens
 from src.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from src.data.batching import collate_packed, full_batch, to_device
 from src.models.attention import varlen_attention
-from src.models.head import find_plain_head
-from src.training.auto import settle, try_microbatches
+from src.training.auto import prepare_layers, try_microbatches
 from src.training.checkpoint import Training
-from src.training.loss import Objective
 from src.training.optimizer import make_optimizer
-from src.training.trainer import StepResult, evaluate, training_steps
+from src.training.trainer import StepResult, as_objective, evaluate, training_steps
 from src.utils.memory import GIB, gpu_memory, print_gpu_memory
 
 pytestmark = [
@@ -239,7 +237,7 @@ def test_auto_recomputes_as_few_layers_as_a_small_card_needs(tokenizer, tmp_path
     peaks, total = {}, torch.cuda.mem_get_info()[1] / GIB
     for checkpointing in (True, False, "auto"):
         model = load(tmp_path, tokenizer, init="random", gradient_checkpointing=checkpointing)
-        objective = Objective(model, find_plain_head(model, GPU, torch.bfloat16))
+        objective = as_objective(model, GPU, torch.bfloat16)
         training = Training(model, make_optimizer(model, TrainingConfig()), GradScaler("cuda"), {})
         if checkpointing == "auto":
             room = (peaks[True] + peaks[False]) / 2
@@ -249,10 +247,10 @@ def test_auto_recomputes_as_few_layers_as_a_small_card_needs(tokenizer, tmp_path
                 model=ModelConfig(name="-", compile=False),
                 training=TrainingConfig(batch_size=4), **settings,
             )  # fmt: skip
-            settle(config, objective, training, True, 10, torch.bfloat16)
+            prepare_layers(config, objective, training, True, 10)
         batch = to_device(full_batch(4, 2048, packing=True), GPU)
         try:
-            trial = try_microbatches(objective, training, [batch], torch.bfloat16)
+            trial = try_microbatches(objective, training, [batch])
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         peaks[checkpointing] = trial.peak

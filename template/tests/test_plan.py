@@ -34,7 +34,7 @@ def configured(*overrides: str) -> Config:
 @pytest.mark.usefixtures("formula")
 def test_the_largest_batch_fits_and_a_larger_one_does_not() -> None:
     config = configured(NO_CHECKPOINTING)
-    assert [largest_batch(config, gib) for gib in (2.9, 20.99, 21, 9999)] == [0, 18, 19, 1024]
+    assert [largest_batch(config, gib) for gib in (2.9, 20.99, 21)] == [0, 18, 19]
     assert largest_batch(configured(), 3) == 4, "auto can recompute every layer"
 
 
@@ -57,25 +57,20 @@ def printed(capsys, *arguments: str) -> str:
 
 
 @pytest.mark.usefixtures("formula")
-def test_the_script_says_what_fits_what_would_fit_and_what_auto_will_do(tmp_path, capsys) -> None:
+def test_the_script_says_what_fits_what_would_fit_and_what_auto_will_do(capsys) -> None:
     page = printed(capsys, "--gpu", "7")
     gib = [float(size) for size in re.findall(r"^\w+ +([\d.]+) GiB$", page, re.MULTILINE)]
     assert gib == [1, 0, 0, 4, 1, 6]
     assert "model.gradient_checkpointing=auto: planned with no layer recomputed" in page
     assert "model.compile=auto: compiled layers take less" in page
-    assert "fits in 7 GiB; training.batch_size=20 is the largest that does" in page
+    assert "fits in 7 GiB; the largest training.batch_size that does: 20" in page
     assert "=auto: planned with every layer recomputed" in printed(capsys, "--gpu", "5")
     page = printed(capsys, "--gpu", "h100", NO_CHECKPOINTING, "model.compile=false")
-    assert "fits in 79 GiB; training.batch_size=77 is the largest that does" in page
+    assert "fits in 79 GiB; the largest training.batch_size that does: 77" in page
     assert "auto" not in page
     page = printed(capsys, "--gpu", "2.2")
-    assert "does not fit in 2.2 GiB; no training.batch_size does" in page
+    assert "does not fit in 2.2 GiB; the largest training.batch_size that does: none" in page
     assert re.search(r"^try .* data.max_length=64: 2\.12 GiB, as planned with it", page, re.M)
-    page = printed(capsys, "--gpu", "9999gib")
-    assert "fits in 9999 GiB; training.batch_size=1024 fits; nothing larger was tried" in page
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    page = printed(capsys, f"model.name={tmp_path}", "model.init=pretrained")
-    assert "steps and hours are not known: model.name" in page, "without a tokenizer"
 
 
 @pytest.mark.usefixtures("formula")
@@ -88,7 +83,7 @@ def test_steps_tokens_and_hours_of_the_run_are_those_that_training_counts(
     token, label = count_flops(make_model(), rows.lengths)
     all_tokens = rows.lengths.sum()
     flops = 40 * (token * all_tokens + label * rows.facts.labelled_tokens)
-    counted = re.search(r"^(\d+) steps, ([\d,]+) tokens; ([\d.]+) hours at", page, re.M)
+    counted = re.search(r"^(\d+) steps, ([\d,]+) tokens\n([\d.]+) hours at", page, re.M)
     assert counted
     assert int(counted[2].replace(",", "")) == 40 * all_tokens
     assert float(counted[3]) == pytest.approx(flops / (1e-6 * 989e12) / 3600, rel=0.01)
@@ -103,12 +98,9 @@ def test_help_shows_usage_and_defaults_and_unknown_words_are_refused(capsys, ref
     assert "[CONFIG] [key=value ...] [--gpu GPU] [--mfu SHARE]" in page
     for default in ("configs/train.yaml", "the GPU of this machine", "0.4"):
         assert f"(default: {default})" in page
-    assert scripts.plan._size("RTX 4090") == scripts.plan._size("4090") == (23.5, 165)
-    for size in ("big", "0GB", "nan"):
-        (line,) = refused(scripts.plan.main, SMOKE, "--gpu", size)
-        assert line.startswith(f"--gpu {size}: neither a size")
-    with pytest.raises(SystemExit, match="2"):
-        scripts.plan.main([SMOKE, "--mfu", "2"])
+    for wrong in (["--gpu", "big"], ["--mfu", "2"]):
+        with pytest.raises(SystemExit, match="2"):
+            scripts.plan.main([SMOKE, *wrong])
     assert "unknown key" in refused(scripts.plan.main, SMOKE, "lora.rr=1")[0]
 
 

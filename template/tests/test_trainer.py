@@ -24,9 +24,8 @@ CPU = torch.device("cpu")
 
 
 def take_step(model, window: list[dict], optimizer, clip: float | None = None) -> StepResult:
-    dtype = torch.float32
-    objective = as_objective(model, CPU, dtype)
-    return train_step(objective, window, optimizer, None, CPU, max_grad_norm=clip, dtype=dtype)
+    objective = as_objective(model, CPU, torch.float32)
+    return train_step(objective, window, optimizer, None, CPU, max_grad_norm=clip)
 
 
 def gradients(model, window: list[dict]) -> torch.Tensor:

@@ -103,9 +103,9 @@ def test_out_of_memory_says_what_took_it_and_what_to_try(train, monkeypatch) -> 
     with pytest.raises(RunError, match=r"out of memory: weights .* GiB, gradients") as error:
         train()
     for change in (
-        "(1) model.gradient_checkpointing=true (now auto",  # which recomputes nothing on a CPU
-        "(2) training.optimizer=adamw8bit (now adamw)",
-        "(3) training.batch_size=2 training.gradient_accumulation_steps=2 (now 4 and 1",
+        "(1) training.optimizer=adamw8bit; ",
+        "(2) training.batch_size=2 training.gradient_accumulation_steps=2; ",
+        "(3) data.max_length=64",
     ):
         assert change in str(error.value)
 
@@ -114,8 +114,8 @@ def test_every_setting_that_is_advised_is_accepted_and_no_longer_advised(configu
     for overrides in (["model.init=random"], [], ["training.batch_size=1", "lora.r=4"]):
         config, done = configure("data.max_length=32", *overrides), []
         while advised := next_settings(config):
-            config = changed(config, advised[0][0])
-            done.append(advised[0][0].partition("=")[0])
+            config = changed(config, advised[0])
+            done.append(advised[0].partition("=")[0])
         assert "data.max_length" in done
         assert len(done) < 12
 

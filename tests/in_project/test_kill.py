@@ -25,7 +25,7 @@ from src.training.optimizer import make_optimizer
 from src.training.report import Recorder
 from src.training.signals import StopSignal
 from src.training.speed import Speed
-from src.training.trainer import train_epoch
+from src.training.trainer import as_objective, train_epoch
 
 SAVE_EVERY, STEPS = 5, 25
 # About half a second each; the template's own CI asks for more.
@@ -69,7 +69,7 @@ def train_child(model: LlamaForCausalLM, ids: torch.Tensor, output: Path) -> Non
     optimizer, scaler = make_optimizer(model, config.training), torch.amp.GradScaler(enabled=False)
     training = Training(model, optimizer, scaler, identify(config, Facts()))
     torch.manual_seed(1)
-    path, _ = find_checkpoint("auto", output / "checkpoints")
+    path = find_checkpoint("auto", output / "checkpoints")
     if path:
         load_checkpoint(training, path)
     done = os.open(output.with_suffix(".done"), os.O_RDWR | os.O_CREAT)
@@ -88,9 +88,10 @@ def train_child(model: LlamaForCausalLM, ids: torch.Tensor, output: Path) -> Non
     run.training_steps = watched
     data: Any = SimpleNamespace(left_out=Path(os.devnull), facts=Facts())
     loader: Any = Batches(ids)
+    objective = as_objective(model, torch.device("cpu"), torch.float32)
     with Recorder(config, written, training.state, STEPS, (data, None)) as recorder:
         parts = run.Run(
-            config=config, tokenizer=data, objective=model, training=training, train=loader, evaluation=None,
+            config=config, tokenizer=data, objective=objective, training=training, train=loader, evaluation=None,
             dtype=torch.float32, speed=Speed(1, 1, 1), total_steps=STEPS, recorder=recorder,
         )  # fmt: skip
         with StopSignal([]) as stop:

@@ -9,9 +9,7 @@ import torch
 from conftest import SMOKE
 from src.config import Config, load_config
 from src.data.batching import full_batch
-from src.models.adapters import without_input_casts
 from src.models.head import CHUNK
-from src.training.loss import Objective
 from src.training.optimizer import make_optimizer
 from src.training.plan import (
     ByteCounter,
@@ -109,21 +107,20 @@ def test_what_is_counted_without_data_is_what_lives_with_it(
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     model = make_model(lora, dtype=kind, gradient_checkpointing=checkpointing)
     model.set_attn_implementation("sdpa")
-    head = as_objective(model, CPU, kind).head._replace(chunk=CHUNK)
+    objective = as_objective(model, CPU, kind)
+    objective.head = objective.head._replace(chunk=CHUNK)
     overrides = [f"model.name={saved_model}", "model.init=pretrained", "data.max_length=64"]
     overrides += ["lora.r=4", "lora.alpha=8"] * lora + ["model.attention=sdpa"]
     overrides += [f"model.dtype={dtype}", CHECKPOINTING if checkpointing else NO_CHECKPOINTING]
     config, _ = load_config(SMOKE, overrides)
     batch = full_batch(config.training.batch_size, 64, packing=True, labelled=0.5)
     optimizer, tracker = make_optimizer(model, config.training), ByteCounter()
-    with without_input_casts(model), tracker:
+    with tracker:
         for tensor in [*model.parameters(), *model.buffers()]:
             tracker.count(tensor)
         for _ in range(2):
             tracker.peaks = [0, 0]
-            train_step(
-                Objective(model, head), [batch], optimizer, None, CPU, max_grad_norm=1.0, dtype=kind
-            )
+            train_step(objective, [batch], optimizer, None, CPU, max_grad_norm=1.0)
     planned = plan(config)
     peak = planned.peak_gib - planned.overhead
     assert peak == pytest.approx(max(tracker.peaks) / GIB, rel=0.1)

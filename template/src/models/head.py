@@ -28,7 +28,7 @@ def head_of(model: nn.Module) -> Any:
 
 
 class PlainHead(NamedTuple):
-    """A model whose logits are one linear layer on its backbone's last hidden state."""
+    """A model whose logits are its backbone's last hidden state times one weight."""
 
     backbone: nn.Module
     linear: nn.Linear
@@ -39,7 +39,7 @@ class PlainHead(NamedTuple):
 
 @torch.no_grad()
 def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) -> PlainHead | None:
-    """The model's backbone and head, if the head is nothing but a linear layer.
+    """The model's backbone and head, if the head is nothing but a linear layer without bias.
 
     Some models scale or cap their logits (Gemma 2, Granite, Cohere), scale the head's input, or
     adapt the head. No list of names is kept: a hook watches the head on eight tokens. The head's
@@ -49,7 +49,7 @@ def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) 
     base = base_of(model)
     head = head_of(base)
     backbone = getattr(base, "base_model", base)
-    if type(head) is not nn.Linear or backbone is base:
+    if type(head) is not nn.Linear or head.bias is not None or backbone is base:
         return None
     row, seen = short_row(0), {}
     if base.config._attn_implementation != "varlen":  # linear attention refuses a packed row

@@ -83,7 +83,7 @@ def build_model(
     set_generation_config(model, tokenizer)
     if lora is not None:
         model = add_adapters(model, lora)
-    if config.gradient_checkpointing is True:  # `auto` is settled in src/training/auto.py
+    if config.gradient_checkpointing is True:  # `auto` is decided in src/training/auto.py
         checkpoint_layers(model, config)
     return model.train()  # from_pretrained leaves it in evaluation mode
 

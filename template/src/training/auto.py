@@ -17,21 +17,18 @@ from torch import nn
 
 from src.config import Config
 from src.data.batching import full_batch, to_device
-from src.models.adapters import without_input_casts
 from src.models.model import checkpoint_layers, compile_layers, decoder_layers, recompute_first
 from src.training import strategy
 from src.training.checkpoint import Training
 from src.training.loss import chunk_gradient
 from src.training.optimizer import MOMENTS
 from src.training.report import say
-from src.utils.device import autocast
 from src.utils.distributed import WORLD_SIZE, gather, on_main
 from src.utils.errors import first_line
 from src.utils.memory import GIB, clear_memory, gpu_memory, print_gpu_memory
 
 COMPILE_SECONDS = 25.0  # once; 13 to 22 were measured on an H200
 SAVED = 0.2  # share of a step's time that compiled layers save; 0.21 was measured there
-MAX_TRIES = 6  # trials to choose how many layers are recomputed; three or four usually suffice
 MARGIN = 0.94  # share of the memory to plan with: fragmentation takes some of the rest
 
 
@@ -44,10 +41,9 @@ class Trial:
     seconds: float  # of the last microbatch
 
 
-def settle(
-    config: Config, objective: nn.Module, training: Training, packing: bool, steps: int,
-    dtype: torch.dtype,
-) -> None:  # fmt: skip
+def prepare_layers(
+    config: Config, objective: nn.Module, training: Training, packing: bool, steps: int
+) -> None:
     """Compile the layers, and recompute some of them, as the config says; `auto` measures.
 
     Args:
@@ -56,47 +52,48 @@ def settle(
         training: the same model, with its optimizer.
         packing: whether rows are packed: then all microbatches have one shape.
         steps: how many are left.
-        dtype: dtype of matmuls.
 
     Raises:
         torch.OutOfMemoryError: a full microbatch does not fit.
     """
     model, accumulation = training.model, config.training.gradient_accumulation_steps
-    layers, recomputed, peak = len(decoder_layers(model)), 0, 0.0
-    fitting, undecided = _is_open(config, model, packing)
-    compiling = config.model.compile is True
     if model.device.type == "cuda":
         clear_memory()
         on_main(print_gpu_memory, "memory    ", model.device)  # after loading
+    fitting, undecided = _undecided(config, model, packing)
+    compiling = config.model.compile is True
     if steps <= 0 or not (fitting or undecided or compiling):
         return
     batch = full_batch(config.training.batch_size, config.data.max_length, packing)
-    window = [to_device(batch, model.device)] * min(accumulation, 2)
-    attempt = partial(try_microbatches, objective, training, window, dtype)
-    moments = _gib_of_missing_moments(config, training)
-    total = memory_limit(model.device) if fitting else math.inf
-    recompute = partial(recompute_first, model)
-    choose = partial(choose_layers, attempt, recompute, layers, MARGIN * total - moments)
+    batches = [to_device(batch, model.device)] * min(accumulation, 2)
+    attempt = partial(try_microbatches, objective, training, batches)
     if fitting:
         checkpoint_layers(model, config.model)
     if undecided:
         attempt()  # loads the kernels
         compiling = _is_worth_compiling(attempt().seconds * accumulation * steps)
-    if fitting:
-        recomputed, peak = choose()
+    if not fitting:
+        if compiling:
+            compile_all(objective, attempt)
+        clear_memory()
+        return
+    layers, total = len(decoder_layers(model)), memory_limit(model.device)
+    moments = _gib_of_missing_moments(config, training)
+    recompute = partial(recompute_first, model)
+    choose = partial(choose_layers, attempt, recompute, layers, MARGIN * total - moments)
+    recomputed, peak = choose()
     if compiling:
         if recomputed:  # so that both kinds of layers are compiled, and surely fit
             recompute(max(layers - 1, recomputed))
-        peak = compile_all(objective, attempt) or peak
+        compile_all(objective, attempt)
         if recomputed:  # compiled layers take less
             recomputed, peak = choose()
-    if fitting:
-        figures = f"at most {peak + moments:.1f} of {total:.1f} GiB"
-        say(f"memory     {recomputed} of {layers} layers recomputed: {figures}")
+    figures = f"at most {peak + moments:.1f} of {total:.1f} GiB"
+    say(f"memory     {recomputed} of {layers} layers recomputed: {figures}")
     clear_memory()  # the peak that is logged is then that of training
 
 
-def _is_open(config: Config, model: Any, packing: bool) -> tuple[bool, bool]:
+def _undecided(config: Config, model: Any, packing: bool) -> tuple[bool, bool]:
     """Whether to choose how many layers are recomputed, and whether they are compiled.
 
     Not every architecture can recompute layers one by one. Compiled layers must be known to be
@@ -105,35 +102,30 @@ def _is_open(config: Config, model: Any, packing: bool) -> tuple[bool, bool]:
     before, however many steps are left.
     """
     settings, layers = config.model, decoder_layers(model)
-    if model.device.type != "cuda" or not layers:
-        return False, False
+    on_gpu = model.device.type == "cuda" and bool(layers)
     each = all(hasattr(layer, "gradient_checkpointing") for layer in layers)
     can_recompute = each and model.supports_gradient_checkpointing
     may_compile = packing and settings.quantization != "8bit" and not config.deterministic
     return (
-        settings.gradient_checkpointing == "auto" and can_recompute,
-        settings.compile == "auto" and may_compile,
+        on_gpu and settings.gradient_checkpointing == "auto" and can_recompute,
+        on_gpu and settings.compile == "auto" and may_compile,
     )
 
 
 def _is_worth_compiling(seconds: float) -> bool:
     """Whether compiling saves more time than it costs in a run of so many seconds."""
     worth = SAVED * seconds > COMPILE_SECONDS
-    run = f"{seconds / 60:,.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-    cost = f"training takes {run} without it, compiling {COMPILE_SECONDS:.0f} seconds once"
-    say(f"compile    {'yes' if worth else 'no'}: {cost}")
+    cost = f"{seconds / 60:,.0f} minutes without it, compiling {COMPILE_SECONDS:.0f} seconds once"
+    say(f"compile    {'yes' if worth else 'no'}: training takes {cost}")
     return worth
 
 
-def compile_all(objective: nn.Module, attempt: Callable[[], Trial]) -> float | None:
+def compile_all(objective: nn.Module, attempt: Callable[[], Trial]) -> None:
     """Compile the layers and the loss, and try them; if that fails, run eagerly from here on.
 
     There may be no C compiler or no Triton, or Dynamo or Inductor cannot compile this architecture,
     perhaps in the backward pass only. Processes on unlike machines may not agree on that: then
     those that can compile wait for the others until `training.timeout`.
-
-    Returns:
-        GiB at the peak of compiled microbatches; None if nothing is compiled.
     """
     bare = strategy.unwrapped(objective)
     compile_layers(bare.model)
@@ -141,15 +133,14 @@ def compile_all(objective: nn.Module, attempt: Callable[[], Trial]) -> float | N
         bare.head = bare.head._replace(gradient=torch.compile(chunk_gradient))
     started = time.perf_counter()
     try:
-        peak = attempt().peak
+        attempt()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - Dynamo, Inductor and Triton raise many types
         torch.compiler.set_stance("force_eager")
         say(f"compile    failed, so nothing is compiled: {first_line(error)}")
-        return None
-    say(f"compile    done in {time.perf_counter() - started:.0f} seconds")
-    return peak
+    else:
+        say(f"compile    done in {time.perf_counter() - started:.0f} seconds")
 
 
 def choose_layers(
@@ -157,7 +148,8 @@ def choose_layers(
 ) -> tuple[int, float]:
     """Recompute the fewest layers that stay within a limit; their number, and GiB at the peak.
 
-    Recomputing all but one shows what a layer keeps, and so which number to try next.
+    Recomputing all but one shows what a layer keeps, and so which number to try next; three or
+    four trials usually suffice.
 
     Args:
         attempt: runs full microbatches.
@@ -172,9 +164,7 @@ def choose_layers(
     every = attempt()
     fits, fails, peak, each = layers, -1, every.peak, math.inf  # counts; GiB; GiB a layer
     count = layers - 1
-    for _ in range(MAX_TRIES):
-        if count >= fits:
-            break
+    while fails < count < fits:
         recompute(count)
         try:
             trial = attempt()
@@ -195,26 +185,24 @@ def choose_layers(
 
 
 def try_microbatches(
-    objective: nn.Module, training: Training, window: list[dict[str, Any]], dtype: torch.dtype
+    objective: nn.Module, training: Training, batches: list[dict[str, Any]]
 ) -> Trial:
     """Forward and backward pass of each microbatch, without a step; random states are restored.
 
-    With accumulation a window has two microbatches: the second runs beside gradients.
+    Given two, the second runs beside gradients, as with accumulation.
     """
     device, held, seconds = training.model.device, 0.0, 0.0
-    on_gpu = device.type == "cuda"
     clear_memory()
     try:
-        with torch.random.fork_rng([device] * on_gpu), without_input_casts(training.model):
-            for batch in window:
+        with torch.random.fork_rng([device] * (device.type == "cuda")):
+            for batch in batches:
                 started = time.perf_counter()
-                with autocast(device, dtype):
-                    loss = objective(batch)
-                held = gpu_memory(device)["allocated"] if on_gpu else 0.0
+                loss = objective(batch)
+                held = torch.cuda.memory_allocated() / GIB  # 0 where CUDA was not started
                 loss.backward()
                 loss.item()  # waits for the GPU
                 seconds = time.perf_counter() - started
-        peak = gpu_memory(device)["peak"] if on_gpu else 0.0
+        peak = torch.cuda.max_memory_allocated() / GIB
     finally:
         training.optimizer.zero_grad(set_to_none=True)
     return Trial(*map(max, zip(*gather((held, peak, seconds)), strict=True)))

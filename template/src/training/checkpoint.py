@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from src.config import Config, LoraConfig, TrainingConfig, flatten
+from src.config import Config, TrainingConfig, flatten
 from src.data.dataset import Facts
 from src.models.adapters import base_of
 from src.utils.distributed import RANK, WORLD_SIZE, barrier, gather, is_main, on_main
@@ -126,22 +126,18 @@ def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
     """Write `folder/step-N`, then prune: the newest `keep` stay, and the best one.
 
     All processes call it: each has random generators of its own, and perhaps shards.
-
-    Raises:
-        RunError: it could not be written, e.g. to a full disk; those before are untouched.
     """
     path = folder / f"step-{training.state.step:08d}"
     training.state.learning_rate = float(training.optimizer.param_groups[0]["lr"])
-    with explain_failed_write(path, folder):
-        with _folder_for_all(path) as temporary:
-            _write(training, temporary)
-        on_main(prune, folder, keep, training.state.best_step)
+    with _folder_for_all(path) as temporary:
+        _write(training, temporary)
+    on_main(prune, folder, keep, training.state.best_step)
     return path
 
 
 @contextmanager
-def explain_failed_write(path: Path, checkpoints: Path) -> Generator[None]:
-    """Say what could not be written, e.g. to a full disk, and from where the run can go on.
+def explain_failed_write(output: Path) -> Generator[None]:
+    """Say why a run could not write into its folder, e.g. to a full disk, and how it goes on.
 
     Raises:
         RunError: instead of what the operating system and the libraries raise.
@@ -153,11 +149,10 @@ def explain_failed_write(path: Path, checkpoints: Path) -> Generator[None]:
             raise
         failures = getattr(error, "failures", {})  # of DCP: the error of each process
         cause = next((cause for cause, _ in failures.values()), error)
-        newest, _ = newest_checkpoint(checkpoints)
-        left = "no checkpoint is left to go on from"
-        if newest:
-            left = f"{newest.name} is whole: make room, then go on with training.resume=auto"
-        raise RunError(f"{path}: could not be written: {first_line(cause)}; {left}") from error
+        raise RunError(
+            f"{output}: could not be written: {first_line(cause)}; earlier checkpoints are whole: "
+            "make room, then go on with training.resume=auto"
+        ) from error
 
 
 @contextmanager
@@ -257,15 +252,13 @@ def load_checkpoint(training: Training, path: Path) -> None:
         _set_random_state(record["random"][RANK])
 
 
-def resume(
-    training: Training, settings: TrainingConfig, checkpoints: Path
-) -> tuple[Path | None, list[str]]:
-    """Load the checkpoint that `training.resume` names, if any; return it, and warnings.
+def resume(training: Training, settings: TrainingConfig, checkpoints: Path) -> Path | None:
+    """Load the checkpoint that `training.resume` names, if any, and return it.
 
     Raises:
         UserError: it is damaged, or of another run.
     """
-    path, warnings = on_main(find_checkpoint, settings.resume, checkpoints)
+    path = on_main(find_checkpoint, settings.resume, checkpoints)
     if path is not None:
         if not settings.resume_despite_changes:
             check_identity(path, training.identity)
@@ -274,40 +267,29 @@ def resume(
             vars(training.state).update(
                 best_loss=float("inf"), best_step=None, evaluations_without_gain=0
             )
-    return path, warnings
+    return path
 
 
-def find_checkpoint(resume: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `training.resume` means, or None to start anew; and warnings.
+def find_checkpoint(resume: str, checkpoints: Path) -> Path | None:
+    """The checkpoint that `training.resume` means; None: start anew.
+
+    Prints a warning for each damaged one that is passed over.
 
     Raises:
-        UserError: the one that is named is damaged, or all of a folder.
+        UserError: none is whole.
     """
     if resume == "never":
-        return None, []
+        return None
     named = checkpoints if resume == "auto" else from_root(resume)
-    for folder in (named, named / checkpoints.name):  # of checkpoints, or of a run
-        if any(folder.glob(STEPS)):
-            path, warnings = newest_checkpoint(folder)
-            if path is None:
-                anew = "training.resume=never with another output_dir starts anew"
-                raise UserError(f"training.resume: no checkpoint under {folder} is whole; {anew}")
-            return path, warnings
-    if resume == "auto":
-        return None, []
-    if damage := find_damage(named):
-        raise UserError(f"training.resume: {resume}: {damage}")
-    return named, []
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a warning for each damaged one that was passed over."""
-    warnings = []
-    for path in sorted(folder.glob(STEPS), reverse=True):
+    paths = [*named.glob(STEPS), *named.glob(f"checkpoints/{STEPS}")]
+    if resume == "auto" and not paths:
+        return None
+    for path in sorted(paths, reverse=True) or [named]:
         if (damage := find_damage(path)) is None:
-            return path, warnings
-        warnings.append(f"{path}: {damage}; skipped")
-    return None, warnings
+            return path
+        print(f"warning: {path}: {damage}")
+    anew = "training.resume=never with another output_dir starts anew"
+    raise UserError(f"training.resume: {named} has no whole checkpoint; {anew}")
 
 
 def find_damage(path: Path, skip_folder: str = "") -> str | None:
@@ -319,9 +301,8 @@ def find_damage(path: Path, skip_folder: str = "") -> str | None:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "no readable manifest"
-    if not isinstance(manifest, dict) or CHECKPOINT not in manifest:
+        manifest[CHECKPOINT]
+    except (OSError, ValueError, KeyError, TypeError):
         return "no readable manifest"
     for name, checksum in manifest.items():
         if Path(name).parts[0] == skip_folder:
@@ -339,14 +320,12 @@ def check_identity(path: Path, identity: dict[str, Any]) -> None:
     Raises:
         UserError: naming each difference.
     """
-    # Keys of lora that were added since the save count as their defaults.
-    saved = flatten({"lora": LoraConfig().model_dump()}) | _record(path)["identity"]
-    despite = ", or set training.resume_despite_changes=true"
+    saved = _record(path)["identity"]
+    undo = "undo it, start in another output_dir, or set training.resume_despite_changes=true"
     if differences := [
-        f"training.resume: {k} was {saved.get(k)} in {path.name} and is {v} now; undo it, or start "
-        "in another output_dir" + despite * (not k.startswith(("lora", "training.optimizer")))
-        for k, v in identity.items()
-        if saved.get(k) != v
+        f"training.resume: {key} was {saved[key]} in {path.name} and is {value} now; {undo}"
+        for key, value in identity.items()
+        if saved.get(key, value) != value  # a later version of the project may have more keys
     ]:
         raise UserError(*differences)
 

@@ -13,11 +13,10 @@ from src.config import Config, changed
 from src.models.model import check_positions, count_before_loading
 from src.training.checkpoint import Training
 from src.training.optimizer import MOMENTS, dtype_of_trained
-from src.training.speed import matmul_rate
 from src.training.strategy import local
 from src.utils.device import cudnn_advice
 from src.utils.errors import RunError, UserError
-from src.utils.memory import GIB, gpu_memory
+from src.utils.memory import GIB
 from src.utils.ranks import WORLD_SIZE
 
 MAX_ON_A_CPU = 2e9  # parameters; above, a step takes minutes and an epoch weeks
@@ -82,13 +81,11 @@ def check_feasible(config: Config, device: torch.device, dtype: torch.dtype, sha
     training, name = config.training, config.model.name
     if device.type == "cpu" and config.device == "auto":
         count = count_before_loading(config.model)
-        tokens = training.batch_size * config.data.max_length * training.gradient_accumulation_steps
         if count > MAX_ON_A_CPU:
-            minutes = 4 * count * tokens / matmul_rate(device, dtype) / 60
             raise UserError(
-                f"device: no GPU here, and {name} has {count / 1e9:.1f} billion parameters: a step "
-                f"would take about {minutes:,.0f} minutes on this CPU. Use a GPU or a smaller "
-                "model, or set device=cpu to train on the CPU nevertheless"
+                f"device: no GPU here, and {name} has {count / 1e9:.1f} billion parameters: each "
+                "step would take minutes on this CPU. Use a GPU or a smaller model, or set "
+                "device=cpu to train on the CPU nevertheless"
             )
     if device.type == "cuda" and config.lora is None:
         needed = gib_held(config, dtype) / shards
@@ -117,17 +114,15 @@ def explain_out_of_memory(config: Config, training: Training) -> Generator[None]
         weights = sum(local(p).nbytes for p in training.model.parameters()) / GIB
         kept = [*training.trained().values(), *training.moments().values()]
         others = sum(local(t).nbytes for t in kept) / GIB
-        memory = gpu_memory()
-        peak = "; peak {peak:.1f} of {total:.1f} GiB".format(**memory) if memory else ""
-        if memory and config.model.gradient_checkpointing == "auto":  # it recomputes all by now
+        peak = torch.cuda.max_memory_allocated() / GIB
+        if config.model.gradient_checkpointing == "auto":  # it recomputes all layers by now
             config = changed(config, "model.gradient_checkpointing=true")
-        changes = [f"{keys} ({now})" for keys, now in next_settings(config)]
-        changes.append("a smaller model, or a GPU with more memory")
+        changes = [*next_settings(config), "a smaller model, or a GPU with more memory"]
         advice = "; ".join(f"({n}) {change}" for n, change in enumerate(changes[:3], 1))
         raise RunError(
             f"out of memory: weights {weights:.1f} GiB, gradients and optimizer {others:.1f} GiB, "
             f"the rest activations of {config.training.batch_size} x {config.data.max_length} "
-            f"tokens{peak}. Try, in this order: {advice}"
+            f"tokens; peak {peak:.1f} GiB. Try, in this order: {advice}"
         ) from None
     except RuntimeError as error:
         if advice := cudnn_advice(error):
@@ -135,23 +130,20 @@ def explain_out_of_memory(config: Config, training: Training) -> Generator[None]
         raise
 
 
-def next_settings(config: Config) -> list[tuple[str, str]]:
-    """Changes that save memory, the one that costs the least first: keys, and their values now."""
+def next_settings(config: Config) -> list[str]:
+    """Changes that save memory, as keys for a command line; the one that costs the least first."""
     model, training, full = config.model, config.training, config.lora is None
     size, window = training.batch_size, training.gradient_accumulation_steps
-    length, bits = config.data.max_length, model.quantization
-    recompute = model.gradient_checkpointing
-    offload = recompute is True and size == 1 and not model.gradient_checkpointing_offload
+    length, recomputes = config.data.max_length, model.gradient_checkpointing is True
+    offload = recomputes and size == 1 and not model.gradient_checkpointing_offload
     fewer = f"training.batch_size={size // 2} training.gradient_accumulation_steps={2 * window}"
-    halved = f"data.max_length={length // 2}"
-    slower = f"now {str(recompute).lower()}; a quarter slower"
-    changes = [
-        (recompute is not True, "model.gradient_checkpointing=true", slower),
-        (offload, "model.gradient_checkpointing_offload=true", "now false; slower"),
-        (full and training.optimizer == "adamw", "training.optimizer=adamw8bit", "now adamw"),
-        (size > 1, fewer, f"now {size} and {window}; the same steps"),
-        (full and model.init == "pretrained", "lora.r=16", "adapters only; now lora=null"),
-        (not full and bits != "4bit", "model.quantization=4bit", f"now {bits}"),
-        (length >= 16, halved, f"now {length}; longer rows are cut"),
-    ]
-    return [(keys, now) for applies, keys, now in changes if applies]
+    changes = {
+        "model.gradient_checkpointing=true": not recomputes,
+        "model.gradient_checkpointing_offload=true": offload,
+        "training.optimizer=adamw8bit": full and training.optimizer == "adamw",
+        fewer: size > 1,
+        "lora.r=16": full and model.init == "pretrained",
+        "model.quantization=4bit": not full and model.quantization != "4bit",
+        f"data.max_length={length // 2}": length >= 16,
+    }
+    return [keys for keys, applies in changes.items() if applies]

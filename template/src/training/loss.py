@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from src.data import IGNORE
 from src.data.batching import MODEL_INPUTS
-from src.models.adapters import base_of
+from src.models.adapters import base_of, without_input_casts
 from src.models.head import PlainHead
+from src.utils.device import autocast
 
 
 def chunk_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,21 +46,28 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 class Objective(nn.Module):
     """A model with its summed loss as forward pass, which DDP and FSDP can wrap.
 
+    Args:
+        model: a causal language model, with or without adapters.
+        dtype: of matmuls, by autocast.
+        head: from `find_plain_head`; None: all logits are computed by the model.
+
     With a plain head the loss calls the backbone and not the model's forward pass: hooks of DDP or
     FSDP around the model would not run. So they wrap this class.
     """
 
-    def __init__(self, model: nn.Module, head: PlainHead | None = None) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, head: PlainHead | None = None) -> None:
         super().__init__()
         self.model: Any = model
-        self.head = head  # from `find_plain_head`
+        self.dtype, self.head = dtype, head
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """As `summed_loss`."""
         for name in {"cu_seq_lens_q", "cu_seq_lens_k"} & batch.keys():
             # The number of documents in a row varies: compile once for any number.
             torch._dynamo.maybe_mark_dynamic(batch[name], 0)
-        return summed_loss(self.model, batch, self.head)
+        device = batch["input_ids"].device
+        with autocast(device, self.dtype), without_input_casts(self.model):
+            return summed_loss(self.model, batch, self.head)
 
     def call(self, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Run `work(model, …)`: see `src.training.strategy.within`."""
@@ -80,10 +88,10 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], head: PlainHead | None)
         return _cross_entropy(_logits_at(model, inputs, positions), targets)
     hidden = head.backbone(**inputs, use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1)[positions]  # (labels, hidden)
-    weight, bias = head.linear.weight, head.linear.bias
+    weight = head.linear.weight
     if not torch.is_grad_enabled():  # else the gradient of a trained weight would be computed here
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, head)
+        weight = weight.detach()
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, head)
 
 
 def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
@@ -95,7 +103,7 @@ def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> T
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """sum(cross_entropy(hidden @ weight.T + bias, targets)), a chunk of rows at a time.
+    """sum(cross_entropy(hidden @ weight.T, targets)), a chunk of rows at a time.
 
     The gradient is (softmax - one_hot) @ weight: known as soon as a chunk's logits are, so the
     forward pass computes it and drops the logits (the idea of Liger's fused head, Hsu et al.
@@ -104,38 +112,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        head: PlainHead,
-    ) -> Tensor:  # fmt: skip
-        # Gradients of weight and bias sum over all chunks, so in fp32: bf16 would round each sum.
-        dtypes = (hidden.dtype, torch.float32, torch.float32)
-        grads = [
-            torch.zeros_like(x, dtype=dtype) if x is not None and x.requires_grad else None
-            for x, dtype in zip((hidden, weight, bias), dtypes, strict=True)
-        ]
-        grad_hidden, grad_weight, grad_bias = grads
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: PlainHead
+    ) -> Tensor:
+        grad_hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
+        grad_weight = None
+        if weight.requires_grad:  # it sums over all chunks, so in fp32: bf16 would round each sum
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = head.gradient or chunk_gradient
         for start in range(0, len(hidden), head.chunk):
             rows = slice(start, start + head.chunk)
             h, target = hidden[rows], targets[rows]
-            if all(grad is None for grad in grads):
-                total += _cross_entropy(F.linear(h, weight, bias), target)
+            if grad_hidden is None and grad_weight is None:
+                total += _cross_entropy(F.linear(h, weight), target)
                 continue
-            loss, delta = gradient(F.linear(h, weight, bias), target)  # (chunk, vocabulary)
+            loss, delta = gradient(F.linear(h, weight), target)  # (chunk, vocabulary)
             total += loss
             if grad_hidden is not None:
                 grad_hidden[rows] = delta @ weight  # autocast would cast weight.T each time
             if grad_weight is not None:
                 grad_weight += delta.T @ h
-            if grad_bias is not None:
-                grad_bias += delta.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
-        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        found = (None if g is None else (g * upstreams[0]).to(dtype) for g, dtype in grads)
-        return *found, None, None
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * upstreams[0]
+        if grad_weight is not None:
+            grad_weight = (grad_weight * upstreams[0]).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None

@@ -9,7 +9,7 @@ Layers repeat. So models of a few layers are measured, and the figures are extra
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from src.data.batching import TokenBudgetSampler, full_batch
 from src.data.dataset import TokenDataset
 from src.models.adapters import add_adapters, base_of, without_input_casts
 from src.models.attention import attend_by_kernel, varlen_attention
-from src.models.head import CHUNK, PlainHead, head_of
+from src.models.head import PlainHead, head_of
 from src.models.model import check_positions, checkpoint_layers, without_weights
 from src.training.fit import next_settings
 from src.training.loss import Objective
@@ -44,7 +44,6 @@ from src.utils.memory import GIB
 
 CPU = torch.device("cpu")  # device of the fake tensors: autocast works there without a GPU
 BLOCK = 512  # bytes; the CUDA allocator rounds up to it
-MAX_BATCH = 1024  # the largest `training.batch_size` that is tried
 OVERHEAD = 1.0  # GiB: the CUDA context, cuBLAS' workspaces and what fragmentation wastes
 
 
@@ -165,17 +164,15 @@ def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
         _make_fake(model)
         weights, counter.peaks = counter.now, [0, 0]  # of the step, not of making the weights
         head, backbone = head_of(model), base_of(model).base_model
-        plain = PlainHead(backbone, head, CHUNK) if type(head) is nn.Linear else None
+        plain = type(head) is nn.Linear and head.bias is None
+        objective = Objective(model, _dtype(config), PlainHead(backbone, head) if plain else None)
         trained = [p for p in model.parameters() if p.requires_grad]
         if settings.gradient_accumulation_steps > 1:
             for p in trained:  # the microbatch before has left gradients
                 p.grad = torch.zeros_like(p)
         # Moments are counted by their formula: 8-bit AdamW asks the host. This steps on nothing.
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], fused=True)
-        train_step(
-            Objective(model, plain), [batch], optimizer, None, CPU, dtype=_dtype(config),
-            max_grad_norm=settings.max_grad_norm,
-        )  # fmt: skip
+        train_step(objective, [batch], optimizer, None, CPU, max_grad_norm=settings.max_grad_norm)
     moments = sum(p.numel() for p in trained) * MOMENTS[settings.optimizer]
     gradients, peaks = sum(p.nbytes for p in trained), np.array(counter.peaks) + moments
     return np.array([weights, gradients, moments, *peaks])
@@ -245,7 +242,7 @@ def plan_for(config: Config, gib: float) -> tuple[Config, Plan]:
 
 
 def largest_batch(config: Config, gib: float) -> int:
-    """The largest `training.batch_size` that fits, up to MAX_BATCH; 0 if none does."""
+    """The largest `training.batch_size` that fits; 0 if none does."""
 
     def peak_of(size: int) -> float:
         return plan(changed(config, f"training.batch_size={size}")).peak_gib
@@ -253,34 +250,27 @@ def largest_batch(config: Config, gib: float) -> int:
     if config.model.gradient_checkpointing == "auto":
         config = changed(config, "model.gradient_checkpointing=true")
     size = config.training.batch_size
-    most, peak = max(size, MAX_BATCH), peak_of(size)
+    peak = peak_of(size)
     slope = (peak_of(2 * size) - peak) / size
-    guess = min(max(size + int((gib - peak) // slope), 1), most)
+    guess = max(size + int((gib - peak) // slope), 1)
     # Memory is not quite linear in small batches: plan once more, near the answer.
-    return min(max(guess + int((gib - peak_of(guess)) // slope), 0), most)
+    return max(guess + int((gib - peak_of(guess)) // slope), 0)
 
 
 def cheapest_that_fits(config: Config, gib: float) -> tuple[str, float] | None:
-    """The cheapest changes that bring the peak below so many GiB, as planned with them.
+    """The first changes, in the order of their cost, that bring the peak below so many GiB.
 
     Returns:
         The keys, for a command line, and the peak then in GiB; None if nothing fits.
     """
-    for keys in _changes(config):
-        if (peak := plan(changed(config, keys)).peak_gib) <= gib:
-            return keys, peak
+    changes: dict[str, str] = {}
+    while options := next_settings(config):
+        keys = options[0]
+        config = changed(config, keys)
+        changes |= dict(pair.split("=") for pair in keys.split())
+        if (peak := plan(config).peak_gib) <= gib:
+            return " ".join(map("=".join, changes.items())), peak
     return None
-
-
-def _changes(config: Config) -> Iterator[str]:
-    """Yield keys for a command line: of one change alone, then of several in their order."""
-    options, values = next_settings(config), {}
-    yield from (keys for keys, _ in options)
-    while options:
-        values |= dict(pair.split("=", 1) for pair in options[0][0].split())
-        keys = " ".join(f"{key}={value}" for key, value in values.items())
-        yield keys
-        options = next_settings(changed(config, keys))
 
 
 def cost(config: Config, data: TokenDataset) -> tuple[int, int, float]:

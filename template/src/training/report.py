@@ -148,15 +148,11 @@ def _warnings(
         )
 
 
-def describe_resume(
-    path: Path | None, warnings: list[str], state: TrainState, config: Config, total_steps: int
-) -> None:
+def describe_resume(path: Path | None, state: TrainState, config: Config, total_steps: int) -> None:
     """Print from where a run goes on, and whether its learning rate jumps there.
 
     The rate follows from the configuration: more epochs stretch a schedule that had ended.
     """
-    for warning in warnings:
-        say(f"warning: {warning}")
     if path is None:
         return
     settings, saved = config.training, state.learning_rate

@@ -17,19 +17,19 @@ from src.data.batching import TokenLoader
 from src.data.dataset import load_documents
 from src.models.model import load_tokenizer, save_model, try_saving
 from src.training import checkpoint, report, strategy
-from src.training.auto import settle
+from src.training.auto import prepare_layers
 from src.training.checkpoint import Training, explain_failed_write, save_checkpoint
 from src.training.fit import check_feasible, choose_strategy, explain_out_of_memory
 from src.training.metrics import draw_curves
 from src.training.optimizer import count_steps, make_optimizer, make_scheduler
 from src.training.samples import check_overfit, make_sampler
 from src.training.signals import StopSignal
-from src.training.speed import Speed, measure_speed
+from src.training.speed import Speed, count_flops, matmul_rate
 from src.training.trainer import StepResult, evaluate, on_cpu, training_steps
 from src.utils import distributed
 from src.utils.device import pick_device, pick_dtype
 from src.utils.environment import from_root
-from src.utils.errors import RunError, UserError
+from src.utils.errors import RunError
 from src.utils.files import RECIPE, free_name, new_folder, only_run_in
 from src.utils.ranks import RANK, WORLD_SIZE
 from src.utils.seed import set_seed
@@ -70,18 +70,18 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
     with distributed.process_group(device, config.training.timeout), only_run_in(output):
         prepared = _prepare(config, written, device, dtype)
         objective, training = prepared.objective, prepared.training
-        start_step, packing = training.state.step, prepared.train.packing
         # From here on a signal waits for the end of a step, so that no training is lost.
         with (
-            explain_failed_write(output, prepared.recorder.checkpoints),
+            explain_failed_write(output),
             StopSignal(command) as stop,
             prepared.recorder,
             explain_out_of_memory(config, training),
         ):
-            settle(config, objective, training, packing, prepared.total_steps - start_step, dtype)
+            steps_left = prepared.total_steps - training.state.step
+            prepare_layers(config, objective, training, prepared.train.packing, steps_left)
             sample = make_sampler(objective, prepared.tokenizer, config, training.state, dtype)
             _train(prepared, stop, sample)
-            _save_result(prepared, start_step)
+            _save_result(prepared)
         if config.training.overfit:
             check_overfit(objective, config, prepared.tokenizer, dtype)
         prepared.recorder.summarise()
@@ -117,11 +117,8 @@ def _prepare(
         set_seed(config.seed + RANK, config.deterministic)
     recorder = report.Recorder(config, written, training.state, total_steps, documents)
     resumed = checkpoint.resume(training, settings, recorder.checkpoints)
-    if training.state.step > total_steps:
-        done = f"{training.state.step} steps are done, and this configuration has {total_steps}"
-        raise UserError(f"training.resume: {done}; a larger training.epochs or max_steps goes on")
-    report.describe_resume(*resumed, training.state, config, total_steps)
-    speed = measure_speed(model, train.dataset.lengths, device, dtype)
+    report.describe_resume(resumed, training.state, config, total_steps)
+    speed = Speed(*count_flops(model, train.dataset.lengths), matmul_rate(device, dtype))
     report.describe(config, model, dtype, train, evaluation, total_steps, speed)
     report.show_example(train, tokenizer)
     return Run(
@@ -150,7 +147,7 @@ def _train(run: Run, stop: StopSignal, sample: Callable[[], None]) -> None:
         seconds = time.perf_counter() - started
         metrics = report.measure(steps, state, run.train.sampler.batches, run.speed, seconds)
         if evaluation is not None:
-            result = evaluate(run.objective, evaluation, run.training.model.device, run.dtype)
+            result = evaluate(run.objective, evaluation, run.training.model.device)
             metrics |= {"eval_loss": result.loss, "perplexity": result.perplexity}
             best = state.record_evaluation(result.loss)
             last = last or state.is_out_of_patience(settings.patience)
@@ -177,7 +174,7 @@ def _steps_of_all_epochs(run: Run) -> Iterator[StepResult]:
         sampler.epoch, sampler.position = state.epoch, state.position
         yield from training_steps(
             run.objective, run.train, training.optimizer, training.scaler, training.model.device,
-            accumulation=settings.gradient_accumulation_steps, scheduler=scheduler, dtype=run.dtype,
+            accumulation=settings.gradient_accumulation_steps, scheduler=scheduler,
             max_grad_norm=settings.max_grad_norm,
             skip_non_finite=settings.on_non_finite == "skip",
         )  # fmt: skip
@@ -198,33 +195,30 @@ def _check_finite(run: Run, steps: list[StepResult]) -> None:
             )
 
 
-def _save_result(run: Run, start_step: int) -> None:
+def _save_result(run: Run) -> None:
     """Save the weights of the best evaluation as `final/`; without evaluations, the last ones."""
-    training, state, checkpoints = run.training, run.training.state, run.recorder.checkpoints
-    step, best, reason = state.step, state.best_step, "the last step"
+    training, checkpoints = run.training, run.recorder.checkpoints
+    step, best, reason = training.state.step, training.state.best_step, "the last step"
     if best is not None:
         path = checkpoints / f"step-{best:08d}"
         if best != step and distributed.on_main(checkpoint.find_damage, path) is None:
             checkpoint.load_weights(training.trained(), path)
             step = best
-        gone = f"the last step, as the checkpoint of the best one, {best}, is gone or damaged"
+        gone = f"the last step, as {path.name}, the best one, is gone or damaged"
         reason = "the best evaluation" if step == best else gone
     run.recorder.record_result(step, reason)
-    weights, final = strategy.gathered(training.model), checkpoints.with_name("final")
-    with explain_failed_write(final, checkpoints):
-        distributed.on_main(_write_final, run, weights, final, start_step, step)
-        run.recorder.final_is_written(step)
+    distributed.on_main(_write_final, run, strategy.gathered(training.model), step)
+    run.recorder.final_is_written(step)
 
 
-def _write_final(
-    run: Run, weights: dict[str, Tensor], final: Path, start_step: int, step: int
-) -> None:
-    earlier = run.recorder.final_step
-    if final.exists() and start_step == run.training.state.step and earlier == step:
-        return  # nothing was left to train
-    if final.exists():  # a finished run was continued: keep its earlier result
-        final.rename(free_name(final.with_name(f"final-step-{earlier or start_step:08d}")))
+def _write_final(run: Run, weights: dict[str, Tensor], step: int) -> None:
+    output, earlier = run.recorder.checkpoints.parent, run.recorder.final_step
+    final = output / "final"
+    draw_curves([output], output / "loss.png")
+    if final.exists():  # of a finished run that was continued
+        if earlier == step:
+            return
+        final.rename(free_name(output / f"final-step-{earlier or 'unknown'}"))
     with new_folder(final) as folder:
         save_model(run.training.model, run.tokenizer, folder, run.dtype, weights)
-        shutil.copy(final.with_name("config.yaml"), folder / RECIPE)
-    draw_curves([final.parent], final.with_name("loss.png"))
+        shutil.copy(output / "config.yaml", folder / RECIPE)

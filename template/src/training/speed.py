@@ -34,13 +34,6 @@ class Speed:
         return needed / (seconds * self.matmul * devices)
 
 
-def measure_speed(
-    model: nn.Module, lengths: np.ndarray, device: torch.device, dtype: torch.dtype
-) -> Speed:
-    """Count what a token needs, and time a matmul on this device for well under a second."""
-    return Speed(*count_flops(model, lengths), matmul_rate(device, dtype))
-
-
 def count_flops(model: nn.Module, lengths: np.ndarray) -> tuple[float, float]:
     """Count the model's matrix products: for a token, and in the head for a labelled one.
 
@@ -74,7 +67,7 @@ def _flops(linear: nn.Linear) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on this device, now."""
+    """FLOP/s of a large matrix product on this device, measured in well under a second."""
     # Half precision is emulated by many CPUs: a small product takes them long enough.
     size, rounds = (768, 5) if dtype == torch.float32 else (384, 2)
     if device.type == "cuda":

@@ -76,10 +76,10 @@ def distribute(
     with the number of ranks.
     """
     if shards(strategy) == 1:
-        objective = Objective(build(device))
+        objective = Objective(build(device), dtype)
         return _replicate(objective) if strategy else objective
     with torch.random.fork_rng([]):  # PEFT draws random numbers on `meta` too
-        objective = Objective(build(torch.device("meta")))
+        objective = Objective(build(torch.device("meta")), dtype)
     _shard(objective, shards(strategy), device, dtype)
     objective.to_empty(device=device)
     _fill(objective.model, build(torch.device("cpu")) if RANK == 0 else None, device)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from src.data.batching import to_device, with_targets
-from src.models.adapters import without_input_casts
 from src.models.head import find_plain_head
 from src.training import strategy
 from src.training.loss import Objective
@@ -96,7 +95,7 @@ def training_steps(
         accumulation: batches per step; the last step of an epoch may have fewer.
         max_grad_norm: gradients above this norm are scaled down to it; None: never.
         scheduler: advances once a step, also after one that was not taken.
-        dtype: of matmuls, by autocast.
+        dtype: of matmuls, by autocast; an `Objective` has its own.
         skip_non_finite: go on after a step whose loss or gradient is not finite, without taking
             it. False: after the first such step no weights change until the epoch ends. So
             `StepResult.finite` can be read at log time, without waiting at each step.
@@ -104,11 +103,11 @@ def training_steps(
     device, finite = torch.device(device), None
     objective = as_objective(model, device, dtype).train()
     ready = time.perf_counter()
-    for window in batched(loader, accumulation):
+    for batches in batched(loader, accumulation):
         waited = time.perf_counter() - ready
         step = train_step(
-            objective, window, optimizer, scaler, device, max_grad_norm=max_grad_norm,
-            dtype=dtype, all_finite=None if skip_non_finite else finite,
+            objective, batches, optimizer, scaler, device, max_grad_norm=max_grad_norm,
+            all_finite=None if skip_non_finite else finite,
         )  # fmt: skip
         if scheduler is not None:
             scheduler.step()
@@ -120,30 +119,29 @@ def training_steps(
 def as_objective(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The model with its loss as forward pass, unless it is that already, also within DDP."""
     ready = isinstance(strategy.unwrapped(model), Objective)
-    return model if ready else Objective(model, find_plain_head(model, device, dtype))
+    return model if ready else Objective(model, dtype, find_plain_head(model, device, dtype))
 
 
 def train_step(
-    objective: nn.Module, window: Iterable[dict[str, Any]], optimizer: torch.optim.Optimizer,
+    objective: nn.Module, batches: Iterable[dict[str, Any]], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None, device: torch.device, *, max_grad_norm: float | None,
-    dtype: torch.dtype, all_finite: Tensor | None = None,
+    all_finite: Tensor | None = None,
 ) -> StepResult:  # fmt: skip
     """One step: count labels → forward and backward of each microbatch → check → update.
 
     `all_finite`: False if an earlier step was not finite; then the weights stay as they are.
 
-    The divisor is the number of labels in the whole window on all ranks, known before the
+    The divisor is the number of labels in all microbatches on all ranks, known before the
     first backward pass. Averaging the microbatches' means instead gives tokens in sparsely
     labelled microbatches too much weight (transformers#34191).
     """
-    window, world = [with_targets(batch) for batch in window], distributed.WORLD_SIZE
+    batches = [with_targets(batch) for batch in batches]
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-    labelled = int(distributed.all_sum(sum(b["labelled"] for b in window)))
+    labelled = int(distributed.all_sum(sum(b["labelled"] for b in batches)))
     loss = torch.zeros((), device=device)
-    for number, batch in enumerate(window, 1):
-        with strategy.syncing(objective, now=number == len(window)):
-            with autocast(device, dtype), without_input_casts(strategy.unwrapped(objective).model):
-                share = objective(to_device(batch, device)) / max(labelled, 1)
+    for number, batch in enumerate(batches, 1):
+        with strategy.syncing(objective, now=number == len(batches)):
+            share = objective(to_device(batch, device)) / max(labelled, 1)
             scaler.scale(share).backward()
         loss += share.detach()
     distributed.sum_tensor(loss)
@@ -160,9 +158,10 @@ def train_step(
         _update(optimizer, scaler, finite)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(
-        loss, norm, finite, labelled, processed=sum(b["input_ids"].numel() for b in window) * world,
-        tokens=int(distributed.all_sum(sum(b["tokens"] for b in window))),
-        microbatches=len(window), rows=[row for b in window for row in b.get("rows", [])],
+        loss, norm, finite, labelled,
+        processed=sum(b["input_ids"].numel() for b in batches) * distributed.WORLD_SIZE,
+        tokens=int(distributed.all_sum(sum(b["tokens"] for b in batches))),
+        microbatches=len(batches), rows=[row for b in batches for row in b.get("rows", [])],
         learning_rate=float(optimizer.param_groups[0]["lr"]),
     )  # fmt: skip
 
@@ -207,7 +206,7 @@ def evaluate(
     total, labelled = torch.zeros((), device=device), 0
     model.eval()
     objective = strategy.unwrapped(as_objective(model, device, dtype))
-    with without_input_casts(objective.model), autocast(device, dtype):
+    with autocast(device, objective.dtype):  # the casts of weights serve all batches
         for batch in map(with_targets, loader):
             total += objective(to_device(batch, device))
             labelled += batch["labelled"]

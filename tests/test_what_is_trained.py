@@ -163,7 +163,7 @@ def test_what_is_labelled_is_what_the_assistant_says_and_what_is_asked_was_train
     from src.config import DataConfig
     from src.data import IGNORE
     from src.data.chat import chat_text
-    from src.data.encoding import Encoded, encode, stop_token_ids
+    from src.data.encoding import encode, render_row, stop_token_ids
     from src.data.rows import read_question, read_rows
     from src.data.sources import raw_rows
 
@@ -171,9 +171,9 @@ def test_what_is_labelled_is_what_the_assistant_says_and_what_is_asked_was_train
     tokenizer, data = speak(TEMPLATES[template]), DataConfig(train="-")
     source = write(raw, form, tmp_path)
     row = next(iter(read_rows(source, data)))
-    (encoded,) = encode([row], tokenizer)
-    assert isinstance(encoded, Encoded)
-    ids, labels, prompted = encoded
+    rendered = render_row(row, tokenizer)
+    (tokens,) = encode([rendered], tokenizer)
+    ids, labels = tokens["input_ids"].tolist(), tokens["labels"].tolist()
     text = tokenizer.decode(ids)
     said = "".join(
         tokenizer.decode([i]) if label != IGNORE else "\0"
@@ -185,7 +185,7 @@ def test_what_is_labelled_is_what_the_assistant_says_and_what_is_asked_was_train
     for span, wanted in zip(spans, expected, strict=True):
         assert wanted in span
         assert span.endswith(stop), "else answers never stop"
-    assert prompted
+    assert rendered.prompted
     for word in words(raw):
         assert word in text, "nothing of a row is left out"
     # The question of the last answer, as inference would ask it from the same file.
@@ -209,10 +209,11 @@ def said(messages: list[dict], tokenizer: Any, tools: list[dict] | None = None) 
 
 
 def refused(*messages: dict, tokenizer: Any) -> str:
-    from src.data.encoding import encode
+    from src.data import Rejected
 
-    (rejected,) = encode([{"messages": [*messages]}], tokenizer)
-    return str(rejected)
+    with pytest.raises(Rejected) as error:
+        said([*messages], tokenizer)
+    return str(error.value)
 
 
 def test_a_named_template_is_picked_as_transformers_picks_it() -> None:

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
         print(f"warning: {options.data} is what the model was trained on", file=sys.stderr)
     data = change_data(trained_on.model_copy(update={"train": options.data}), options.keys)
     for source in expand(options.data):
-        check_source("DATA", source, data)
+        check_source(source, data)
     folder = _folder_for(found)
     config = Config(output_dir=str(folder), model=ModelConfig(name=found.name), data=data)
 

@@ -45,9 +45,9 @@ def check_run(config: Config, output: bool = True) -> None:
             for source in expand(sources) if isinstance(sources, str | list) else ():
                 if source not in checked:
                     checked.add(source)
-                    check_source(key, source, config.data)
+                    check_source(source, config.data)
         except UserError as error:
-            problems += [p if p.startswith(key) else f"{key}: {p}" for p in error.problems]
+            problems += [f"{key}: {problem}" for problem in error.problems]
     if problem := write_problem(hf_home()):  # the tokens of rows are kept there
         problems.append(f"HF_HOME: {problem}")
     problems += _output_problems(config) if output else ()

@@ -78,34 +78,23 @@ def test_a_turn_that_ends_with_the_next_ones_token_gets_it(speak) -> None:
     assert tokenizer.convert_tokens_to_ids("<|user|>") in stop_token_ids(tokenizer)
 
 
-@pytest.mark.parametrize("arguments", [{"at": "noon"}, '{"at": "noon"}'])
 @pytest.mark.parametrize(
     ("template", "end"), [(THINKS, "</tool_call><|im_end|>"), (TEXTUAL, "<|tool|>")]
 )
-def test_calls_of_tools_are_labelled_and_their_results_are_not(
-    speak, arguments, template, end
-) -> None:
-    call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
-    turns = [CALLS[0], assistant("", tool_calls=[call]), CALLS[2], assistant("Late.")]
-    called, answered = said(speak(template), *turns)
-    assert called.endswith('{"at": "noon"}' + end)
+def test_calls_of_tools_are_labelled_and_their_results_are_not(speak, template, end) -> None:
+    called, answered = said(speak(template), *CALLS, assistant("Late."))
+    assert called.endswith('{"at": "home"}' + end)
     assert answered.startswith(("Late.", "<think>\n\n</think>\n\nLate."))
     assert "It is late" not in called + answered
-
-
-def test_arguments_that_are_no_json_are_shown_as_they_are(speak) -> None:
-    call = {"type": "function", "function": {"name": "look", "arguments": "{noon"}}
-    turns = [user("When?"), assistant("", tool_calls=[call]), CALLS[2]]
-    assert said(speak(TEXTUAL), *turns)[0].startswith("look{noon")
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (OPEN, CALLS, "leaves out the tool calls of message 2"),
+        (OPEN, CALLS, "leaves out the calls of message 2"),
         (OPEN.replace("content | trim", "content | upper"), [user("1"), assistant("loud")],
          "leaves out or changes what the assistant says"),
-        ("{{ raise_exception('no system') }}", [user("?")], "refuses it: no system"),
+        ("{{ raise_exception('no system') }}", [user("?")], "refuses it: TemplateError: no system"),
         (THINKS.replace("<|im_start|>{{", "{% if loop.last or m.role != 'assistant' %}{{").replace(
             "{{ c }}", "{{ c }}{% endif %}"), [user("1"), assistant("a"), user("2"), assistant("b")],
          "leaves out message 2"),

@@ -6,15 +6,20 @@ from conftest import CALL, TOOL, chat, turn
 from src.config import DataConfig
 from src.data import IGNORE
 from src.data.chat import chat_text
-from src.data.encoding import encode, stop_token_ids
+from src.data.encoding import encode, render_row, stop_token_ids
 from src.data.rows import read_question, read_rows
 
 ASKED, SAID = turn("user", "Which one?"), turn("assistant", "The first.")
 CALLED = turn("assistant", tool_calls=[CALL])
 
 
+def encoded(tokenizer, row: dict) -> tuple[list[int], list[int]]:
+    (tokens,) = encode([render_row(row, tokenizer)], tokenizer)
+    return tokens["input_ids"].tolist(), tokens["labels"].tolist()
+
+
 def labelled_text(tokenizer, row: dict) -> str:
-    ((ids, labels, _),) = encode([row], tokenizer)
+    ids, labels = encoded(tokenizer, row)
     assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
     return tokenizer.decode([label for label in labels if label != IGNORE])
 
@@ -41,11 +46,11 @@ def test_only_the_assistant_and_its_stop_token_carry_loss(
     data = DataConfig(train="-")
     (read,) = read_rows(write_rows(row), data)
     assert labelled_text(tokenizer, read) == labelled
-    ((ids, labels, prompted),) = encode([read], tokenizer)
+    ids, labels = encoded(tokenizer, read)
     asked = read_question(row, data)
     prompt = chat_text(tokenizer, asked["messages"], True, asked["tools"])
     prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert prompted
+    assert render_row(read, tokenizer).prompted
     assert ids[: len(prompt)] == prompt
     assert labels[len(prompt)] != IGNORE == labels[len(prompt) - 1]
     assert ids.count(tokenizer.bos_token_id) == 1  # the template's: this tokenizer adds none
@@ -53,7 +58,7 @@ def test_only_the_assistant_and_its_stop_token_carry_loss(
 
 def test_text_rows_carry_loss_everywhere_and_end_once_with_the_stop_token(tokenizer) -> None:
     for text in ("Once upon", "Once upon<|end|>"):
-        ((ids, labels, _),) = encode([{"text": text}], tokenizer)
+        ids, labels = encoded(tokenizer, {"text": text})
         assert tokenizer.decode(ids) == "Once upon<|end|>"
         assert labels == [IGNORE, *ids[1:]], "nothing predicts the first token"
 

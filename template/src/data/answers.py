@@ -13,16 +13,13 @@ from tqdm import tqdm
 
 from src.config import DataConfig
 from src.data.rows import Row, read_question
-from src.data.sources import check_exists, raw_rows, reason_of
-from src.utils.environment import from_root
+from src.data.sources import raw_rows
 from src.utils.errors import UserError
 from src.utils.files import write_problem
 
 ANSWER = "generated"  # the column that answers are written to, beside a row's own
 BY = "generated_by"  # the model and the options that wrote them
 AT_ONCE = 128  # rows: sorted by length among themselves; a stop loses at most their answers
-# Names in `data.columns` for what a row to answer may lack.
-ANSWER_COLUMNS = {"completion", "response", "output", "answer"}
 
 
 def check_answers(source: str, output: Path | None, data: DataConfig, by: str) -> tuple[int, int]:
@@ -32,11 +29,6 @@ def check_answers(source: str, output: Path | None, data: DataConfig, by: str) -
         UserError: a row has no question, or the output holds answers to other rows, or those of
             another model or with other options.
     """
-    check_exists("--input", source)
-    if output and output.exists() and (not output.is_file() or output.samefile(from_root(source))):
-        raise UserError(f"--output: {output} is the input, or no file; give another one")
-    if output and output.suffix.lower() in {".csv", ".parquet", ".gz", ".zst"}:
-        raise UserError(f"--output: {output}: answers are lines of JSON; call it .jsonl")
     if output and not output.exists() and (problem := write_problem(output)):
         raise UserError(f"--output: {problem}")
     done = whole = total = 0
@@ -75,8 +67,6 @@ def answer_rows(
 
 def _rows(source: str, data: DataConfig, by: str) -> Iterator[tuple[str, Row]]:
     """Yield the line of each row, up to where its answer goes, and its question."""
-    columns = {k: v for k, v in (data.columns or {}).items() if k not in ANSWER_COLUMNS}
-    data = data.model_copy(update={"columns": columns})
     for place, raw in raw_rows(source):
         try:
             question = read_question(raw, data) | {"place": f"{source}{place}"}
@@ -84,5 +74,5 @@ def _rows(source: str, data: DataConfig, by: str) -> Iterator[tuple[str, Row]]:
             line = json.dumps(row | {BY: by, ANSWER: ""}, ensure_ascii=False, default=str)
             line.encode()
         except ValueError as error:  # Rejected, or half of a character
-            raise UserError(f"{source}{place}: {reason_of(error)}") from None
+            raise UserError(f"{source}{place}: {error}") from None
         yield line.removesuffix('""}'), question

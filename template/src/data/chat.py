@@ -9,7 +9,7 @@ message that stands before an answer.
 
 import json
 import re
-from dataclasses import dataclass
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.data import Rejected
 from src.data.rows import carries_loss
+from src.utils.errors import first_line
 
 Message = dict[str, Any]
 Span = tuple[int, int]  # of characters: start and end
@@ -48,92 +49,69 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
     """
     if MARK.search(str(messages)):
         raise Rejected("the row holds text such as Qzx1xzQ, which is a marker here; change it")
-    ends = turn_ends(tokenizer, str(tokenizer.chat_template))
+    turns = turn_format(tokenizer, str(tokenizer.chat_template))
     text, places, marked = _locate(messages, tools, tokenizer)
+    kinds = [(m["role"], MARK.split(m["content"])[-1], m.get("tool_calls") or []) for m in marked]
     spans, prompted, end = [], True, 0  # end: of the previous message
     for number, message in enumerate(messages):
         own, calls = places[number], message.get("tool_calls") or []
-        if not own and MARK.search(marked[number]["content"]):
-            raise Rejected(f"the chat template leaves out message {number + 1}")
         if message["role"] != "assistant" or not (own or calls):
             end = own[1] if own else end
             continue
         after = next((place[0] for place in places[number + 1 :] if place), len(text))
-        prompt, begin = ends.header, end
-        previous = messages[number - 1] if number else message
-        place = places[number - 1] if number and not previous.get("tool_calls") else None
-        if place or previous["role"] != "assistant":
-            prompt = _prompt_before(number, marked, tools, tokenizer)
-            begin = place[1] if place else end
-        within = begin, own[0] if own else after
-        start, whole = _beginning(text, within, prompt, place is not None, ends.special)
-        end, is_last = own[1] if own else start, after == len(text)
-        closing = (ends.of_calls if calls else ends.of_answers).search(text, end, after)
-        if not closing and is_last:
-            text += ends.appended
-        end = closing.end() if closing else len(text) if is_last else end
-        if not carries_loss(message):
-            continue
-        if not all(call["function"]["name"] in text[start:after] for call in calls):
-            raise Rejected(f"the chat template leaves out the tool calls of message {number + 1}")
-        if not (closing or is_last):
+        prompt = None
+        if number and (before := places[number - 1]) and not kinds[number - 1][2]:
+            end = before[1]
+            # Rendering all that comes before each answer would be quadratic in turns. So it is
+            # done for the first message that ends as the previous one does.
+            first = kinds.index(kinds[number - 1])
+            prompt = _skeleton(marked[: first + 1], tools, tokenizer, prompt=True)[-1]
+        start, whole = _beginning(text, (end, own[0] if own else after), prompt, turns)
+        end = own[1] if own else start
+        trained = carries_loss(message)
+        if trained and not all(call["function"]["name"] in text[start:after] for call in calls):
+            raise Rejected(f"the chat template leaves out the calls of message {number + 1}")
+        closing = (turns.end_of_calls if calls else turns.end_of_answer).search(text, end, after)
+        if closing:
+            end = closing.end()
+        elif after == len(text):
+            text += turns.appended
+            end = len(text)
+        elif trained:
             raise Rejected(f"the chat template writes no end of turn after message {number + 1}")
-        spans.append((start, end))
-        prompted = prompted and whole
+        if trained:
+            spans.append((start, end))
+            prompted = prompted and whole
     return Rendered(text, spans, prompted)
 
 
 def _beginning(
-    text: str, within: Span, prompt: str, anchored: bool, special: re.Pattern[str]
+    text: str, within: Span, prompt: str | None, turns: "TurnFormat"
 ) -> tuple[int, bool]:
     """Return where an answer begins, and whether the whole generation prompt stands before it.
 
     Args:
         text: of the conversation.
         within: where the answer's header and reasoning stand.
-        prompt: what the template writes before an answer. Before earlier answers its last part,
-            such as <think>, may be missing: templates drop it together with old reasoning.
-        anchored: True: the prompt begins where `within` does. False: it is searched for.
-        special: a pattern of the tokenizer's special tokens.
+        prompt: what the template writes there before an answer. Before earlier answers its last
+            part, such as <think>, may be missing: templates drop it together with old reasoning.
+            None: the header of an answer is searched for.
+        turns: of the template.
     """
     start, until = within
-    if not anchored:
+    if prompt is None:
+        prompt = turns.header
         # At least up to the role's name: less of it could match another role's header.
-        role = re.search(rf"(?:{special.pattern})\w*", prompt)
-        least = role.end() if role else len(prompt)
-        sizes = range(len(prompt), least - 1, -1)
-        places = (text.find(prompt[:size], start, until) for size in sizes)
-        start = next((place for place in places if place >= 0), -1)
+        role = re.match(rf".*?(?:{turns.special.pattern})\w*", prompt, re.DOTALL)
+        start = text.find(role[0] if role else prompt, start, until)
         if start < 0:  # Llama 3.1 with tools gives the first message a user's header
             raise Rejected("the chat template writes an answer without the header of its prompt")
     shared = len(_shared(text[start:until], prompt))
     start += shared
-    for token in special.finditer(text, within[0], until):
+    for token in turns.special.finditer(text, within[0], until):
         if token.start() < start < token.end():  # do not begin inside a special token
             start = token.start()
     return start, shared == len(prompt)
-
-
-def _prompt_before(
-    number: int, marked: list[Message], tools: list[dict] | None, tokenizer: Tokenizer
-) -> str:
-    """Return what the template writes between an answer and the message before it.
-
-    Rendering all that comes before each answer would be quadratic in turns. So the prompt is
-    rendered once, after the first message of the same kind, and cached.
-    """
-    kind = _kind(marked[number - 1])
-    first = next(n for n, message in enumerate(marked) if _kind(message) == kind)
-    last = marked[first]
-    if not MARK.search(last["content"]):
-        last = last | {"content": _mark(first) + last["content"]}
-    return _skeleton([*marked[:first], last], tools, tokenizer, prompt=True)[-1]
-
-
-def _kind(marked: Message) -> tuple[str, str, bool]:
-    """Return a message's role, the blanks at its end, and whether it calls tools."""
-    blanks = MARK.split(marked["content"])[-1]
-    return marked["role"], blanks, bool(marked.get("tool_calls"))
 
 
 def chat_text(
@@ -147,56 +125,48 @@ def chat_text(
     """
     options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tools": tools}
     reason = ""
-    for arguments in (json.loads, json.dumps):  # most templates want an object, some want text
+    for convert in (dict, _with_text_arguments):
         try:
-            given = [_with_arguments(message, arguments) for message in messages]
+            given = [convert(message) for message in messages]
             return str(tokenizer.apply_chat_template(given, tokenize=False, **options))
-        except (TypeError, ValueError, TemplateError) as error:
-            reason = reason or str(error)
+        except (TypeError, ValueError, RecursionError, TemplateError) as error:
+            reason = reason or first_line(error)
     raise Rejected(f"the chat template refuses it: {reason}")
 
 
-@lru_cache(maxsize=16)
-def knows_tools(tokenizer: Tokenizer, _template: str) -> bool:
-    """Return whether the chat template, a part of the cache's key, writes the tools it is given."""
-    return "Look something up." in chat_text(tokenizer, [_user("?")], True, [TOOL])
+def _with_text_arguments(message: Message) -> Message:
+    """Return a message with the arguments of its tool calls as JSON text: DeepSeek's form."""
+    calls = deepcopy(message.get("tool_calls") or [])
+    for call in calls:
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    return message | {"tool_calls": calls} if calls else message
 
 
-def holds_template_token(messages: list[Message], tokenizer: Tokenizer) -> bool:
-    """Return whether a message's text holds a token that the template writes, such as <|im_end|>.
-
-    The tokenizer turns such text into the real token, so a user's text could end or open a turn.
-    """
-    written = turn_ends(tokenizer, str(tokenizer.chat_template)).written
-    return any(token in message["content"] for message in messages for token in written)
-
-
-@dataclass(frozen=True)
-class TurnEnds:
-    """How a template ends the assistant's turns.
+class TurnFormat(NamedTuple):
+    """How a template writes the assistant's turns.
 
     Attributes:
         special: a pattern of the tokenizer's special tokens.
-        of_answers, of_calls: patterns of the tokens that end an answer, and calls of tools.
+        header: what the generation prompt adds to a question.
+        end_of_answer, end_of_calls: patterns of the tokens that end an answer, and calls of tools.
         appended: text to add after the last turn: the next turn's first token if that ends a turn
             (GLM), EOS if the template writes no end, else nothing.
-        tokens: all end tokens, of answers and of calls.
-        header: what the generation prompt adds to a question.
-        written: the special tokens that the template writes in a conversation without tools.
+        end_tokens: all end tokens, of answers and of calls.
+        prints_tools: whether it writes the tools that it is given.
     """
 
     special: re.Pattern[str]
-    of_answers: re.Pattern[str]
-    of_calls: re.Pattern[str]
-    appended: str
-    tokens: tuple[str, ...]
     header: str
-    written: frozenset[str]
+    end_of_answer: re.Pattern[str]
+    end_of_calls: re.Pattern[str]
+    appended: str
+    end_tokens: tuple[str, ...]
+    prints_tools: bool
 
 
 @lru_cache(maxsize=16)
-def turn_ends(tokenizer: Tokenizer, template: str) -> TurnEnds:
-    """Return how this template ends a turn, as seen in two short conversations.
+def turn_format(tokenizer: Tokenizer, template: str) -> TurnFormat:
+    """Return how this template writes turns, as seen in short conversations.
 
     Args:
         tokenizer: whose special tokens the template writes.
@@ -204,58 +174,55 @@ def turn_ends(tokenizer: Tokenizer, template: str) -> TurnEnds:
     """
     known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     special = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or "(?!)")
-    answer, eos = [{"role": "assistant", "content": _mark(1)}], str(tokenizer.eos_token)
-    last, inner = _tails(tokenizer, answer, [_user(_mark(2))], None)
-    final, following = special.findall(last), special.findall(inner)
-    shared = _shared(final, following)
-    appended = ""
-    if shared:
-        answers = {shared[-1]}
-    elif final and following:  # gpt-oss: <|return|> at the end, <|end|> elsewhere
-        answers = {final[0], following[0]}
-    elif following:  # GLM: the next turn's first token
-        answers = {following[0]}
-        appended = inner[len(_shared(last, inner)) : inner.index(following[0])] + following[0]
-    elif final:
-        answers = {final[0]}
-    else:
-        answers, appended = {eos}, eos
-    calls = _ends_of_calls(tokenizer, special, own=not appended) or answers
-    of_answers, of_calls = (re.compile("|".join(map(re.escape, each))) for each in (answers, calls))
-    asked = [_user(_mark(1))]
-    without, whole = (chat_text(tokenizer, asked, prompt) for prompt in (False, True))
-    header = whole[len(_shared(without, whole)) :]
-    written = frozenset(special.findall(chat_text(tokenizer, asked + answer, True))) - {""}
-    tokens = tuple(sorted(answers | calls))
-    return TurnEnds(special, of_answers, of_calls, appended, tokens, header, written)
-
-
-def _ends_of_calls(tokenizer: Tokenizer, special: re.Pattern[str], own: bool) -> set[str]:
-    function = {"name": "look", "arguments": {"at": _mark(1)}}
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
-    result = {"role": "tool", "name": "look", "content": _mark(2)}
+    question, mark = {"role": "user", "content": "?"}, _mark(1)
+    asked, prompted = (chat_text(tokenizer, [question], prompt) for prompt in (False, True))
+    answer = {"role": "assistant", "content": mark}
+    last, inner = _tails(tokenizer, [question, answer], question, None)
+    own = bool(special.search(last))  # the template closes a turn itself
+    answers, appended = _end_tokens(special, last, inner, own), ""
+    if answers and not own:
+        (token,) = answers
+        appended = inner[len(_shared(last, inner)) : inner.index(token)] + token
+    elif not answers:
+        answers, appended = {str(tokenizer.eos_token)}, str(tokenizer.eos_token)
+    function = {"name": "look", "arguments": {"at": mark}}
+    call = {"role": "assistant", "content": "", "tool_calls": [TOOL | {"function": function}]}
+    result = {"role": "tool", "name": "look", "content": "?"}
     try:
-        last, inner = _tails(tokenizer, [call], [result], [TOOL])
-    except ValueError:
-        return set()  # a template without tools
-    final, following = special.findall(last), special.findall(inner)
-    shared = _shared(final, following)
-    if own:
-        return {(shared or final)[-1]} if final else set()
-    return {*following[len(shared) :][:1]}
+        calls = _end_tokens(special, *_tails(tokenizer, [question, call], result, [TOOL]), own)
+        prints_tools = chat_text(tokenizer, [question], True, [TOOL]) != prompted
+    except Rejected:  # a template without tools
+        calls, prints_tools = set(), False
+    ends = (answers, calls or answers)
+    of_answer, of_calls = (re.compile("|".join(map(re.escape, tokens))) for tokens in ends)
+    return TurnFormat(
+        special, prompted[len(_shared(asked, prompted)) :], of_answer, of_calls, appended,
+        tuple(sorted(answers | calls)), prints_tools,
+    )  # fmt: skip
 
 
 def _tails(
-    tokenizer: Tokenizer, said: list[Message], then: list[Message], tools: list[dict] | None
+    tokenizer: Tokenizer, messages: list[Message], then: Message, tools: list[dict] | None
 ) -> tuple[str, str]:
-    """Return what follows the marker in `said`: at the end, and before another turn."""
+    """Return what follows the marker in `messages`: at the end, and before another turn."""
     last, inner = (
-        MARK.split(chat_text(tokenizer, [_user("?"), *said, *more], False, tools))
-        for more in ([], then)
+        chat_text(tokenizer, [*messages, *more], False, tools).rpartition(_mark(1))
+        for more in ([], [then])
     )
-    if len(last) < 3:
+    if not last[1]:
         raise Rejected("the chat template leaves out or changes what the assistant says")
-    return last[2], inner[2] if len(inner) > 4 else last[2]  # some drop it there
+    return last[2], inner[2] if inner[1] else last[2]  # some drop it there
+
+
+def _end_tokens(special: re.Pattern[str], last: str, inner: str, own: bool) -> set[str]:
+    """Return what ends a turn, of the text after it at the end, and of that before another turn."""
+    final, following = special.findall(last), special.findall(inner)
+    shared = _shared(final, following)
+    if not own:  # GLM: the next turn's first token
+        return {*following[len(shared) :][:1]}
+    if shared:
+        return {shared[-1]}
+    return {*final[:1], *following[:1]}  # gpt-oss: <|return|> at the end, <|end|> elsewhere
 
 
 def _locate(
@@ -266,7 +233,9 @@ def _locate(
     for number, message in enumerate(messages):
         head, content, tail = _parts(message)
         contents.append(content)
-        text = f"{head}{_mark(number)}{tail}" if content else head + tail
+        # An empty question or result is marked too: what follows it is the prompt of an answer.
+        own = content or message["role"] in {"user", "tool"}
+        text = f"{head}{_mark(number)}{tail}" if own else head + tail
         marked.append(message | {"content": text})
     text = chat_text(tokenizer, messages, False, tools)
     first, *rest = _skeleton(marked, tools, tokenizer, prompt=False)
@@ -286,6 +255,9 @@ def _locate(
             "the text that the chat template writes around messages depends on their content or "
             "on the time; set model.chat_template to a copy without that"
         )
+    for number, content in enumerate(contents):
+        if content and not places[number]:
+            raise Rejected(f"the chat template leaves out message {number + 1}")
     return text, places, marked
 
 
@@ -312,25 +284,12 @@ def _parts(message: Message) -> tuple[str, str, str]:
 
     Templates trim blanks and drop reasoning.
     """
-    content, begin = message.get("content") or "", 0
+    content, begin = message["content"], 0
     if message["role"] == "assistant" and "</think>" in content:
         begin = content.rindex("</think>") + len("</think>")
     said = content[begin:].strip()
     start = content.index(said, begin)
     return content[:start], said, content[start + len(said) :]
-
-
-def _with_arguments(message: Message, convert: Any) -> Message:
-    """Return a message whose tool calls have their arguments as an object, or as JSON text."""
-    if not message.get("tool_calls"):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = call.get("function", call)
-        if isinstance(function.get("arguments"), str) == (convert is json.loads):
-            function = function | {"arguments": convert(function["arguments"])}
-        calls.append({"type": "function", **call, "function": function})
-    return message | {"tool_calls": calls}
 
 
 def _mark(number: int) -> str:
@@ -341,7 +300,3 @@ def _shared[Sequence: (str, list[str])](one: Sequence, other: Sequence) -> Seque
     """Return the longest common beginning."""
     pairs = enumerate(zip(one, other, strict=False))
     return one[: next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))]
-
-
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}

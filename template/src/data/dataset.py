@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config, DataConfig
 from src.data import IGNORE, Rejected
-from src.data.chat import holds_template_token, knows_tools
-from src.data.encoding import Encoded, encode
-from src.data.rows import LeftOut, Row, check, no_rows, read_rows, reject
+from src.data.chat import Rendered, turn_format
+from src.data.encoding import TOKEN, encode, render_row
+from src.data.rows import LeftOut, Row, check, no_rows, read_rows
 from src.data.sources import expand, fingerprint
 from src.utils.environment import hf_home
 from src.utils.errors import RunError, UserError
@@ -27,7 +27,6 @@ from src.utils.files import new_folder, write_text
 MANY = 1000  # rows, from which on a share of their hashes is close to a share of the rows
 ROWS_AT_ONCE = 1000  # the tokenizer runs a list of texts in parallel
 TOKENS, LENGTHS, FACTS, LEFT_OUT = "tokens.bin", "lengths.bin", "facts.json", "left_out.jsonl"
-TOKEN = np.dtype([("input_ids", np.int32), ("labels", np.int32)])
 Part = Literal["all", "train", "eval"]
 # Other lines in these files can make other tokens: their text is part of a cache's name.
 CODE = ("sources.py", "rows.py", "chat.py", "encoding.py", "dataset.py")
@@ -196,6 +195,7 @@ def _tokenise(
                 tokens.tofile(file)
                 for column in ("input_ids", "labels"):
                     digest.update(tokens[column].tobytes())
+                facts.labelled_tokens += int((tokens["labels"] != IGNORE).sum())
         check(left_out, data)
         if not lengths:
             few = f"data.eval={data.eval} leaves too few rows for one of the two parts"
@@ -214,39 +214,45 @@ def _documents(
     left_out: list[LeftOut],
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Yield documents as arrays of TOKEN, none longer than `data.max_length`."""
+    read: list[tuple[Row, Rendered]] = []
+    for row in rows:
+        try:
+            read.append((row, render_row(row, tokenizer)))
+        except Rejected as error:
+            left_out.append(LeftOut(error.count_as, row["place"], str(error), row))
+    encoded = encode([rendered for _, rendered in read], tokenizer)
     length = data.max_length
-    for row, encoded in zip(rows, encode(rows, tokenizer), strict=True):
-        if isinstance(encoded, Rejected):
-            reject(left_out, encoded, row["place"], row)
-            continue
+    for (row, rendered), tokens in zip(read, encoded, strict=True):
         facts.read_as[row["read_as"]] += 1
         facts.unread.update(row["unread"])
-        facts.notes.update(_notes(row, encoded, tokenizer))
-        tokens = np.empty(len(encoded.ids), TOKEN)
-        tokens["input_ids"], tokens["labels"] = encoded.ids, encoded.labels
+        facts.notes.update(_notes(row, rendered, tokenizer))
         is_text = "text" in row  # all of it is worth reading; of a conversation, its beginning
-        too_long = f"longer than data.max_length={length}" if len(tokens) > length else ""
         starts = range(0, len(tokens) if is_text else 1, length)
         pieces = [tokens[start : start + length] for start in starts]
-        labels = [int((piece["labels"] != IGNORE).sum()) for piece in pieces]
-        reason = "" if any(labels) else f"no answer within data.max_length={length}"
-        if too_long and data.too_long == "drop" and not is_text:
-            reason = too_long
-        elif too_long:
-            facts.notes[f"{'split' if is_text else 'cut'}: {too_long}"] += 1
+        documents = [piece for piece in pieces if (piece["labels"] != IGNORE).any()]
+        reason = "" if documents else f"no answer within data.max_length={length}"
+        if len(tokens) > length:
+            too_long = f"longer than data.max_length={length}"
+            if data.too_long == "drop" and not is_text:
+                reason = too_long
+            else:
+                facts.notes[f"{'split' if is_text else 'cut'}: {too_long}"] += 1
         if reason:
             more = f"{reason} ({len(tokens):,} tokens)"
-            left_out.append(LeftOut(f"left out: {reason}", row["place"], more))
-            continue
-        facts.labelled_tokens += sum(labels)
-        yield from (piece for piece, count in zip(pieces, labels, strict=True) if count)
+            left_out.append(LeftOut(f"left out: {reason}", row["place"], more, row))
+        else:
+            yield from documents
 
 
-def _notes(row: Row, encoded: Encoded, tokenizer: Tokenizer) -> Iterator[str]:
+def _notes(row: Row, rendered: Rendered, tokenizer: Tokenizer) -> Iterator[str]:
     """Say what is suspicious about a row."""
-    if "messages" in row and holds_template_token(row["messages"], tokenizer):
-        yield "with a token of the chat template as text: it ends or opens a turn there"
-    if row.get("tools") and not knows_tools(tokenizer, str(tokenizer.chat_template)):
+    if "text" in row:
+        return
+    turns = turn_format(tokenizer, str(tokenizer.chat_template))
+    said = [message["content"] for message in row["messages"]]
+    if any(token in content for content in said for token in turns.end_tokens):
+        yield "with a token of the chat template as text: it ends a turn there"
+    if row["tools"] and not turns.prints_tools:
         yield "with tools, which the chat template does not print"
-    if not encoded.prompted:
+    if not rendered.prompted:
         yield "whose answers lack what the generation prompt ends with, e.g. <think>"

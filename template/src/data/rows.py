@@ -2,24 +2,17 @@
 
 import json
 import re
-import shlex
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from src.config import DataConfig
-from src.data import Rejected
-from src.data.sources import check_exists, is_file, raw_rows, reason_of
-from src.utils.errors import UserError
+from src.data import EMPTY, UNUSABLE, Rejected
+from src.data.sources import is_file, raw_rows
+from src.utils.errors import UserError, first_line
 
 MAX_PROBLEMS = 20  # that are printed: enough to see a pattern, few enough to read
 MANY_ROWS = 1000  # rows left out, after each of which the unusable ones are checked
-EMPTY = "left out: nothing to learn from"
-UNUSABLE = "left out as unusable (see left_out.jsonl of a run)"
 FIRST_ROWS = 100  # usable rows that are read before torch is imported
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
@@ -35,14 +28,12 @@ SHAPES = (
     ("prompt", "completion"), ("prompt", "response"), ("question", "answer"),
     ("instruction", "output"), ("instruction", "response"), ("question", "response"), ("text",),
 )  # fmt: skip
+ANSWERS = {"completion", "response", "output", "answer"}  # a row to be answered may lack them
 # Columns that continue a question: Alpaca's input, Dolly's and SQL sets' context.
 CONTINUED = {"instruction": ("input", "context"), "question": ("context",), "prompt": ("context",)}
 EXPECTED = "`messages`, `prompt` and `completion`, `instruction` and `output`, or `text`"
+MAPPED = "data.columns.prompt=… data.columns.completion=… map other names"
 THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
-KINDS = {
-    dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number",
-    float: "a number", type(None): "null or missing",
-}  # fmt: skip
 
 # A row as `read_rows` yields it: {"messages": [...], "tools": [...]} or {"text": "..."}, with its
 # "place", the shape that it was "read_as" and its "unread" columns, for messages to the user.
@@ -55,13 +46,7 @@ class LeftOut(NamedTuple):
     count_as: str
     place: str
     reason: str
-    row: Any = None
-
-
-def reject(left_out: list[LeftOut], error: Rejected, place: str, row: Any) -> None:
-    """Leave a row out that holds nothing to learn from, or cannot be used."""
-    row = row if isinstance(row, dict) else None
-    left_out.append(LeftOut(EMPTY if error.empty else UNUSABLE, place, str(error), row))
+    row: Any
 
 
 def check(left_out: list[LeftOut], data: DataConfig) -> None:
@@ -71,12 +56,12 @@ def check(left_out: list[LeftOut], data: DataConfig) -> None:
         UserError: a line per problem, with its first place and how many rows have it.
     """
     problems: dict[str, list[str]] = {}
-    for row in left_out if data.bad_rows == "stop" else ():
+    for row in left_out:
         if row.count_as == UNUSABLE:
             # Reasons that differ in numbers only, such as that of a message, are one problem.
             kind = re.sub(r"\d+", "0", row.reason)
             problems.setdefault(kind, []).append(f"{row.place}: {row.reason}")
-    if problems:
+    if problems and data.bad_rows == "stop":
         count = " ({:,} rows; data.bad_rows=skip leaves them out)"
         lines = [rows[0] + count.format(len(rows)) * (len(rows) > 1) for rows in problems.values()]
         raise UserError(*lines[:MAX_PROBLEMS])
@@ -101,15 +86,14 @@ def adapt(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def check_source(key: str, source: str, data: DataConfig) -> None:
-    """Look at a local file and its first rows, before anything heavy is imported.
+def check_source(source: str, data: DataConfig) -> None:
+    """Look at the first rows of a local file, before anything heavy is imported.
 
     All rows are read when they are tokenised; of a hub dataset only the name is looked at here.
 
     Raises:
         UserError: the file is missing or empty, or rows cannot be used: file, line and reason.
     """
-    check_exists(key, source)
     left_out: list[LeftOut] = []
     if is_file(source):
         rows = list(islice(read_rows(source, data, left_out), FIRST_ROWS))
@@ -136,7 +120,7 @@ def read_rows(
         try:
             yield _read(raw, data) | {"place": f"{source}{place}"}
         except Rejected as error:
-            reject(left_out, error, f"{source}{place}", raw)
+            left_out.append(LeftOut(error.count_as, f"{source}{place}", str(error), raw))
             if len(left_out) % MANY_ROWS == 0:
                 check(left_out, data)
     check(left_out, data)
@@ -149,14 +133,12 @@ def read_question(raw: Any, data: DataConfig) -> Row:
         Rejected: the row cannot be used, or has no question.
     """
     row = _read(raw, data, needs_answer=False)
-    if "text" in row:
-        return {"text": row["text"]}
-    messages = row["messages"]
+    messages = row.get("messages")
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    if not messages:
-        raise Rejected(f"has no question; a row needs {EXPECTED.rpartition(',')[0]}")
-    return {"messages": messages, "tools": row["tools"]}
+    if messages == []:
+        raise Rejected("has no question")
+    return row
 
 
 def _read(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
@@ -165,7 +147,7 @@ def _read(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
     Args:
         raw: as it stands in its file.
         data: how rows are read.
-        needs_answer: whether it must have an answer.
+        needs_answer: whether it must have an answer. False: its columns of answers are not read.
 
     Raises:
         Rejected: the row cannot be used.
@@ -174,63 +156,73 @@ def _read(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
         raise raw
     if not isinstance(raw, dict):
         raise Rejected(f"a row is an object with {EXPECTED}, not {_kind(raw)}")
-    columns = data.columns or {}
+    columns = {k: v for k, v in (data.columns or {}).items() if needs_answer or k not in ANSWERS}
     for ours, theirs in columns.items():
         if theirs not in raw:
-            missing = f"no column `{theirs}`; it has {_names(raw)}"
+            missing = f"no column `{theirs}` in {[*raw]}"
             raise Rejected(f"data.columns.{ours}: {missing} (data.columns=null maps none)")
     try:
         row = _present(adapt(raw | {ours: raw[theirs] for ours, theirs in columns.items()}))
     except Exception as error:  # noqa: BLE001 - the user's code, on this row
-        raise Rejected(f"adapt() in src/data/rows.py: {type(error).__name__}: {error}") from None
+        raise Rejected(f"adapt() in src/data/rows.py: {first_line(error)}") from None
     if row.pop("label", True) is False:  # KTO's
-        raise Rejected("`label` is false: an answer that was rejected", empty=True)
-    shape = _shape(row, needs_answer)
+        raise Rejected("`label` is false: an answer that was rejected", EMPTY)
+    needed = 1 + needs_answer  # columns of a shape
+    shape = next((shape for shape in SHAPES if row.keys() >= {*shape[:needed]}), None)
+    if shape is None:
+        raise Rejected(f"has {[*row]}; a row needs {EXPECTED}; {MAPPED}")
     # Columns that are read are popped: the rest is unread.
-    read = (
-        {"text": _text(row, "text")}
-        if shape == ("text",)
-        else _chat(shape, row, data, needs_answer)
-    )
+    if shape == ("text",):
+        read = {"text": _text(row, "text")}
+    else:
+        turns = row.pop(shape[0]) if len(shape) == 1 else _pair(shape[:needed], row)
+        read = _conversation(_parsed(f"`{shape[0]}`", turns), row, data)
+        spoken = [m for m in read["messages"] if m["role"] == "assistant" and carries_loss(m)]
+        if needs_answer and not any(m["content"].strip() or m.get("tool_calls") for m in spoken):
+            raise Rejected("no assistant message with text", EMPTY)
     try:  # what no tokenizer or template can take, although JSON can hold it
         json.dumps(read, ensure_ascii=False, default=str).encode()
     except (ValueError, RecursionError) as error:
-        raise Rejected(f"holds {reason_of(error)}") from None
+        raise Rejected(f"cannot be written as UTF-8: {error}") from None
     unread = [name for name in row if name not in columns.values()]
     return read | {"read_as": " and ".join(shape), "unread": unread}
 
 
-def _shape(row: Row, needs_answer: bool) -> tuple[str, ...]:
-    """Return the columns that a row is read from: a conversation, a pair, or a text."""
-    incomplete = ""
-    for shape in SHAPES:
-        missing = [name for name in shape[: 1 + needs_answer] if name not in row]
-        if not missing:
-            return shape
-        if not incomplete and row.keys() & {*shape}:
-            incomplete = missing[0]
-    if incomplete:
-        raise Rejected(f"`{incomplete}` is missing; it has {_names(row)}")
-    texts = [name for name, cell in row.items() if isinstance(cell, str)]
-    keys = zip(("prompt", "completion"), [*texts, "COLUMN", "COLUMN"], strict=False)
-    hint = " ".join(shlex.quote(f"data.columns.{ours}={_quoted(theirs)}") for ours, theirs in keys)
-    raise Rejected(f"has {_names(row)}; a row needs {EXPECTED}; map yours, for example {hint}")
-
-
-def _text(row: Row, key: str) -> str:
-    text = row.pop(key)
+def _text(row: Row, name: str) -> str:
+    """Pop a column that must hold text."""
+    text = row.pop(name)
     if not isinstance(text, str):
-        raise Rejected(f"`{key}` must be text, not {_kind(text)}")
+        raise Rejected(f"`{name}` must be text, not {_kind(text)}")
     if not text.strip():
-        raise Rejected(f"`{key}` is empty", empty=True)
+        raise Rejected(f"`{name}` is empty", EMPTY)
     return text
 
 
-def _chat(shape: tuple[str, ...], row: Row, data: DataConfig, needs_answer: bool) -> Row:
+def _pair(columns: tuple[str, ...], row: Row) -> list[Any]:
+    """Return the turns of a question and its answer, each a text or messages."""
+    turns: list[Any] = []
+    history = _parsed("`history`", row.pop("history", None)) or []  # Alpaca's
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise Rejected("`history` must be a list of [question, answer]")
+        turns += map(_turn, ("user", "assistant"), pair)
+    for name, role in zip(columns, ("user", "assistant"), strict=False):
+        if isinstance(row[name], list):
+            turns += row.pop(name)
+            continue
+        text = _text(row, name)
+        for more in CONTINUED.get(name, ()):
+            if str(row.get(more) or "").strip():
+                text += f"\n\n{_text(row, more)}"
+            row.pop(more, None)
+        turns.append(_turn(role, text))
+    return turns
+
+
+def _conversation(turns: Any, row: Row, data: DataConfig) -> Row:
     """Return a row's messages, with its system prompt as the first of them, and its tools."""
-    turns = _turns(shape, row, needs_answer)
     if not isinstance(turns, list) or not turns:
-        raise Rejected(f"`{shape[0]}` must be a list with at least one message")
+        raise Rejected("messages must be a list, with at least one of them")
     messages = []
     for number, turn in enumerate(turns, 1):
         try:
@@ -243,37 +235,10 @@ def _chat(shape: tuple[str, ...], row: Row, data: DataConfig, needs_answer: bool
                 messages.insert(0, _turn("system", system))
             elif messages[0]["content"] != system:
                 raise Rejected(f"has both `{name}` and a system message; keep one of them")
-    spoken = (m for m in messages if m["role"] == "assistant" and carries_loss(m))
-    if needs_answer and not any(m["content"].strip() or m.get("tool_calls") for m in spoken):
-        raise Rejected("no assistant message with text", empty=True)
     tools = _parsed("`tools`", row.pop("tools", None)) or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Rejected(f"`tools` must be a list of objects, not {_kind(tools)}")
+        raise Rejected("`tools` must be a list of objects")
     return {"messages": messages, "tools": tools or None}
-
-
-def _turns(shape: tuple[str, ...], row: Row, needs_answer: bool) -> Any:
-    """Return a row's turns; a question and its answer, each a text or messages, become turns."""
-    if len(shape) == 1:
-        return _parsed(f"`{shape[0]}`", row.pop(shape[0]))
-    turns: list[Any] = []
-    history = _parsed("`history`", row.pop("history", None)) or []  # Alpaca's
-    for pair in history if isinstance(history, list) else [history]:
-        if not (isinstance(pair, list) and [type(text) for text in pair] == [str, str]):
-            raise Rejected("`history` must be a list of [question, answer]")
-        turns += map(_turn, ("user", "assistant"), pair)
-    for key, role in zip(shape[: 1 + needs_answer], ("user", "assistant"), strict=False):
-        if isinstance(row[key], list):
-            turns += row.pop(key)
-            continue
-        text = _text(row, key)
-        for name in CONTINUED.get(key, ()):
-            more = row.pop(name, None) or ""
-            if not isinstance(more, str):
-                raise Rejected(f"`{name}` must be text, not {_kind(more)}")
-            text += f"\n\n{more}" * bool(more.strip())
-        turns.append(_turn(role, text))
-    return turns
 
 
 def carries_loss(message: dict[str, Any]) -> bool:
@@ -293,11 +258,11 @@ def read_message(turn: Any, data: DataConfig) -> dict[str, Any]:
     turn = {SHAREGPT.get(key, key): cell for key, cell in _present(turn).items()}
     for key in LOSS:
         if turn.get(key, 1) not in (0, 1):  # true and false equal them
-            raise Rejected(f"`{key}` must be 0 or 1, or true or false, not {turn[key]!r}"[:120])
-    name, content = turn.get("role"), turn.get("content")
-    role = ROLES.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise Rejected(f"`role` is {repr(name)[:80]}, not system, user, assistant or tool")
+            raise Rejected(f"`{key}` must be 0 or 1, or true or false, not {turn[key]!r:.80}")
+    name, content = str(turn.get("role")), turn.get("content")
+    if name not in ROLES:
+        raise Rejected(f"`role` is {name!r:.80}, not system, user, assistant or tool")
+    role = ROLES[name]
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
@@ -326,8 +291,7 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
         function = around.get("function", around) if isinstance(around, dict) else None
         function = _parsed("a call of a tool", function)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            seen = json.dumps(call, default=str)[:80]
-            raise Rejected(f"a call of a tool needs a `name`, and is {seen}")
+            raise Rejected(f"a call of a tool needs a `name`, and is {call!r:.80}")
         what = f"the arguments of `{function['name']}`"
         arguments = _parsed(what, function.get("arguments")) or {}
         if not isinstance(arguments, dict):
@@ -344,7 +308,7 @@ def _parsed(what: str, value: Any) -> Any:
     try:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:
-        raise Rejected(f"{what}: {reason_of(error)}; it is {value[:80]}") from None
+        raise Rejected(f"{what}: not valid JSON: {error}; it is {value!r:.80}") from None
 
 
 def _turn(role: str, content: str) -> dict[str, Any]:
@@ -356,20 +320,5 @@ def _present(row: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if v is not None and v == v}
 
 
-def _names(row: dict[str, Any]) -> str:
-    names = (repr(str(name))[1:-1] for name in row)  # a line end as \\n
-    return ", ".join(f"`{name}`" for name in names) or "no columns"
-
-
-def _quoted(name: str) -> str:
-    """A name as a command line gives it: in quotes where YAML would read something else."""
-    try:
-        plain = OmegaConf.from_dotlist([f"name={name}"]).name == name
-    except (OmegaConfBaseException, yaml.YAMLError):
-        plain = False
-    return name if plain else json.dumps(name, ensure_ascii=False)
-
-
 def _kind(value: Any) -> str:
-    name = type(value).__name__
-    return KINDS.get(type(value), f"{name}, which adapt() in src/data/rows.py can turn into text")
+    return type(value).__name__

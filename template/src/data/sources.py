@@ -11,20 +11,19 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from glob import glob
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.data import Rejected
-from src.utils.environment import PROJECT_ROOT, from_root, to_root
-from src.utils.errors import UserError
+from src.utils.environment import PROJECT_ROOT, from_root
+from src.utils.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Places = Iterator[tuple[str, Any]]  # pairs of a place in the file (":3" is its line) and a raw row
-LONGEST_HEADER = 10_000  # characters; beyond them a quote in it is not closed
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSED = {".gz", ".zst"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}")  # org/name[:configuration][:split]
 
 
@@ -32,48 +31,27 @@ def expand(sources: str | list[str]) -> list[str]:
     """Return files and hub ids one by one, with a pattern such as data/*.jsonl as its files.
 
     Raises:
-        UserError: no file fits a pattern, or this cannot be a path.
+        UserError: no file fits a pattern.
     """
     names: list[str] = []
     for source in [sources] if isinstance(sources, str) else sources:
-        try:
-            path = from_root(source)
-            exists = path.exists()
-        except OSError as error:  # a name too long
-            raise UserError(f"{source}: {reason_of(error)}") from None
-        if exists or not any(sign in source for sign in "*?["):
+        if not re.search(r"[*?[]", source) or os.path.exists(from_root(source)):
             names.append(source)
             continue
-        # A folder that exists is no pattern, whatever its name holds.
-        folder = next(parent for parent in path.parents if parent.exists())
-        files = sorted(glob(str(path.relative_to(folder)), root_dir=folder, recursive=True))
+        files = glob(os.path.expanduser(source), root_dir=PROJECT_ROOT, recursive=True)
         if not files:
             raise UserError(f"{source}: no file fits this pattern")
-        names += [to_root(folder / file) for file in files]
+        names += sorted(files)
     return names
 
 
 def is_file(source: str) -> bool:
-    """Whether a source names a file rather than a dataset on the hub."""
-    return _reader(Path(source)) is not None or from_root(source).exists()
-
-
-def check_exists(key: str, source: str) -> None:
-    """Check that a file is there; of a hub dataset only the name is looked at.
+    """Whether a source names a file rather than a dataset on the hub.
 
     Raises:
-        UserError: it is not, or this is neither a file nor a hub id.
+        UserError: it is neither a file of a known kind nor a hub id.
     """
-    if not is_file(source):
-        if not HUB_ID.fullmatch(source):
-            share = ", nor a share such as 0.05" * (key == "data.eval")
-            kinds = f"neither a {', '.join(READERS)} file nor a hub id{share}"
-            raise UserError(f"{key}: {source}: {kinds}")
-    elif not from_root(source).is_file():
-        problem = f"no such file (paths are relative to the project, {PROJECT_ROOT})"
-        if from_root(source).is_dir():
-            problem = f"a folder; name the files in it, e.g. {source.rstrip('/')}/*.jsonl"
-        raise UserError(f"{key}: {source}: {problem}")
+    return _reader(source) is not None
 
 
 def raw_rows(source: str) -> Places:
@@ -82,33 +60,12 @@ def raw_rows(source: str) -> Places:
     Raises:
         UserError: the whole file cannot be read, or there is no such dataset.
     """
-    path = from_root(source)
-    reader = _reader(path)
-    if reader is None and path.exists():
-        raise UserError(f"{source}: {path.suffix or 'this'} is not one of {', '.join(READERS)}")
+    reader = _reader(source)
+    rows = reader(from_root(source)) if reader else _table(load_hub(source))
     try:
-        yield from reader(path) if reader else _hub(source)
-    except UserError:
-        raise
+        yield from rows
     except Exception as error:  # noqa: BLE001 - whatever a library raises for a damaged file
-        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{source}{line}: cannot be read: {reason_of(error)}") from None
-
-
-def reason_of(error: Exception) -> str:
-    """Say in one line what a library could not read, and what it expected."""
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 ({error.reason}); save it as UTF-8"
-    if isinstance(error, UnicodeEncodeError):
-        half = error.object[error.start]
-        return f"half of a character, {half!r}; text must be whole Unicode characters"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg.removesuffix(' at')}"
-    if isinstance(error, RecursionError):
-        return "lists or objects nested too deeply; fewer than 900 levels can be read"
-    if "integer string conversion" in str(error):
-        return "a number of more than 4,300 digits; write it as text"
-    return getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"{source}: cannot be read: {first_line(error)}") from None
 
 
 def fingerprint(source: str) -> bytes:
@@ -134,38 +91,26 @@ def load_hub(source: str) -> "Dataset":
     try:
         return load_dataset(name, *configuration, split=split)
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        if isinstance(error, OSError):
-            reason = f"not found on the hub and not in its cache ({reason})"
-            offline = "; HF_HUB_OFFLINE is set, so nothing is fetched"
-            private = "; a private one needs HF_TOKEN in .env"
-            reason += offline if os.environ.get("HF_HUB_OFFLINE") else private
-        elif "onfig" in reason:  # a dataset of several configurations, not an unknown split
-            reason += "; write name:configuration:split"
-        raise UserError(f"{source}: {reason}") from None
+        help_text = "name:configuration:split of the hub; a private one needs HF_TOKEN in .env"
+        raise UserError(f"{source}: {first_line(error)} ({help_text})") from None
 
 
-def _reader(path: Path) -> Callable[[Path], Places] | None:
+def _reader(source: str) -> Callable[[Path], Places] | None:
+    """Return what reads a file of this kind; None for a dataset on the hub."""
+    path = from_root(source)
     plain = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
-    return READERS.get(plain.suffix.lower())
+    reader = READERS.get(plain.suffix.lower())
+    if reader is None and (os.path.exists(path) or not HUB_ID.fullmatch(source)):
+        raise UserError(f"{source}: neither a {', '.join(READERS)} file nor a hub id")
+    return reader
 
 
 def _open(path: Path) -> Any:
-    compression = COMPRESSED.get(path.suffix.lower())
-    if compression is None:
+    if path.suffix.lower() not in COMPRESSED:
         return path.open("rb")
     import pyarrow as pa
 
-    return io.BufferedReader(pa.input_stream(str(path), compression=compression))
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return a cell without the nulls that Arrow fills in for keys of other rows."""
-    if isinstance(value, list):
-        return [_without_nulls(each) for each in value]
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return value
+    return io.BufferedReader(pa.input_stream(str(path)))
 
 
 def _jsonl(path: Path) -> Places:
@@ -175,17 +120,17 @@ def _jsonl(path: Path) -> Places:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                row = Rejected(reason_of(error))
+                row = Rejected(f"not valid JSON: {error}")
             yield f":{number}", row
 
 
 def _json(path: Path) -> Places:
     with _open(path) as file:
-        text = file.read().decode("utf-8-sig")
+        text = file.read()
     try:
-        rows = json.loads(text) if text.strip() else []
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise
@@ -198,64 +143,45 @@ def _json(path: Path) -> Places:
 def _csv(path: Path) -> Places:
     csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
-        lines, sign, before = _csv_header(file)
+        header = file.readline()
+        sign = max(",;\t", key=header.count)
         # strict: else a quote that is never closed swallows the rest of the file.
-        reader = csv.DictReader(chain(lines, file), delimiter=sign, strict=True)
-        began = before + 1
+        reader = csv.DictReader(chain([header], file), delimiter=sign, strict=True)
+        line = 1  # where the row begins
         try:
             names = [name or f"(column {n})" for n, name in enumerate(reader.fieldnames or (), 1)]
-            if double := [name for name in names if names.count(name) > 1]:
-                yield f":{began}", Rejected(f"two columns are called {double[0]}")
+            if len({*names}) < len(names):
+                yield ":1", Rejected(f"two columns have the same name: {names}")
                 return
-            reader.fieldnames, began = names, before + reader.line_num + 1
-            top = began - 1
+            reader.fieldnames, line = names, reader.line_num + 1
             for row in reader:
                 if None in row:
-                    row = Rejected(f"more cells than the header, line {top}, has; quote commas")
-                yield f":{before + reader.line_num}", row
-                began = before + reader.line_num + 1
+                    row = Rejected("more cells than the header has; quote those with a comma")
+                yield f":{reader.line_num}", row
+                line = reader.line_num + 1
         except csv.Error as error:
-            yield f":{began}", Rejected(f"not valid CSV from this line on: {error}")
-
-
-def _csv_header(file: Iterable[str]) -> tuple[list[str], str, int]:
-    """Return the lines of the header, the separator, and how many lines stand before it."""
-    before, sign, header = 0, "", ""
-    for line in file:
-        header += line
-        if header.count('"') % 2 and len(header) < LONGEST_HEADER:  # a name has a line end
-            continue
-        if sep := re.fullmatch('"?sep=(.)"?\\s*', header):  # Excel's
-            sign = sep[1]
-        elif header.strip(",;\t \r\n"):
-            break
-        before, header = before + header.count("\n"), ""
-    lines = list(io.StringIO(header, newline=""))
-    columns = {s: len(next(csv.reader(lines, delimiter=s), [])) for s in "\t;,"}
-    best = max(columns, key=columns.__getitem__)
-    return lines, sign or (best if columns[best] > 1 else ","), before
-
-
-def _hub(source: str) -> Places:
-    for number, row in enumerate(load_hub(source), 1):
-        yield f": row {number}", {name: _without_nulls(cell) for name, cell in row.items()}
+            yield f":{line}", Rejected(f"not valid CSV from this line on: {error}")
 
 
 def _parquet(path: Path) -> Places:
     import pyarrow.parquet as pq
 
-    numbers = count(1)
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-        for cells in zip(*map(_cells, batch.columns), strict=True):
-            yield f": row {next(numbers)}", dict(zip(batch.schema.names, cells, strict=True))
+    batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
+    yield from _table(row for batch in batches for row in batch.to_pylist())
 
 
-def _cells(column: Any) -> list[Any]:
-    """Return a column's values; nothing where Python has none for them: a date after 9999."""
-    try:
-        return list(map(_without_nulls, column.to_pylist()))
-    except (ValueError, OverflowError, LookupError):
-        return [None] * len(column)
+def _table(rows: Iterable[Any]) -> Places:
+    """Yield the rows of a table, without the nulls that Arrow fills in for keys of other rows."""
+    for number, row in enumerate(rows, 1):
+        yield f": row {number}", {name: _without_nulls(cell) for name, cell in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return value
 
 
 READERS = {

@@ -6,26 +6,18 @@ differs, and the command line (`key=value`) overrides both.
 
 import difflib
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
+import pydantic
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from src.utils.environment import PROJECT_ROOT, from_root, to_root
-from src.utils.errors import UserError
+from src.utils.environment import PROJECT_ROOT
+from src.utils.errors import UserError, first_line
 
-
-def _whole(value: Any) -> Any:
-    """Read `max_steps=1e3` as 1000; 1.5 stays a float and is refused."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
-NotNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 NotEmpty = Annotated[str, Field(min_length=1)]
 MlflowName = Annotated[str, Field(min_length=1, max_length=250)]  # of a database's column
 Names = Annotated[list[NotEmpty], Field(min_length=1)]
@@ -126,7 +118,7 @@ class DataConfig(Section):
     # that cannot keep them apart (state-space, linear attention) gets padded rows anyway.
     packing: bool = True
     # Processes that prepare batches. Tokens are memory-mapped, so 0 is enough for most runs.
-    num_workers: NotNegativeInt = 0
+    num_workers: NonNegativeInt = 0
 
 
 class TrainingConfig(Section):
@@ -149,7 +141,7 @@ class TrainingConfig(Section):
     # bf16 too, updated with stochastic rounding (torchao). 6 bytes a weight instead of 18.
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: NotNegativeInt = 0
+    warmup_steps: NonNegativeInt = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     # Gradients above this norm are scaled down to it; null: never.
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -180,7 +172,7 @@ class EvaluationConfig(Section):
     # null: the prompts of the first rows of data.eval.
     prompts: Names | None = None
     # How many of these rows. 0, without prompts: no answers are generated.
-    samples: NotNegativeInt = 2
+    samples: NonNegativeInt = 2
     # The most tokens of an answer.
     max_length: PositiveInt = 64
 
@@ -200,7 +192,7 @@ class TrackingConfig(Section):
 class Config(Section):
     """One run."""
 
-    seed: Annotated[NotNegativeInt, Field(lt=2**32)] = 42
+    seed: Annotated[NonNegativeInt, Field(lt=2**32)] = 42
     # The same bits on the same machine and versions; slower.
     deterministic: bool = False
     output_dir: NotEmpty
@@ -212,7 +204,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _keys_that_exclude_each_other(self) -> Self:
         bits, full, random = self.model.quantization, self.lora is None, self.model.init == "random"
         sharded, eight = self.training.strategy, self.training.optimizer == "adamw8bit"
@@ -251,9 +243,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
     """Read a YAML file, apply `key=value` overrides, and validate everything.
 
     Returns:
-        The typed config, and the same as plain data for `config.yaml` and the tracker. Where the
-        environment is used (`${oc.env:NAME}`), that has every `${…}` as it was written and not
-        what came out of it, so that no secret is ever written down.
+        The typed config, and the same as plain data for `config.yaml` and the tracker. That has
+        every `${…}` as it was written and not what came out of it, so that no secret of the
+        environment is ever written down.
 
     Raises:
         UserError: with one line per problem, each naming file and line, or the command line.
@@ -278,8 +270,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
         raise UserError(located(f"{error.full_key}: {str(error).splitlines()[0]}")) from None
     except ValidationError as error:
         raise UserError(*map(located, _problems(error))) from None
-    written, plain = OmegaConf.to_container(merged, resolve=False), config.model_dump()
-    return config, _as_written(plain, written) if "oc.env" in str(written) else plain
+    written: Any = OmegaConf.to_container(OmegaConf.merge(config.model_dump(), merged))
+    return config, written
 
 
 def from_command_line(arguments: list[str]) -> tuple[Config, dict]:
@@ -295,8 +287,7 @@ def from_command_line(arguments: list[str]) -> tuple[Config, dict]:
 
 def changed(config: Config, keys: str) -> Config:
     """The config with these `key=value` instead, several of them apart by spaces."""
-    plain = OmegaConf.create(config.model_dump())
-    merged = OmegaConf.merge(plain, OmegaConf.from_dotlist(keys.split()))
+    merged = _merge(config.model_dump(), keys.split())
     return Config.model_validate(OmegaConf.to_container(merged))
 
 
@@ -308,7 +299,7 @@ def change_data(data: DataConfig, keys: list[str]) -> DataConfig:
     """
     if wrong := [key for key in keys if not key.startswith("data.") or "=" not in key]:
         raise UserError(*(f"command line: {key!r} is not data.key=value" for key in wrong))
-    merged: Any = OmegaConf.merge({"data": data.model_dump()}, OmegaConf.from_dotlist(keys))
+    merged = _merge({"data": data.model_dump()}, keys)
     try:
         return DataConfig.model_validate(OmegaConf.to_container(merged.data))
     except ValidationError as error:
@@ -326,44 +317,30 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[Any, dict[str, int]]:
     """A YAML file's content, and the line of each key."""
-    if path.suffix.lower() not in {".yaml", ".yml", ".json"}:
+    if path.suffix not in {".yaml", ".yml"}:
         raise UserError(f"{path}: not a .yaml file; rows are named by data.train={path}")
-    text = ""
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows leave a byte order mark
         read, lines = OmegaConf.create(text or "{}"), dict(_lines(yaml.compose(text)))
-    except FileNotFoundError:
-        configs = ", ".join(map(to_root, sorted(from_root("configs").glob("*.yaml"))))
-        problem = f"{path.absolute()}: no such config file; the project has {configs}"
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        conflict = " (an update's conflict is not settled)" * ("\n<<<<<<< " in text)
-        problem = f"{path}:{line}: not valid YAML: {error.problem}{conflict}"
+        raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problem = f"{path}: cannot be read as UTF-8 text ({error})"
-    else:
-        if OmegaConf.is_dict(read):
-            return read, lines
-        problem = f"{path}: a config is a mapping of keys to values, not a list or a word"
-    raise UserError(problem)
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    if not OmegaConf.is_dict(read):
+        raise UserError(f"{path}: a config is a mapping of keys to values, not a list or a word")
+    return read, lines
 
 
 def _merge(merged: Any, overrides: list[str]) -> Any:
-    # One at a time, so that a message can name the one that is wrong.
-    for item, following in pairwise([*overrides, "…"]):
-        name, _, value = item.strip("-").partition("=")
-        if item.startswith("-"):
-            key, value = _nearest(name.replace("-", "_")) or "key", value or following
-            hint = value if value.endswith((".yaml", ".yml")) else f"{key}={value}"
-            text = f"unknown option {item}; write {hint}"
-            raise UserError(f"command line: {text}. {FILE_FIRST}")
-        if not name or "=" not in item:
-            raise UserError(f"command line: {item!r} is not key=value. {FILE_FIRST}")
+    for item in overrides:  # one at a time, so that a message can name the one that is wrong
+        if item.startswith("-") or "=" not in item:
+            problem = "options are written key=value, after a config file"
+            raise UserError(f"command line: {item!r}: {problem}")
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
         except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise UserError(f"command line: {item}: cannot be read ({first})") from None
+            raise UserError(f"command line: {item}: cannot be read: {first_line(error)}") from None
     return merged
 
 
@@ -374,40 +351,26 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]
         yield from _lines(value, f"{prefix}{name.value}.")
 
 
-FILE_FIRST = "A config file comes before the keys."
-# For pydantic's types of error, where its own words are not those of a config file.
-WORDS = {
-    "string_type": "text is expected (quote it, if YAML took it for something else)",
-    "int_type": "a whole number is expected",
-    "float_type": "a number is expected",
-    "list_type": "text is expected, or a list of texts",
-    "bool_type": "true or false is expected",
-    "model_type": "a section of keys is expected",
-}
-
-
 def _problems(error: ValidationError) -> Iterable[str]:
     """What is wrong with which key: `key: problem`."""
     problems: dict[str, str] = {}
     for item in error.errors():
         kind, names = item["type"], [str(part) for part in item["loc"]]
+        key = ".".join(names)
         if kind == "value_error":  # our own, one per line
             problems |= {line: line for line in str(item["ctx"]["error"]).splitlines()}
-            continue
-        if kind != "extra_forbidden":
-            # Where text or a list may stand, pydantic names the kind that it tried, such as
-            # "constrained-str", and complains once of each: only the last counts.
-            names = [name for name in names if name.isidentifier()]
-        key = ".".join(names)
-        if kind == "extra_forbidden":
-            nearest = _nearest(key)
-            what = f"unknown key; did you mean {nearest}?" if nearest else "unknown key"
+        elif kind == "extra_forbidden":
+            hint = f"; did you mean {nearest}?" if (nearest := _nearest(key)) else ""
+            problems[key] = f"{key}: unknown key{hint}"
         elif kind == "missing":
-            what = "missing, and has no default"
+            problems[key] = f"{key}: missing, and has no default"
         else:
-            allowed = WORDS.get(kind, item["msg"].replace("Input should be", "expected"))
-            what = f"{item['input']!r} is not allowed: {allowed}"
-        problems[key] = f"{key[:80]}: {what}"
+            # Where text or a list may stand, pydantic complains once of each, and the last name is
+            # the kind that it tried, such as "constrained-str".
+            key = ".".join(name for name in names if name.isidentifier())
+            allowed = item["msg"].replace("Input should be", "expected")
+            before = problems.get(key, f"{key}: {item['input']!r} is not allowed")
+            problems[key] = f"{before}; {allowed}"
     return problems.values()
 
 
@@ -416,8 +379,7 @@ def _nearest(key: str) -> str:
     known, leaf = list(_keys(Config)), key.rpartition(".")[2]
     ends = [(name, name.rpartition(".")[2]) for name in known]
     best = [n for n, end in ends if leaf in {end, "".join(w[0] for w in end.split("_"))}]
-    best += difflib.get_close_matches(key, known, n=1)
-    return next(iter(best), "")
+    return next(iter(best + difflib.get_close_matches(key, known, n=1)), "")
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -426,9 +388,3 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         for kind in get_args(field.annotation) or [field.annotation]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from _keys(kind, f"{prefix}{name}.")
-
-
-def _as_written(value: Any, written: Any) -> Any:
-    if isinstance(value, dict) and isinstance(written, dict):
-        return {k: _as_written(v, written.get(k)) for k, v in value.items()}
-    return written if "${" in str(written) else value

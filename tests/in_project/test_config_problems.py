@@ -1,0 +1,58 @@
+"""Mistakes in a config that are seldom made are one line each, too."""
+
+from pathlib import Path
+
+import pytest
+
+from conftest import SMOKE
+from src.config import load_config
+from src.utils.errors import UserError
+
+FRESH = "model.init=pretrained"
+
+
+def problems(path: str | Path, *overrides: str) -> list[str]:
+    with pytest.raises(UserError) as error:
+        load_config(path, [*overrides])
+    return list(error.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["training.learning_rate=-1"], "training.learning_rate: -1 is not allowed; expected greater than 0"),
+        (["training=3"], "training: 3 is not allowed; expected a valid dictionary"),
+        (["tracking.experiment=no"], "tracking.experiment: False is not allowed; expected a valid string"),
+        ([f"tracking.experiment={'x' * 251}"], f"tracking.experiment: '{'x' * 251}' is not allowed; String should have at most 250"),
+        (["lora={target_modules: []}"], "lora.target_modules: [] is not allowed; expected a valid string; List should have at least 1 item"),
+        (["data.eval=5"], "data.eval: 5 is not allowed; expected a valid string; expected a valid list; expected less than 1"),
+        (["seed=[1"], "seed=[1: cannot be read: ParserError"),
+        (["training.strategy=fsdp", "model.quantization=4bit"], "training.strategy: fsdp shards neither"),
+        ([FRESH, "lora.dora=true", "model.quantization=8bit"], "lora.dora: PEFT loses the scales"),
+        ([FRESH, "lora.target_parameters=[a]", "lora.dropout=0.1"], "lora.target_parameters: PEFT adapts"),
+        (["model.quantization=4bit"], "model.quantization: 4bit weights cannot be trained themselves"),
+        (["model.attention=varlen", "data.packing=false"], "model.attention: varlen reads packed batches"),
+    ],
+)  # fmt: skip
+def test_a_wrong_override_is_named_with_what_is_allowed(overrides, expected: str) -> None:
+    found = problems(SMOKE, *overrides)
+    assert any(line.startswith(f"command line: {expected}") for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "output_dir: missing, and has no default"),
+        ("word", "word: unknown key"),
+        ("seed: 1\nseed: 2", ":2: not valid YAML: found duplicate key"),
+        ("output_dir: ${oc.env:NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
+        ("a: !!python/object/apply:os.system [ls]", ":1: not valid YAML"),
+        ("clé: 1", "cannot be read: UnicodeDecodeError"),
+    ],
+)
+def test_a_file_that_is_no_config_says_why(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_bytes(text.encode("latin-1"))
+    found = problems(file)
+    assert any(expected in line for line in found), found
+    assert all(line.startswith(str(file)) for line in found)

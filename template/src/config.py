@@ -251,18 +251,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
         UserError: with one line per problem, each naming file and line, or the command line.
     """
     path, overrides = Path(path), overrides or []
-    read, lines = _read(path)
+    read, places = _read(path)
     merged = _merge(read, overrides)
+    places |= {override.partition("=")[0]: "command line" for override in overrides}
 
     def located(problem: str) -> str:
         """The problem of a key, behind the file and line, or the command line, that gave it."""
         key = problem.partition(":")[0]
-        given = [f"{override.partition('=')[0]}." for override in overrides]
-        if any(f"{key}.".startswith(o) or o.startswith(f"{key}.") for o in given):
-            return f"command line: {problem}"
-        while key and key not in lines:
+        while key and key not in places:
             key = key.rpartition(".")[0]
-        return f"{path}:{lines[key]}: {problem}" if key else f"{path}: {problem}"
+        return f"{places.get(key, path)}: {problem}"
 
     try:
         config = Config.model_validate(OmegaConf.to_container(merged, resolve=True))
@@ -315,13 +313,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read(path: Path) -> tuple[Any, dict[str, int]]:
-    """A YAML file's content, and the line of each key."""
+def _read(path: Path) -> tuple[Any, dict[str, str]]:
+    """A YAML file's content, and the place of each key: `file:line`."""
     if path.suffix not in {".yaml", ".yml"}:
         raise UserError(f"{path}: not a .yaml file; rows are named by data.train={path}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows leave a byte order mark
-        read, lines = OmegaConf.create(text or "{}"), dict(_lines(yaml.compose(text)))
+        read, lines = OmegaConf.create(text or "{}"), _lines(yaml.compose(text))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
@@ -329,10 +327,11 @@ def _read(path: Path) -> tuple[Any, dict[str, int]]:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
     if not OmegaConf.is_dict(read):
         raise UserError(f"{path}: a config is a mapping of keys to values, not a list or a word")
-    return read, lines
+    return read, {key: f"{path}:{line}" for key, line in lines}
 
 
-def _merge(merged: Any, overrides: list[str]) -> Any:
+def _merge(values: Any, overrides: list[str]) -> Any:
+    merged: Any = OmegaConf.create(values)
     for item in overrides:  # one at a time, so that a message can name the one that is wrong
         if item.startswith("-") or "=" not in item:
             problem = "options are written key=value, after a config file"

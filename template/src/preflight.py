@@ -17,11 +17,7 @@ from src.utils.errors import UserError
 from src.utils.files import ADAPTER, CHECKPOINT, METRICS, STEPS, write_problem
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-INDEX = "model.safetensors.index.json"  # names the shards of a large model
-MODEL_FILES = (
-    *(ADAPTER, "config.json", "generation_config.json", INDEX, *TOKENIZER_FILES),
-    *("chat_template.jinja", "model.safetensors", "adapter_model.safetensors"),
-)
+MODEL_FILES = ("*.json", "*.jinja", "tokenizer.model", "model*.safetensors", "adapter_model.*")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 TRACES = (METRICS, "checkpoints", "final")  # that a run leaves in its folder
 
@@ -39,13 +35,13 @@ def check_run(config: Config, output: bool = True) -> None:
     problems = list(_model_problems(config.model))
     if config.lora and config.lora.adapter:
         problems += _adapter_problems(config.lora.adapter)
-    checked = set()
-    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+    data = {"data.train": config.data.train}
+    if isinstance(config.data.eval, str | list) and config.data.eval != config.data.train:
+        data["data.eval"] = config.data.eval
+    for key, sources in data.items():
         try:
-            for source in expand(sources) if isinstance(sources, str | list) else ():
-                if source not in checked:
-                    checked.add(source)
-                    check_source(source, config.data)
+            for source in expand(sources):
+                check_source(source, config.data)
         except UserError as error:
             problems += [f"{key}: {problem}" for problem in error.problems]
     if problem := write_problem(hf_home()):  # the tokens of rows are kept there
@@ -62,13 +58,14 @@ def folder_problems(folder: Path, key: str) -> Iterator[str]:
         folder: that exists.
         key: the key or option that named it, and its name.
     """
-    names = [name for name in MODEL_FILES if (folder / name).is_file()]
-    names += sorted({*read_json(folder / INDEX).get("weight_map", {}).values()})
-    if ADAPTER in names and not any(folder.glob("adapter_model.*")):
-        names.append("adapter_model.safetensors")  # is missing
-    for name in names:
-        if damage := _damage(folder / name):
-            yield f"{key}/{name}: {damage}"
+    files = [file for pattern in MODEL_FILES for file in sorted(folder.glob(pattern))]
+    shards = read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values()
+    files += [folder / shard for shard in sorted({*shards}) if folder / shard not in files]
+    if (folder / ADAPTER).is_file() and not any(folder.glob("adapter_model.*")):
+        files.append(folder / "adapter_model.safetensors")  # is missing
+    for file in files:
+        if damage := _damage(file):
+            yield f"{key}/{file.name}: {damage}"
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -87,17 +84,14 @@ def _damage(file: Path) -> str:
             start = opened.read(len(LFS_POINTER))
         if start == LFS_POINTER:
             return "is a Git LFS pointer and not the file: run `git lfs pull` where you cloned it"
-        if not start.strip():
+        if not start:
             return "is empty: fetch it again"
         if file.suffix == ".safetensors":
             with safe_open(file, "numpy"):  # reads the header, and compares it with the size
-                return ""
-        if file.suffix == ".json":
-            text = file.read_bytes().strip()
-            if text[:1] + text[-1:] != b"{}":
-                return "is cut short, or is no JSON object: fetch it again"
-            if len(text) < 2**20:  # a large tokenizer.json takes half a second
-                json.loads(text)
+                pass
+        # A large tokenizer.json takes half a second.
+        elif file.suffix == ".json" and file.stat().st_size < 2**20:
+            json.loads(file.read_bytes())
     except (OSError, ValueError, SafetensorError) as error:
         return f"cannot be read ({error}): fetch it again"
     unread = file.name == "tokenizer.model" and not file.with_name("tokenizer.json").is_file()
@@ -107,46 +101,28 @@ def _damage(file: Path) -> str:
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:
+    folder, key = from_root(model.name), f"model.name: {model.name}"
     if model.chat_template and not from_root(model.chat_template).is_file():
         yield f"model.chat_template: {model.chat_template}: no such file"
-    folder, name = from_root(model.name), f"model.name: {model.name}"
-    if not folder.is_dir():
-        if is_local(model.name):
-            yield f"{name}: no such folder, and not a hub id (org/name)"
-        elif model.init == "random":
-            yield f"model.init: random needs a local folder with a config.json, not {model.name}"
-        return
     if (folder / ADAPTER).is_file():
-        yield f"{name}: an adapter; name its base model here, and the adapter as lora.adapter"
-        return
-    yield from folder_problems(folder, name)
-    if not (folder / "config.json").is_file():
-        yield f"{name}: no config.json in this folder"
-    quantized = read_json(folder / "config.json").get("quantization_config") or {}
-    method = quantized.get("quant_method", "bitsandbytes")
-    if model.quantization != "none" and method != "bitsandbytes":
-        yield (
-            f"model.quantization: {model.name} is quantized already ({method}) and cannot be "
-            f"quantized to {model.quantization}; use model.quantization=none or the original"
-        )
-    if not has_tokenizer(folder):
-        yield f"{name}: no tokenizer in this folder; save it there with tokenizer.save_pretrained"
-    if model.init == "pretrained" and not any(folder.glob("*.safetensors")):
-        yield (
-            f"{name}: no safetensors weights in this folder; model.init=random builds fresh ones "
-            "(pickled ones can run code when they are read: convert them)"
-        )
+        yield f"{key}: an adapter; name its base model here, and the adapter as lora.adapter"
+    elif folder.is_dir():
+        yield from folder_problems(folder, key)
+        if model.init == "pretrained" and not any(folder.glob("*.safetensors")):
+            yield (
+                f"{key}: no safetensors weights in this folder; model.init=random builds fresh "
+                "ones (pickled ones can run code when they are read: convert them)"
+            )
+    elif is_local(model.name):
+        yield f"{key}: no such folder, and not a hub id (org/name)"
 
 
 def _adapter_problems(name: str) -> Iterator[str]:
     folder, key = from_root(name), f"lora.adapter: {name}"
     if (folder / ADAPTER).is_file():
         yield from folder_problems(folder, key)
-    elif folder.is_dir():
-        hint = f"; did you mean {name}/final?" if (folder / "final" / ADAPTER).is_file() else ""
-        yield f"{key}: no {ADAPTER} in this folder: not a saved adapter{hint}"
-    elif is_local(name):
-        yield f"{key}: no such folder, and not a hub id (org/name)"
+    elif folder.is_dir() or is_local(name):
+        yield f"{key}: neither a folder with {ADAPTER} nor a hub id (org/name)"
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -172,8 +148,7 @@ def _output_problems(config: Config) -> Iterator[str]:
             "training.resume=auto continues it, another output_dir=… starts anew"
         )
     elif resume not in {"never", "auto"} and not _holds_checkpoint(from_root(resume)):
-        kinds = "never, auto, or the folder of a checkpoint or a run"
-        yield f"training.resume: {resume}: not a checkpoint ({kinds})"
+        yield f"training.resume: {resume}: not never, auto, or the folder of a checkpoint or run"
 
 
 def _holds_checkpoint(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 import scripts.train
 from conftest import ROOT, SMOKE
 from src.trained import find_trained
+from src.training import record
 from src.training.metrics import read_metrics
 from src.training.record import Record
 from src.utils import environment
-from src.utils.environment import from_root
 from src.utils.errors import UserError
 from src.utils.files import new_folder, write_text
 from src.utils.script import run_script
@@ -46,13 +47,11 @@ def test_dotenv_is_read_before_any_library_and_the_shell_wins(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("encoding", ["UTF-16", "UTF-16-LE", "Latin-1"])
-def test_a_dotenv_that_is_not_utf8_is_named_with_its_encoding(
-    tmp_path, monkeypatch, refused, encoding: str
-) -> None:
+def test_a_dotenv_that_is_not_utf8_is_named(tmp_path, monkeypatch, refused, encoding: str) -> None:
     (tmp_path / ".env").write_bytes("HF_TOKEN=clé\n".encode(encoding))
     monkeypatch.setattr(environment, "PROJECT_ROOT", tmp_path)
     (line,) = refused(print)
-    assert line.startswith(f"{tmp_path / '.env'}: not UTF-8 text but {encoding[:6]}")
+    assert line.startswith(f"{tmp_path / '.env'}: not UTF-8 text (")
 
 
 def places(folder: Path) -> dict[str, Path]:
@@ -150,9 +149,6 @@ def test_a_place_that_only_the_work_itself_finds_bad_is_one_line_too(tmp_path, r
 
     (tmp_path / "file").touch()
     assert refused(work) == [f"{tmp_path / 'file/below'}: Not a directory"]
-    assert refused(lambda _: from_root("~nobody-here/x")) == [
-        "~nobody-here/x: there is no such home folder"
-    ]
 
 
 def test_a_connection_that_another_process_lost_is_no_place() -> None:
@@ -176,3 +172,32 @@ def test_damaged_files_of_a_run_are_named(tmp_path) -> None:
             Record(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": null}\n[1]\n{"step": 1}\n{"st')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_a_conflict_in_code_that_is_imported_is_one_line(tmp_path, refused) -> None:
+    def main(_: list[str]) -> None:
+        (tmp_path / "config.py").write_text(f"x = 1\n{'<' * 7} before updating\n")
+        runpy.run_path(str(tmp_path / "config.py"))
+
+    (line,) = refused(main)
+    assert line == f"{tmp_path / 'config.py'}:2: invalid syntax: {'<' * 7} before updating"
+
+
+def test_outside_of_git_a_run_has_no_commit_and_where_git_fails_it_says_so(
+    monkeypatch, tmp_path: Path, capsys
+) -> None:
+    monkeypatch.setattr(record, "PROJECT_ROOT", tmp_path)
+    tags = record.Record.start(tmp_path, {}, {}, 0).facts["tags"]
+    assert not {"mlflow.source.git.commit", "git.dirty"} & tags.keys()
+    assert not (tmp_path / "uncommitted.diff").exists()
+    assert capsys.readouterr().out == ""
+    (tmp_path / ".git").mkdir()  # which git refuses, as it does a folder of another user
+    record.Record.start(tmp_path, {}, {}, 0)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: record.json has no commit, because git fails here")
+
+
+def test_a_system_that_is_not_supported_is_named_in_one_line(refused, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    (line,) = refused(lambda _: pytest.fail("nothing is started"))
+    assert line.startswith("this system, win32, is not supported: use Linux, WSL2, or macOS")

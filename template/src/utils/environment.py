@@ -29,9 +29,8 @@ def load_environment() -> None:
     path = PROJECT_ROOT / ".env"
     try:
         load_dotenv(path)
-    except ValueError:  # bytes that are not UTF-8, or a zero byte in a value
-        encoding = "UTF-16" if b"\0" in path.read_bytes() else "Latin-1 or similar"
-        raise UserError(f"{path}: not UTF-8 text but {encoding}: save it as UTF-8") from None
+    except ValueError as error:  # bytes that are not UTF-8, or a zero byte in a value
+        raise UserError(f"{path}: not UTF-8 text ({error}): save it as UTF-8") from None
     os.environ["HF_HOME"] = str(hf_home())  # huggingface_hub takes "" as the current folder
     # The tokenizers' thread pool warns after a fork, in the middle of a progress bar.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -58,18 +57,10 @@ def hf_home() -> Path:
 
 
 def from_root(path: str) -> Path:
-    """A path from the config: relative to the project's root wherever the command was typed.
-
-    Raises:
-        UserError: it begins with the home folder of a user who does not exist.
-    """
-    try:
-        return PROJECT_ROOT / Path(path).expanduser()
-    except RuntimeError:  # of ~name
-        raise UserError(f"{path}: there is no such home folder") from None
+    """A path from the config: relative to the project's root wherever the command was typed."""
+    return PROJECT_ROOT / os.path.expanduser(path)
 
 
 def to_root(path: Path) -> str:
     """A path as people would type it: relative to the project's root where it is inside it."""
-    inside = path.is_relative_to(PROJECT_ROOT)
-    return str(path.relative_to(PROJECT_ROOT) if inside else path)
+    return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)

@@ -19,15 +19,14 @@ def main(arguments: list[str]) -> None:
 
     from src.tools.doctor import examine
 
-    verdicts, printed = set(), set()
+    verdicts = set()
     for part, findings in examine(config):
         print(part)
         for verdict, text, fix in findings:
-            print(f"  {verdict:<4}  {'see above' if text in printed else text}", flush=True)
+            print(f"  {verdict:<4}  {text}", flush=True)
             if fix and verdict != "OK":
                 print(f"        → {fix}")
             verdicts.add(verdict)
-            printed.add(text)
     sys.exit("FAIL" in verdicts)
 
 

@@ -8,8 +8,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.util import cache_from_source
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
@@ -28,7 +26,7 @@ from src.training.plan import CannotPlan, Plan, cheapest_that_fits, plan_for
 from src.training.record import git
 from src.utils.device import pick_device, pick_dtype
 from src.utils.environment import PROJECT_ROOT, from_root
-from src.utils.errors import UserError
+from src.utils.errors import UserError, first_line
 from src.utils.memory import GIB, gpu_memory
 
 # NVML's bits for lowered clocks: application clocks, hardware, two of heat, the power supply's
@@ -63,10 +61,6 @@ def _with_errors(findings: Iterator[Finding]) -> Iterator[Finding]:
 
 def _check_machine(config: Config) -> Iterator[Finding]:
     yield Finding("OK", f"Python {sys.version.split()[0]}, torch {torch.__version__}")
-    if sys.dont_write_bytecode and not Path(cache_from_source(torch.__file__)).exists():
-        text = "PYTHONDONTWRITEBYTECODE is set, and packages are not compiled: each start of each"
-        fix = "UV_COMPILE_BYTECODE=1 uv sync"
-        yield Finding("WARN", f"{text} process takes 34 instead of 12 s of CPU", fix)
     device = pick_device(config.device)
     dtype = pick_dtype(config.model.dtype, device)
     for index in range(torch.cuda.device_count() if device.type == "cuda" else 0):
@@ -108,7 +102,7 @@ def _check_gpu(index: int) -> Iterator[Finding]:
 def _check_operations(config: Config, device: torch.device, dtype: torch.dtype) -> Finding:
     """Run a small matmul with its gradient and, if the config needs it, quantize a weight."""
     quantizes = config.model.quantization != "none"
-    operations = f"{dtype} matmul on {device.type}" + ", 4-bit quantization" * quantizes
+    tried = f"tried {dtype} matmul on {device.type}" + ", 4-bit quantization" * quantizes
     try:
         factor = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
         (factor @ factor).sum().backward()
@@ -117,19 +111,16 @@ def _check_operations(config: Config, device: torch.device, dtype: torch.dtype) 
 
             quantize_4bit(factor.detach())
     except Exception as error:  # noqa: BLE001 - whatever a build for another CUDA raises
-        problem = f"{operations}: {str(error).partition('\n')[0]}"
-        return Finding("FAIL", problem, "nvidia-smi shows the GPU's state and driver")
-    return Finding("OK", f"tried {operations}")
+        fix = "nvidia-smi shows the GPU's state and driver"
+        return Finding("FAIL", f"{tried}: {first_line(error)}", fix)
+    return Finding("OK", tried)
 
 
 def _check_project() -> Iterator[Finding]:
     status = git(PROJECT_ROOT, "status", "--porcelain")
     if status is None:
-        text, fix = "no git repository", "git init && git add -A && git commit -m 'Begin'"
-        if any((folder / ".git").exists() for folder in (PROJECT_ROOT, *PROJECT_ROOT.parents)):
-            command = f"git config --global --add safe.directory {PROJECT_ROOT}"
-            text, fix = "`git status` fails", f"if it says 'dubious ownership': {command}"
-        yield Finding("WARN", f"{text}: a run cannot record its code", fix)
+        fix = "git init && git add -A && git commit -m 'Begin'; or what `git status` says"
+        yield Finding("WARN", "`git status` fails: a run cannot record its code", fix)
         return
     text = f"uncommitted files: {len(status.splitlines())}; a run records the tracked ones' diff"
     yield Finding("WARN" if status else "OK", text, "git add -A && git commit")
@@ -191,10 +182,6 @@ def _check_memory(config: Config, planned: Plan, gpu: dict[str, float]) -> Findi
         change = cheapest_that_fits(config, total)
         fix = f"{change[0]}: {change[1]:.1f} GiB" if change else "a larger GPU or a smaller model"
         return Finding("FAIL", text, fix)
-    # The context that the overhead is for exists already: this very process has one.
-    if gpu and peak - planned.overhead > gpu["free"]:
-        text += f", and only {gpu['free']:.1f} GiB are free now"
-        return Finding("WARN", text, "nvidia-smi shows who holds the rest")
     return Finding("OK", text)
 
 

@@ -8,7 +8,6 @@ from src.tools.compare import compare
 from src.trained import find_runs
 from src.training.metrics import draw_curves
 from src.utils.environment import from_root, to_root
-from src.utils.errors import UserError
 from src.utils.script import make_parser, run_script
 
 MAX_WIDTH = 40  # characters of a cell; the rest is cut off
@@ -22,11 +21,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", default=default, help=text)
     options = parser.parse_args(arguments)
     folders, picture = find_runs(options.runs), from_root(options.output)
-    if len(folders) < 2:
-        raise UserError(f"{options.runs[0]}: only one run; give two or more to compare")
-    if picture.suffix != ".png":
-        raise UserError(f"--output {options.output}: the picture is a .png")
-
     names = [to_root(folder) for folder in folders]
     differences, results = compare(folders)
     _print_table({"differs in": names, **(differences or {"nothing": [""] * len(names)})})
@@ -37,10 +31,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _print_table(table: dict[str, list[str]]) -> None:
-    rows = [
-        [cell if len(cell) <= MAX_WIDTH else f"{cell[:MAX_WIDTH]}…" for cell in (name, *values)]
-        for name, values in table.items()
-    ]
+    rows = [[cell[:MAX_WIDTH] for cell in (name, *values)] for name, values in table.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())

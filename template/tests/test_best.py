@@ -39,12 +39,8 @@ def test_the_best_evaluated_weights_are_the_result(train, worse, lora, save_ever
     losses = {row["step"]: row["eval_loss"] for row in metrics(folder) if "eval_loss" in row}
     best = min(losses, key=losses.__getitem__)
     assert best < 8
-    printed = f"step {best} of 8, the best evaluation"
-    assert printed in capsys.readouterr().out
-    for name in ("config.yaml", "final/training_config.yaml"):
-        text = (folder / name).read_text()
-        assert text.startswith(f"# final/ holds {printed}\n")
-        assert yaml.safe_load(text)["seed"] == 42
+    assert f"step {best} of 8, the best evaluation" in capsys.readouterr().out
+    assert yaml.safe_load((folder / "final/training_config.yaml").read_text())["seed"] == 42
     result = load_file(next((folder / "final").glob("*.safetensors")))
     parts = (folder / f"checkpoints/step-{best:08d}/weights").iterdir()
     kept = dict(ChainMap(*map(load_file, parts)))

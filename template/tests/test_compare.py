@@ -11,7 +11,6 @@ import scripts.compare
 from conftest import ROOT
 from src.config import load_config
 from src.tools.compare import compare
-from src.training.metrics import even_losses
 from src.training.record import Record
 
 
@@ -38,8 +37,8 @@ def runs(tmp_path: Path) -> list[Path]:
 
 def test_what_differs_is_named_in_a_line_each_and_what_was_reached(runs: list[Path]) -> None:
     different, reached = compare(runs)
-    assert different.keys() == {"lora", "torch", "uncommitted.diff"}
-    assert different["lora"] == ["None", "{'r': 8}"]
+    assert different.keys() == {"lora", "lora.r", "torch", "uncommitted.diff"}
+    assert different["lora.r"] == ["-", "8"]
     assert different["uncommitted.diff"][0] == "-"
     assert reached == {
         "status": ["FINISHED", "KILLED"],
@@ -75,12 +74,3 @@ def test_equal_runs_differ_in_nothing_and_what_is_no_run_is_refused(
     scripts.compare.main([*map(str, [runs[0], runs[0]]), "--output", str(tmp_path / "curves.png")])
     assert capsys.readouterr().out.splitlines()[1] == "nothing"
     assert "not a run's folder" in refused(scripts.compare.main, str(runs[0]), str(tmp_path))[0]
-    assert "give two or more to compare" in refused(scripts.compare.main, str(runs[0]))[0]
-    text = [*map(str, runs), "--output", "curves.txt"]
-    assert refused(scripts.compare.main, *text) == ["--output curves.txt: the picture is a .png"]
-
-
-def test_a_line_of_fewer_steps_is_drawn_with_its_neighbour() -> None:
-    steps, losses = (10, 20, 23, 30, 40, 41), (3.0, 2.0, 8.0, 1.0, None, 1.0)
-    rows = [{"step": s, "loss": x} for s, x in zip(steps, losses, strict=True)]
-    assert even_losses(rows) == [(10, 3.0), (20, 2.0), (30, 3.1), (40, None)]

@@ -60,12 +60,12 @@ def test_what_is_seldom_meant_is_said_before_the_first_step(train, write_rows, c
     train = partial(train, f"data.train={rows}", "data.max_length=1024", "training.batch_size=1")
     train("data.eval=null", "training.epochs=1", "training.warmup_steps=100")
     said = capsys.readouterr().out
-    assert "and the model was made for 512 positions" in said
-    assert "training.warmup_steps=100 in a run of 3 steps: the rate ends at 9e-05" in said
+    assert "but the model has 512 positions" in said
+    assert "training.warmup_steps=100: the rate never reaches 0.003" in said
     train(f"data.eval={rows}", "training.max_steps=1", output="few")
     assert "only 3 documents to evaluate on" in capsys.readouterr().out
     train(f"data.eval={rows}", "training.max_steps=1", "training.resume=auto", output="few")
-    assert "a larger training.max_steps adds more" in capsys.readouterr().out
+    assert "finished   nothing is left to train; a larger" in capsys.readouterr().out
 
 
 def test_rows_that_ask_nothing_are_passed_over_by_samples_and_proofs(train, write_rows) -> None:

@@ -3,8 +3,6 @@
 import http.server
 import json
 import os
-import re
-import shlex
 import shutil
 import signal
 import socket
@@ -23,6 +21,7 @@ from urllib.request import urlopen
 import pytest
 
 import scripts.inference
+import scripts.sync
 import scripts.train
 from conftest import ROOT, SMOKE, metrics
 from src.config import load_config
@@ -102,7 +101,7 @@ def send_later(folder: Path) -> int:
     return Sender(record).send(record.facts["status"])
 
 
-def test_mlflow_has_the_parameters_metrics_tags_data_and_answers_of_the_run(seen: Path) -> None:
+def test_mlflow_has_the_parameters_metrics_tags_and_data_of_the_run(seen: Path) -> None:
     client, (run,) = connect(), runs()
     assert run.info.status == "FINISHED"
     assert run.data.params["training.learning_rate"] == "0.003"
@@ -112,13 +111,8 @@ def test_mlflow_has_the_parameters_metrics_tags_data_and_answers_of_the_run(seen
     assert [(p.step, p.value, p.timestamp) for p in history] == logged
     assert "system/cpu_utilization_percentage" in run.data.metrics
     data = [each.dataset for each in run.inputs.dataset_inputs]
-    assert {each.name for each in data} == {"sample.jsonl"}
-    assert {"name": "messages", "type": "string"} in json.loads(data[0].schema)["mlflow_colspec"]
+    assert {each.name for each in data} == {"data/sample.jsonl"}
     assert json.loads(data[0].profile)["num_rows"] == len(SAMPLE.read_text().splitlines())
-    table = client.load_table(run.info.experiment_id, "samples.json")
-    asked = table[table["prompt"].map(lambda prompt: prompt[0]["content"] == QUESTION)]
-    assert list(asked["step"]) == [0, 160]
-    assert asked["answer"].iloc[0] != ANSWER == asked["answer"].iloc[1]
 
 
 def test_the_result_is_a_model_that_answers_by_its_uri_with_its_evaluation(seen, capfd) -> None:
@@ -178,14 +172,12 @@ def test_a_run_is_sent_once_and_whole_over_failures_and_restarts(
     record = begin(tmp_path / "run")
     tracker = track(record, warnings.append)
     add(record, 2, 4, 6)
-    tracker.wake()
     while not (sent := runs()) or steps(sent[0]) != [2, 4, 6]:
         time.sleep(0.05)
     assert sent[0].info.status == "RUNNING"
     with monkeypatch.context() as broken:
         broken.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
         add(record, 8)
-        tracker.wake()
         while not warnings:
             time.sleep(0.05)
     add(record, 10)
@@ -252,7 +244,6 @@ def test_a_place_that_takes_no_runs_costs_one_warning_and_gets_all_later(
     tracker = track(record, warnings.append)
     assert time.perf_counter() - started < 1, "a start waits for nobody"
     add(record, *range(1, 21))
-    tracker.wake()
     end(record, tracker, "KILLED")
     assert time.perf_counter() - started < 10
     (warning,) = warnings
@@ -284,11 +275,11 @@ def test_lines_that_come_quickly_are_sent_together(tmp_path, store, monkeypatch)
     monkeypatch.setattr(MlflowClient, "log_batch", count)
     monkeypatch.setattr(tracking, "PAUSE_SECONDS", 60.0)
     record = begin(tmp_path / "run")
+    add(record, 1)
     tracker = track(record)
-    for step in range(1, 31):
-        add(record, step)
-        tracker.wake()
-        time.sleep(0.01 if sent else 0.2)  # the first send is waited for
+    while not sent:
+        time.sleep(0.1)
+    add(record, *range(2, 31))
     before = time.perf_counter()
     end(record, tracker)
     assert time.perf_counter() - before < 20, "the end waits for no pause"
@@ -304,20 +295,13 @@ def test_where_to_look_is_the_server_even_if_it_knows_nothing_yet(tmp_path, monk
     assert tracking.where_to_look(record) == "http://host:5000/#/experiments/1/runs/r"
 
 
-def test_what_mlflow_refuses_for_ever_is_said_in_its_words_with_a_cure_that_works(
-    tmp_path, store, monkeypatch
-) -> None:
-    import mlflow
-    from mlflow.cli import cli
-
+def test_what_mlflow_refuses_for_ever_is_said_in_its_words(tmp_path, store, monkeypatch) -> None:
     client, warnings, record = connect(), [], begin(tmp_path / "run")
     experiment = client.get_experiment_by_name(ROOT.name)
     client.delete_experiment(experiment.experiment_id)
     end(record, track(record, warnings.append))
-    cure = f"mlflow experiments restore -x {experiment.experiment_id}"
-    assert f"the experiment {ROOT.name} was deleted: restore it (uv run {cure})" in warnings[0]
-    mlflow.set_tracking_uri(tracking.tracking_uri())  # which inference may have set in this process
-    cli.main(cure.split()[1:], standalone_mode=False)
+    assert "must be in the 'active' state" in warnings[0]
+    client.restore_experiment(experiment.experiment_id)
     send_later(record.folder)
     assert runs()[0].info.status == "FINISHED"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}")
@@ -328,7 +312,7 @@ def test_what_mlflow_refuses_for_ever_is_said_in_its_words_with_a_cure_that_work
 
 def test_names_of_thousands_of_files_are_cut_to_what_mlflow_holds(tmp_path, store) -> None:
     record, long = begin(tmp_path / "run"), "x" * 70_000
-    record.update(data={"train": record.facts["data"]["train"] | {"name": long, "source": long}})
+    record.update(data={"train": record.facts["data"]["train"] | {"source": long}})
     Sender(record)
     assert [len(each.dataset.name) for each in runs()[0].inputs.dataset_inputs] == [250]
 
@@ -348,15 +332,13 @@ def test_a_project_is_tracked_in_any_folder_and_says_what_to_do_after_a_move(
     assert len(kept) == 1
     copy = shutil.copytree(old, tmp_path / "copy")
     monkeypatch.setattr(tracking, "PROJECT_ROOT", copy)
-    with pytest.raises(RunError, match=r"as this project is a copy: rename mlflow.db, or choose"):
+    with pytest.raises(RunError, match="as this project has moved or is a copy"):
         send_later(copy / "run")
     old.rename(new)
     monkeypatch.setattr(tracking, "PROJECT_ROOT", new)
-    with pytest.raises(RunError, match="the project has moved: link it") as error:
+    with pytest.raises(RunError, match=f": ln -s {new} "):
         send_later(new / "run")
-    assert not old.exists()
-    (command,) = re.findall(r"\((ln .*)\)", str(error.value))
-    subprocess.run(shlex.split(command), check=True)
+    old.symlink_to(new)
     assert send_later(new / "run") == 0
     kept = {file.path for file in connect().list_artifacts(runs()[0].info.run_id)}
     assert "config.yaml" in kept
@@ -424,7 +406,6 @@ def test_a_real_server_dies_and_comes_back_and_has_all_in_the_end(tmp_path, monk
     with served(tmp_path, port):
         tracker = track(record, warnings.append)
         add(record, 1, 2)
-        tracker.wake()
         while not runs() or steps(runs()[0]) != [1, 2]:
             time.sleep(0.1)
     add(record, 3, 4)
@@ -439,3 +420,13 @@ def test_a_real_server_dies_and_comes_back_and_has_all_in_the_end(tmp_path, monk
             assert steps(run) == [1, 2, 3, 4]
         kept = {file.path for file in connect().list_artifacts(run.info.run_id)}
         assert kept >= {"config.yaml", "loss.png"}
+
+
+def test_sync_names_a_server_that_does_not_answer_without_its_password(
+    seen, tmp_path, monkeypatch
+) -> None:
+    copy = shutil.copytree(seen, tmp_path / "copy")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:canary@127.0.0.1:9")
+    with pytest.raises(RunError, match="MLflow failed") as failure:
+        scripts.sync.main([str(copy)])
+    assert "canary" not in str(failure.value)

@@ -1,7 +1,6 @@
 """Compare runs: where config, data, code and versions differ, and what each run reached."""
 
 import json
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
@@ -9,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from src.config import flatten
 from src.training.metrics import read_metrics
 from src.training.record import Record
 from src.utils.errors import UserError, first_line
@@ -22,35 +22,26 @@ def compare(folders: list[Path]) -> tuple[dict[str, list[str]], dict[str, list[s
     the data, commit and versions. The second has status, steps, losses, speed, memory and what
     scripts/evaluate.py measured.
     """
-    results = [_read(_result, folder) for folder in folders]
-    names = dict.fromkeys(name for result in results for name in result)
-    reached = {name: [result.get(name, "-") for result in results] for name in names}
-    return _differences([_read(_settings, folder) for folder in folders]), reached
+    settings, results = [], []
+    for folder in folders:
+        try:
+            settings.append(_settings(folder))
+            results.append(_result(folder))
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            problem = f"a file of this run is damaged: {first_line(error)}"
+            raise UserError(f"{folder}: {problem}") from None
+    different = {name: row for name, row in _table(settings).items() if len({*row}) > 1}
+    return different, _table(results)
 
 
-def _read(part: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    try:
-        return part(folder)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: a file of this run is damaged: {first_line(error)}") from None
-
-
-def _differences(settings: list[Any], name: str = "") -> dict[str, list[str]]:
-    """Return what is not equal, by its name with dots; a section that a run lacks is one line."""
-    if all(value == settings[0] for value in settings):
-        return {}
-    if not all(isinstance(value, dict) for value in settings):
-        return {name: [str(value) for value in settings]}
-    different = {}
-    for key in dict.fromkeys(key for section in settings for key in section):
-        inner = f"{name}.{key}" if name else key
-        different |= _differences([section.get(key, "-") for section in settings], inner)
-    return different
+def _table(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
+    names = dict.fromkeys(name for run in runs for name in run)
+    return {name: [str(run.get(name, "-")) for run in runs] for name in names}
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    settings = config | Record(folder).facts["tags"]
+    settings = flatten(config) | Record(folder).facts["tags"]
     del settings["output_dir"], settings["command"]  # they differ always
     if (changes := folder / "uncommitted.diff").is_file():
         settings["uncommitted.diff"] = sha256(changes.read_bytes()).hexdigest()[:16]

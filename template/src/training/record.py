@@ -18,7 +18,6 @@ import time
 import uuid
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -45,7 +44,7 @@ class Record:
     Attributes:
         folder: the run's.
         facts: key (identifies the run), started (ms since 1970), status (RUNNING, FINISHED, FAILED
-            or KILLED), tags (see `provenance`), data (columns and counts of train and eval), and
+            or KILLED), tags (see `provenance`), data (source and counts of train and eval), and
             what `update` adds: ended, final, final_step, mlflow and mlflow_experiment (ids).
     """
 
@@ -89,8 +88,8 @@ class Record:
         record = cls(folder, facts)
         data = {part: _describe(written["data"], part, rows) for part, rows in read.items()}
         record.update(status="RUNNING", tags=tags, data=data)
-        if changes := uncommitted():
-            write_text(folder / "uncommitted.diff", changes)
+        if changes := git(PROJECT_ROOT, "diff", "HEAD"):
+            write_text(folder / "uncommitted.diff", hide(changes[:MAX_DIFF]))
         return record
 
     def update(self, **facts: Any) -> None:
@@ -101,15 +100,11 @@ class Record:
 
 
 def _describe(data: dict[str, Any], part: str, rows: Facts) -> dict[str, Any]:
-    """The files, columns and counts of the rows of `train` or `eval`."""
+    """The files and counts of the rows of `train` or `eval`."""
     # A share of the training rows, or a run that overfits, has no file of its own.
     source = data[part] if isinstance(data[part], str | list) else data["train"]
-    files = [source] if isinstance(source, str) else source
-    shapes = [shape.split(" and ") for shape in rows.read_as]
     return {
-        "name": hide(", ".join(Path(file).name for file in files)),
-        "source": hide(", ".join(files)),
-        "columns": [*dict.fromkeys(chain(*shapes, rows.unread))],
+        "source": hide(source if isinstance(source, str) else ", ".join(source)),
         "counts": {"num_rows": sum(rows.read_as.values()), "labelled": rows.labelled_tokens},
     }
 
@@ -145,11 +140,6 @@ def provenance() -> dict[str, str]:
     if torch.cuda.is_available():
         tags["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return {key: hide(value)[:500] for key, value in tags.items() if value}
-
-
-def uncommitted() -> str:
-    """The changes since the last commit, cut where they are long."""
-    return hide((git(PROJECT_ROOT, "diff", "HEAD") or "")[:MAX_DIFF])
 
 
 def git(root: Path, *words: str) -> str | None:

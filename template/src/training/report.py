@@ -23,7 +23,7 @@ from src.models.adapters import adapted_names, frozen_experts
 from src.models.model import count_parameters
 from src.training.checkpoint import TrainState
 from src.training.fit import gib_held
-from src.training.metrics import read_metrics, rewind_metrics
+from src.training.metrics import rewind_metrics
 from src.training.optimizer import rate_factor
 from src.training.record import Record
 from src.training.speed import Speed
@@ -45,63 +45,51 @@ def say(text: str) -> None:
             print(text, flush=True)
 
 
-def count(number: int, noun: str) -> str:
-    """A number with its noun: 1 row, 2,000 rows."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def say_lines(name: str, *lines: str) -> None:
     """Print lines as a paragraph with a name."""
     say(f"{name:<11}" + f"\n{'':<11}".join(lines))
 
 
+def count(number: int, noun: str) -> str:
+    """A number with its noun: 1 row, 2,000 rows."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def describe(
-    config: Config, model: PreTrainedModel, dtype: torch.dtype, train: TokenLoader,
-    evaluation: TokenLoader | None, total_steps: int, speed: Speed,
+    config: Config, model: PreTrainedModel, tokenizer: Tokenizer, dtype: torch.dtype,
+    train: TokenLoader, evaluation: TokenLoader | None, total_steps: int,
 ) -> None:  # fmt: skip
     """Print what is trained, on what, and how: before step 1."""
-    settings, data, facts = config.training, train.dataset, train.dataset.facts
-    size = f"{settings.batch_size} x {config.data.max_length}"
-    window, tokens = settings.gradient_accumulation_steps, int(data.lengths.sum())
-    say_lines("model", *_model_lines(config, model, dtype))
-    share = f"{facts.labelled_tokens:,} labelled ({facts.labelled_tokens / tokens:.0%})"
+    settings, data, length = config.training, train.dataset, config.data.max_length
+    tokens, labelled = int(data.lengths.sum()), data.facts.labelled_tokens
+    share = f"{labelled:,} labelled ({labelled / tokens:.0%})"
     lines = [f"{count(len(data), 'row')}, {tokens:,} tokens, {share}"]
     if evaluation:
-        same = " (the same rows)" * same_rows(data, evaluation.dataset)
-        lines.append(f"{count(len(evaluation.dataset), 'row')} to evaluate on{same}")
-    say_lines("data", *lines, *data_notes(facts))
-    lines, fill = [], "padded"
-    if train.packing:
-        room = train.sampler.batches * settings.batch_size * config.data.max_length
-        fill = f"{tokens / room:.1%} of them real"
-    elif config.data.packing:
-        kind = model.config.model_type
-        lines = [f"not packed: {kind} would let packed documents attend to each other"]
-    processes = f"accumulation {window}, processes {distributed.WORLD_SIZE}"
-    say_lines("batch", f"{size} tokens, {fill}; {processes}", *lines)
+        same = data.facts.fingerprint == evaluation.dataset.facts.fingerprint
+        text = f"{count(len(evaluation.dataset), 'row')} to evaluate on"
+        lines.append(text + " (the same rows)" * same)
+    say_lines("model", *_model_lines(config, model, dtype))
+    say_lines("data", *lines, *data_notes(data.facts))
+    real = tokens / (train.sampler.batches * settings.batch_size * length)
+    fill, window = f"{real:.1%} of them real", settings.gradient_accumulation_steps
+    say(
+        f"batch      {settings.batch_size} x {length} tokens, {fill if train.packing else 'padded'}"
+        f"; accumulation {window}, processes {distributed.WORLD_SIZE}"
+    )
     say(
         f"schedule   {count(total_steps, 'step')}, {-(-len(train.sampler) // window):,} an epoch; "
         f"{settings.scheduler} from {settings.learning_rate:g}, {settings.warmup_steps} warm-up"
     )
-    say(
-        f"speed      mfu is the share of this machine's matmul speed, {speed.matmul / 1e12:.3g} "
-        f"TFLOP/s, that training uses; a token takes {speed.per_token / 1e9:.3g} GFLOP"
-    )
     for warning in _warnings(config, model, train, evaluation, total_steps):
         say(f"warning: {warning}")
-
-
-def same_rows(train: TokenDataset, evaluation: TokenDataset | None) -> bool:
-    """Whether a run is evaluated on the rows that it learns."""
-    return evaluation is not None and train.facts.fingerprint == evaluation.facts.fingerprint
+    # As the model reads it; tokens with loss are between [ and ].
+    say(f"example    {show_document(data[[0]][0], tokenizer)[:300]!r}")
 
 
 def _model_lines(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> Iterator[str]:
     trainable, quantized, total = count_parameters(model)
-    weights = "not quantized"
-    if config.model.init == "random":
-        weights = "random weights"
-    elif quantized:
+    weights = "random weights" if config.model.init == "random" else "not quantized"
+    if quantized:
         weights = f"{config.model.quantization} ({quantized / total:.0%} of the weights)"
     yield f"{config.model.name}, {weights}; {trainable:,} of {total:,} weights trained"
     attention, precision = model.config._attn_implementation, str(dtype).removeprefix("torch.")
@@ -116,36 +104,24 @@ def _model_lines(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> 
 
 
 def _warnings(
-    config: Config, model: PreTrainedModel, train: TokenLoader, evaluation: TokenLoader | None,
-    total_steps: int,
-) -> Iterator[str]:  # fmt: skip
+    config: Config, model: Any, train: TokenLoader, evaluation: TokenLoader | None, total_steps: int
+) -> Iterator[str]:
     """Settings that are allowed but rarely intended."""
-    rate, warmup = config.training.learning_rate, config.training.warmup_steps
+    settings, rate = config.training, config.training.learning_rate
+    if config.data.packing and not train.packing:
+        yield f"not packed: {model.config.model_type} would let packed documents see each other"
     if config.lora is None and config.model.init == "pretrained" and rate > 1e-4:
         yield f"training.learning_rate={rate:g} suits LoRA; use about 2e-5 to train all weights"
-    _, quantized, total = count_parameters(model)
-    if 0 < quantized < total / 2:
-        bits = config.model.quantization
-        yield f"{bits} quantizes only {quantized / total:.0%} of the weights: layers, not experts"
     if config.lora and (experts := ", ".join(frozen_experts(model))):
         yield f"experts get no adapters; lora.target_parameters=[{experts}] adds some"
-    known: Any = model.config
-    limit = getattr(known.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and (longest := int(train.dataset.lengths.max())) > limit:
-        yield (
-            f"the longest document has {longest:,} tokens, and the model was made for {limit:,} "
-            f"positions; data.max_length={limit} keeps within them"
-        )
-    if warmup > total_steps:
-        yield (
-            f"training.warmup_steps={warmup} in a run of {count(total_steps, 'step')}: the rate "
-            f"ends at {rate * total_steps / warmup:.2g} and never reaches {rate:g}"
-        )
-    if evaluation and len(evaluation.dataset) < FEW and not config.training.overfit:
-        yield (
-            f"only {count(len(evaluation.dataset), 'document')} to evaluate on, which choose the "
-            "best checkpoint; use more rows for data.eval"
-        )
+        yield f"a document has {longest:,} tokens, but the model has {limit:,} positions"
+    if settings.warmup_steps > total_steps:
+        yield f"training.warmup_steps={settings.warmup_steps}: the rate never reaches {rate:g}"
+    if evaluation and len(evaluation.dataset) < FEW and not settings.overfit:
+        few = count(len(evaluation.dataset), "document")
+        yield f"only {few} to evaluate on, which choose the best checkpoint: data.eval"
 
 
 def describe_resume(path: Path | None, state: TrainState, config: Config, total_steps: int) -> None:
@@ -158,23 +134,14 @@ def describe_resume(path: Path | None, state: TrainState, config: Config, total_
     settings, saved = config.training, state.learning_rate
     say(f"resume     {path.name} of {path.parent}")
     rate = settings.learning_rate * rate_factor(settings, total_steps, state.step)
-    if state.step >= total_steps:
-        key = "max_steps" if settings.max_steps == total_steps else "epochs"
-        say(f"finished   all {total_steps} steps are done; a larger training.{key} adds more")
-    elif state.is_out_of_patience(settings.patience):
-        say("finished   stopped early; a larger training.patience, or null, goes on")
+    if state.step >= total_steps or state.is_out_of_patience(settings.patience):
+        more = "a larger training.epochs, max_steps or patience goes on"
+        say(f"finished   nothing is left to train; {more}")
     elif saved is not None and not math.isclose(saved, rate, rel_tol=0.01):
         say(
             f"warning: after step {state.step} the learning rate jumps from {saved:.2g} to "
-            f"{rate:.2g}: the schedule has changed, and now covers {total_steps} steps. Set "
-            "training.learning_rate to fit, or training.scheduler=constant, to avoid the jump"
+            f"{rate:.2g}, as the schedule is another one; training.scheduler=constant avoids that"
         )
-
-
-def show_example(train: TokenLoader, tokenizer: Tokenizer) -> None:
-    """Print the first document as the model reads it; tokens with loss are between [ and ]."""
-    text = show_document(train.dataset[[0]][0], tokenizer).replace("\n", "\\n")
-    say("example    " + (text if len(text) <= 300 else f"{text[:300]} …"))
 
 
 def measure(
@@ -238,7 +205,7 @@ class Recorder:
             documents: to train on, and to evaluate on if there are any.
         """
         self._config, self._written, self._state = config, written, state
-        self._total_steps, (self._train, self._eval) = total_steps, documents
+        self._total_steps, self._documents = total_steps, documents
         self._record: Record | None = None
         self._tracker: Tracker | None = None
         self._folder = from_root(config.output_dir)
@@ -264,11 +231,12 @@ class Recorder:
         for path in sorted(self.checkpoints.glob(STEPS)):  # damaged, or of steps taken again
             if int(path.name[-8:]) > step:
                 path.rename(free_name(path))
-        datasets = {"train": self._train} | ({"eval": self._eval} if self._eval else {})
+        parts = zip(("train", "eval"), self._documents, strict=True)
+        datasets = {part: data for part, data in parts if data is not None}
         files = (data.left_out.read_bytes().splitlines(keepends=True) for data in datasets.values())
         if left_out := dict.fromkeys(chain.from_iterable(files)):  # once, if both sets have a row
             (folder / "left_out.jsonl").write_bytes(b"".join(left_out))
-        facts = {name: data.facts for name, data in datasets.items()}
+        facts = {part: data.facts for part, data in datasets.items()}
         return Record.start(folder, self._written, facts, step)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -290,8 +258,6 @@ class Recorder:
             with (self._folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         say(self._line(metrics))
-        if self._tracker:
-            self._tracker.wake()
 
     def _line(self, m: dict[str, Any]) -> str:
         total = self._total_steps
@@ -303,19 +269,12 @@ class Recorder:
         if "peak_memory_gib" in m:
             line += f" · {m['peak_memory_gib']:.1f} GiB"
         if "eval_loss" in m:
-            where = " on the training rows" * same_rows(self._train, self._eval)
-            line += f" · eval loss{where} {m['eval_loss']:.4f}, perplexity {m['perplexity']:.2f}"
+            line += f" · eval loss {m['eval_loss']:.4f}, perplexity {m['perplexity']:.2f}"
         return line
 
     def record_result(self, step: int, reason: str) -> None:
-        """Write into `config.yaml` of which step the result is."""
+        """Record that `final/` holds the weights of this step, and why."""
         self._result = f"step {step:,} of {self._state.step:,}, {reason}"
-        if self._record:
-            text = f"# final/ holds {self._result}\n{OmegaConf.to_yaml(self._written)}"
-            write_text(self._folder / "config.yaml", text)
-
-    def final_is_written(self, step: int) -> None:
-        """Record that `final/` holds the weights of this step."""
         if self._record:
             self._record.update(final=self._result, final_step=step)
 
@@ -325,26 +284,13 @@ class Recorder:
         return self._record.facts.get("final_step", 0) if self._record else 0
 
     def summarise(self) -> None:
-        """Print what came out, where it is, and what to do next."""
+        """Print where the result is, and what to do next."""
         here = shlex.quote(self._config.output_dir)
-        if rows := read_metrics(self._folder / METRICS):
-            last = rows[-1]
-            losses = [f"loss {_loss(last['loss'])}"]
-            if "eval_loss" in last:
-                losses.append(f"evaluation {_loss(last['eval_loss'])}")
-            say(f"\ndone       {count(last['step'], 'step')}, {', '.join(losses)}")
-            say(f"curve      {here}/loss.png, numbers in metrics.jsonl beside it")
-        else:
-            say("\ndone       nothing was left to train")
-        say(f"model      {here}/final: {self._result}")
+        say(f"\nmodel      {here}/final: {self._result}")
+        say(f"curve      {here}/loss.png, numbers in metrics.jsonl beside it")
         if self._tracker and self._record:
             say(f"runs       {where_to_look(self._record)}")
         # A model that was trained on plain text alone is asked without a chat template.
-        only_text = self._train.facts.read_as.keys() == {"text"}
+        only_text = self._documents[0].facts.read_as.keys() == {"text"}
         question = '--raw "a beginning"' if only_text else '"your question"'
         say(f"next       uv run scripts/inference.py {here}/final {question}")
-
-
-def _loss(value: float | None) -> str:
-    """A loss of `metrics.jsonl`, where null stands for NaN and infinity."""
-    return "not finite" if value is None else f"{value:.4f}"

@@ -119,8 +119,7 @@ def _prepare(
     resumed = checkpoint.resume(training, settings, recorder.checkpoints)
     report.describe_resume(resumed, training.state, config, total_steps)
     speed = Speed(*count_flops(model, train.dataset.lengths), matmul_rate(device, dtype))
-    report.describe(config, model, dtype, train, evaluation, total_steps, speed)
-    report.show_example(train, tokenizer)
+    report.describe(config, model, tokenizer, dtype, train, evaluation, total_steps)
     return Run(
         config, tokenizer, objective, training, train, evaluation, dtype, speed, total_steps,
         recorder,
@@ -206,9 +205,8 @@ def _save_result(run: Run) -> None:
             step = best
         gone = f"the last step, as {path.name}, the best one, is gone or damaged"
         reason = "the best evaluation" if step == best else gone
-    run.recorder.record_result(step, reason)
     distributed.on_main(_write_final, run, strategy.gathered(training.model), step)
-    run.recorder.final_is_written(step)
+    run.recorder.record_result(step, reason)
 
 
 def _write_final(run: Run, weights: dict[str, Tensor], step: int) -> None:

@@ -1,7 +1,6 @@
 """A few answers before the first step and at each evaluation: what a loss cannot say."""
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,18 +24,16 @@ from src.utils.errors import RunError, UserError
 
 
 def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
-    """The prompts that `evaluation` names; none where there is no evaluation."""
+    """The prompts of `evaluation`: those that it names, or of the first rows to evaluate on."""
     data, overfit = config.data, config.training.overfit
-    if data.eval is None and overfit is None:
-        return []
     if config.evaluation.prompts:
         return list(config.evaluation.prompts)
-    if isinstance(data.eval, str | list) and overfit is None:
-        rows = read_part(expand(data.eval), data)
-    else:
-        rows = read_part(expand(data.train), data, "all" if overfit else "eval")
-    asked = questions(rows, config.evaluation.samples, tokenizer)
-    return [row for row, _ in asked]
+    share = isinstance(data.eval, float) and overfit is None
+    sources = data.train if share or overfit else data.eval
+    if not isinstance(sources, str | list):
+        return []
+    rows = read_part(expand(sources), data, "eval" if share else "all")
+    return [row for row, _ in questions(rows, config.evaluation.samples, tokenizer)]
 
 
 def questions(rows: Iterable[Row], limit: int, tokenizer: Tokenizer) -> list[tuple[Row, str]]:
@@ -119,6 +116,5 @@ def check_overfit(
 
 
 def _short(said: Any) -> str:
-    text = said if isinstance(said, str) else said[-1]["content"]
-    text = re.sub("\ufffd+", "\ufffd", " ".join(text.split()))  # bytes that are no text
+    text = " ".join((said if isinstance(said, str) else said[-1]["content"]).split())
     return repr(text if len(text) <= 60 else f"{text[:60]} …")

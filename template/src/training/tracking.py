@@ -41,43 +41,33 @@ UPLOAD_SECONDS = 1800.0  # and for one that answers, as models may be large
 MAX_VALUE = 500  # characters of a parameter's value, which every MLflow store takes
 MAX_NAME = 250  # and of a name
 FILES = ("config.yaml", "samples.jsonl", "left_out.jsonl", "loss.png", "uncommitted.diff")
-TABLE = "samples.json"
 CONTEXT = "mlflow.data.context"  # the tag that says what data was used for
 
 
 class Tracker:
-    """A thread that sends what a run has written, whenever there is more of it."""
+    """A thread that sends what a run has written, every two seconds."""
 
     def __init__(self, record: Record, warn: Callable[[str], None]) -> None:
         """Begin to send the run of this record; `warn` is called once if MLflow fails."""
-        self._folder, self._warn, self._warned = record.folder, warn, False
-        self._news, self._end = threading.Event(), threading.Event()
-        self._status = ""
-        self._thread = threading.Thread(target=self._work, args=[record], daemon=True)
-        self.wake()
+        self._record, self._warn, self._warned = record, warn, False
+        self._end, self._status = threading.Event(), ""
+        self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
-
-    def wake(self) -> None:
-        """Say that the folder has more; never waits."""
-        self._news.set()
 
     def close(self, status: str) -> None:
         """Send all that is left, and that the run is FINISHED, FAILED or KILLED."""
         self._status = status
         self._end.set()
-        self.wake()
         self._thread.join(UPLOAD_SECONDS if status == "FINISHED" else CLOSE_SECONDS)
         if self._thread.is_alive():
             self._complain("did not answer in time")
 
-    def _work(self, record: Record) -> None:
+    def _work(self) -> None:
         sender, monitor, status = None, None, ""
         while not status:
-            self._news.wait()
-            self._news.clear()
             status, pause = self._status, PAUSE_SECONDS
             try:
-                sender = sender or Sender(record)
+                sender = sender or Sender(self._record)
                 monitor = monitor or _watch_machine(sender.run_id)
                 if status:
                     monitor.finish()
@@ -90,7 +80,8 @@ class Tracker:
 
     def _complain(self, problem: str) -> None:
         if not self._warned:
-            command = f"uv run scripts/sync.py {shlex.quote(to_root(self._folder))}"
+            folder = shlex.quote(to_root(self._record.folder))
+            command = f"uv run scripts/sync.py {folder}"
             self._warn(f"warning: MLflow {problem}; later, this sends what is missing: {command}")
         self._warned = True
 
@@ -109,21 +100,20 @@ class Sender:
             Exception: whatever MLflow raises, here and in `send`. `explain` makes a line of it.
         """
         self._record, self._folder = record, record.folder
-        config, self._written = load_config(self._folder / "config.yaml")
+        config, written = load_config(self._folder / "config.yaml")
         self._settings, uri = config.tracking, tracking_uri()
         # Two starts on a fresh database both create its tables, and one fails.
         with FileLock(PROJECT_ROOT / "mlflow.db.lock") if "sqlite" in uri else nullcontext():
             self._client = client = connect()
             self._experiment = experiment = self._find_experiment()
-        key, name = record.facts["key"], hide(self._settings.run_name or self._folder.name)
+        key, started = record.facts["key"], record.facts["started"]
+        name = hide(self._settings.run_name or self._folder.name)[:MAX_NAME]
         runs: list[Any] = list(client.search_runs([experiment], f"tags.run_key = '{key}'"))
-        if not runs:
-            tags, started = {"run_key": key}, record.facts["started"]
-            runs.append(client.create_run(experiment, started, tags, run_name=name[:MAX_NAME]))
+        runs = runs or [client.create_run(experiment, started, {"run_key": key}, run_name=name)]
         self.run_id = runs[0].info.run_id
         record.update(mlflow=self.run_id, mlflow_experiment=experiment)
         client.update_run(self.run_id, status="RUNNING")  # again, where it was stopped
-        self._describe(runs[0])
+        self._describe(written, known=runs[0].data.params)
         points = client.get_metric_history(self.run_id, "learning_rate")
         self._steps, self._offset = {point.step for point in points}, 0
 
@@ -135,8 +125,8 @@ class Sender:
         """
         sent = self._send_lines()
         if status:
-            self._send_files()
-            self._send_samples()
+            with _without_secrets(self._folder / name for name in FILES) as copies:
+                self._client.log_artifacts(self.run_id, copies)
             self._send_model()
             facts = self._record.facts
             self._client.set_tag(self.run_id, "final", facts.get("final", "nothing"))
@@ -144,49 +134,37 @@ class Sender:
         return sent
 
     def _find_experiment(self) -> str:
-        name, own = self._settings.experiment, PROJECT_ROOT / "mlruns"
+        name, local = self._settings.experiment, not os.environ.get("MLFLOW_TRACKING_URI")
+        own = PROJECT_ROOT / "mlruns"  # MLflow's own default is in the current folder
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            # MLflow's own default is in the current folder.
-            default = None if os.environ.get("MLFLOW_TRACKING_URI") else own.as_uri()
-            return self._client.create_experiment(name, default)
-        number, other = experiment.experiment_id, "or choose another tracking.experiment"
-        if experiment.lifecycle_stage == "deleted":
-            restore = f"uv run mlflow experiments restore -x {number}"
-            raise RunError(f"the experiment {name} was deleted: restore it ({restore}), {other}")
+            return self._client.create_experiment(name, own.as_uri() if local else None)
         files = Path(unquote(urlsplit(experiment.artifact_location).path))
-        local = not os.environ.get("MLFLOW_TRACKING_URI") and files.name == own.name
-        if local and files.resolve() != own.resolve():
-            moved = f"its files are in {files}, as this project is a copy: rename mlflow.db"
-            if not files.parent.exists():
-                link = shlex.join(["ln", "-s", str(PROJECT_ROOT), str(files.parent)])
-                moved = f"its files were in {files}, and the project has moved: link it ({link})"
-            raise RunError(f"the experiment {name}: {moved}, {other}")
-        return number
+        if local and files.name == own.name and files.resolve() != own.resolve():
+            raise RunError(
+                f"the experiment {name} has its files in {files}, as this project has moved or is "
+                f"a copy: ln -s {PROJECT_ROOT} {files.parent}, or another tracking.experiment"
+            )
+        return experiment.experiment_id
 
-    def _describe(self, run: Any) -> None:
+    def _describe(self, config: dict[str, Any], known: dict[str, str]) -> None:
         """Parameters, tags and data. MLflow's parameters are final: the first value stays."""
-        from mlflow import entities
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
-        client, facts, known = self._client, self._record.facts, run.data.params
-        config = {k: hide(str(v))[:MAX_VALUE] for k, v in flatten(self._written).items()}
-        new = [entities.Param(key, config[key]) for key in config if key not in known]
-        for part in batched(new, 100):  # as many as MLflow takes in one request
-            client.log_batch(self.run_id, params=part)
-        client.log_batch(self.run_id, tags=[entities.RunTag(*tag) for tag in facts["tags"].items()])
-        inputs, uses = [], {}
-        for part in facts["data"]:
-            uses.setdefault(facts["tags"][f"fingerprint.{part}"], []).append(part)
-        for digest, parts in uses.items():
-            rows = facts["data"][parts[0]]
-            columns = [{"name": name, "type": "string"} for name in rows["columns"]]
-            schema, counts = json.dumps({"mlflow_colspec": columns}), json.dumps(rows["counts"])
-            source = json.dumps({"uri": rows["source"][:MAX_VALUE]})
-            name, use = rows["name"][:MAX_NAME], " and ".join(parts)
-            data = entities.Dataset(name, digest, "local", source, schema, counts)
-            inputs.append(entities.DatasetInput(data, [entities.InputTag(CONTEXT, use)]))
-        if not run.inputs.dataset_inputs:
-            client.log_inputs(self.run_id, inputs)
+        facts, inputs = self._record.facts, []
+        new = [
+            Param(key, hide(str(value))[:MAX_VALUE])
+            for key, value in flatten(config).items()
+            if key not in known
+        ]
+        tags = [RunTag(*tag) for tag in facts["tags"].items()]
+        self._client.log_batch(self.run_id, params=new, tags=tags)
+        for part, rows in facts["data"].items():
+            name, digest = rows["source"][:MAX_NAME], facts["tags"][f"fingerprint.{part}"]
+            source, counts = json.dumps({"uri": name}), json.dumps(rows["counts"])
+            data = Dataset(name, digest, "local", source, profile=counts)
+            inputs.append(DatasetInput(data, [InputTag(CONTEXT, part)]))
+        self._client.log_inputs(self.run_id, inputs)  # those that it has are passed over
 
     def _send_lines(self) -> int:
         """The whole lines of `metrics.jsonl` that are new."""
@@ -204,36 +182,16 @@ class Sender:
         self._steps |= {line["step"] for line in new}
         return len(new)
 
-    def _send_files(self) -> None:
-        with _without_secrets([self._folder / name for name in FILES]) as copies:
-            self._client.log_artifacts(self.run_id, copies)
-
-    def _send_samples(self) -> None:
-        """The answers as a table that MLflow shows. Its own log_table would append them again."""
-        rows = [
-            [line["step"], sample["prompt"], sample["answer"]]
-            for line in read_metrics(self._folder / "samples.jsonl")
-            for sample in line["samples"]
-        ]
-        if rows:
-            table = {"columns": ["step", "prompt", "answer"], "data": rows}
-            text = hide(json.dumps(table, ensure_ascii=False))
-            self._client.log_text(self.run_id, text, TABLE)
-            tag = json.dumps([{"path": TABLE, "type": "table"}])
-            self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", tag)
-
     def _send_model(self) -> None:
         """The result as a model of MLflow's, with the numbers of its step."""
         client, run_id, final = self._client, self.run_id, self._folder / "final"
         step = self._record.facts.get("final_step")
         if step is None or not final.is_dir():
             return
-        name = f"final-{step}"
+        name, tags = f"final-{step}", {"folder": str(final)}
         same = f"source_run_id = '{run_id}' AND name = '{name}'"
         models: list[Any] = list(client.search_logged_models([self._experiment], same))
-        if not models:
-            tags = {"folder": str(final)}
-            models.append(client.create_logged_model(self._experiment, name, run_id, tags))
+        models = models or [client.create_logged_model(self._experiment, name, run_id, tags)]
         if models[0].status == "READY":
             return
         model = models[0].model_id

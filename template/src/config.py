@@ -7,7 +7,7 @@ differs, and the command line (`key=value`) overrides both.
 import difflib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
@@ -205,38 +205,32 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @pydantic.model_validator(mode="after")
-    def _keys_that_exclude_each_other(self) -> Self:
-        bits, full, random = self.model.quantization, self.lora is None, self.model.init == "random"
-        sharded, eight = self.training.strategy, self.training.optimizer == "adamw8bit"
-        lora = self.lora or LoraConfig()
-        problems = {
-            f"model.quantization: {bits} weights cannot be trained themselves; use "
-            "model.quantization=none for full fine-tuning, or set lora": bits != "none" and full,
-            f"model.quantization: {bits} needs saved weights to quantize; use "
-            "model.init=pretrained, or model.quantization=none": bits != "none" and random,
-            "lora: an adapter is saved without its base, and nobody could load random weights "
-            "again; use model.init=pretrained, or lora=null": random and not full,
-            "lora.dora: PEFT loses the scales of 8-bit weights with DoRA; use "
-            "model.quantization=4bit or none": lora.dora and bits == "8bit",
-            "lora.target_parameters: PEFT adapts parameters without DoRA and dropout; use "
-            "lora.dora=false and lora.dropout=0": bool(lora.target_parameters)
-            and (lora.dora or lora.dropout > 0),
-            "model.gradient_checkpointing_offload: needs model.gradient_checkpointing=true": (
-                self.model.gradient_checkpointing_offload and not self.model.gradient_checkpointing
-            ),
-            "model.attention: varlen reads packed batches; set data.packing=true": (
-                self.model.attention == "varlen" and not self.data.packing
-            ),
-            f"training.strategy: {sharded} shards neither quantized weights nor 8-bit moments; use "
-            "ddp, or model.quantization=none and training.optimizer=adamw": (
-                sharded in {"fsdp", "hsdp"} and (bits != "none" or eight)
-            ),
-            "training.patience: needs data.eval to measure progress on": self.training.patience
-            and not (self.data.eval or self.training.overfit),
-        }
-        if problem := "\n".join(text for text, applies in problems.items() if applies):
-            raise ValueError(problem)
+    def _check_contradictions(self) -> Self:
+        if problems := "\n".join(self._contradictions()):
+            raise ValueError(problems)
         return self
+
+    def _contradictions(self) -> Iterator[str]:
+        model, lora, training = self.model, self.lora, self.training
+        quantized, fresh = model.quantization != "none", model.init == "random"
+        if quantized and lora is None:
+            yield "model.quantization: quantized weights are not trained; set lora, or use none"
+        if quantized and fresh:
+            yield "model.quantization: needs saved weights; use none, or model.init=pretrained"
+        if lora and fresh:
+            yield "lora: needs a base that is saved; use model.init=pretrained, or lora=null"
+        if lora and lora.dora and model.quantization == "8bit":
+            yield "lora.dora: PEFT loses the scales of 8-bit weights; use model.quantization=4bit"
+        if lora and lora.target_parameters and (lora.dora or lora.dropout):
+            yield "lora.target_parameters: PEFT needs lora.dora=false and lora.dropout=0"
+        if model.gradient_checkpointing_offload and not model.gradient_checkpointing:
+            yield "model.gradient_checkpointing_offload: needs model.gradient_checkpointing=true"
+        if model.attention == "varlen" and not self.data.packing:
+            yield "model.attention: varlen reads packed batches; set data.packing=true"
+        if training.strategy in {"fsdp", "hsdp"} and (quantized or "8bit" in training.optimizer):
+            yield "training.strategy: quantized weights and 8-bit moments are not sharded; use ddp"
+        if training.patience and not (self.data.eval or training.overfit):
+            yield "training.patience: needs data.eval to measure progress on"
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, dict]:
@@ -263,11 +257,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
         return f"{places.get(key, path)}: {problem}"
 
     try:
-        config = Config.model_validate(OmegaConf.to_container(merged, resolve=True))
+        config = _validated(Config, merged)
     except OmegaConfBaseException as error:
         raise UserError(located(f"{error.full_key}: {str(error).splitlines()[0]}")) from None
-    except ValidationError as error:
-        raise UserError(*map(located, _problems(error))) from None
+    except UserError as error:
+        raise UserError(*map(located, error.problems)) from None
     written: Any = OmegaConf.to_container(OmegaConf.merge(config.model_dump(), merged))
     return config, written
 
@@ -285,8 +279,7 @@ def from_command_line(arguments: list[str]) -> tuple[Config, dict]:
 
 def changed(config: Config, keys: str) -> Config:
     """The config with these `key=value` instead, several of them apart by spaces."""
-    merged = _merge(config.model_dump(), keys.split())
-    return Config.model_validate(OmegaConf.to_container(merged))
+    return _validated(Config, _merge(config.model_dump(), keys.split()))
 
 
 def change_data(data: DataConfig, keys: list[str]) -> DataConfig:
@@ -295,13 +288,11 @@ def change_data(data: DataConfig, keys: list[str]) -> DataConfig:
     Raises:
         UserError: with one line per problem.
     """
-    if wrong := [key for key in keys if not key.startswith("data.") or "=" not in key]:
-        raise UserError(*(f"command line: {key!r} is not data.key=value" for key in wrong))
-    merged = _merge({"data": data.model_dump()}, keys)
-    try:
-        return DataConfig.model_validate(OmegaConf.to_container(merged.data))
-    except ValidationError as error:
-        raise UserError(*(f"data.{problem}" for problem in _problems(error))) from None
+    return _validated(_DataAlone, _merge({"data": data.model_dump()}, keys)).data
+
+
+class _DataAlone(Section):
+    data: DataConfig
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -343,6 +334,13 @@ def _merge(values: Any, overrides: list[str]) -> Any:
     return merged
 
 
+def _validated[S: Section](section: type[S], values: Any) -> S:
+    try:
+        return section.model_validate(OmegaConf.to_container(values, resolve=True))
+    except ValidationError as error:
+        raise UserError(*_problems(error)) from None
+
+
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
     """Each key of a YAML file, with its dots, and the line that it stands on."""
     for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -359,8 +357,8 @@ def _problems(error: ValidationError) -> Iterable[str]:
         if kind == "value_error":  # our own, one per line
             problems |= {line: line for line in str(item["ctx"]["error"]).splitlines()}
         elif kind == "extra_forbidden":
-            hint = f"; did you mean {nearest}?" if (nearest := _nearest(key)) else ""
-            problems[key] = f"{key}: unknown key{hint}"
+            nearest = _nearest(key)
+            problems[key] = f"{key}: unknown key" + f"; did you mean {nearest}?" * bool(nearest)
         elif kind == "missing":
             problems[key] = f"{key}: missing, and has no default"
         else:
@@ -375,15 +373,8 @@ def _problems(error: ValidationError) -> Iterable[str]:
 
 def _nearest(key: str) -> str:
     """The key that was meant: its last word or initials (lr), or a similar one; "": none."""
-    known, leaf = list(_keys(Config)), key.rpartition(".")[2]
+    any_run = Config(output_dir="-", model=ModelConfig(name="-"), data=DataConfig(train="-"))
+    known, leaf = list(flatten(any_run.model_dump())), key.rpartition(".")[2]
     ends = [(name, name.rpartition(".")[2]) for name in known]
     best = [n for n, end in ends if leaf in {end, "".join(w[0] for w in end.split("_"))}]
     return next(iter(best + difflib.get_close_matches(key, known, n=1)), "")
-
-
-def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        for kind in get_args(field.annotation) or [field.annotation]:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _keys(kind, f"{prefix}{name}.")

@@ -137,6 +137,7 @@ def is_local(name: str) -> bool:
 
 def _output_problems(config: Config) -> Iterator[str]:
     output, resume = from_root(config.output_dir), config.training.resume
+    kept = (CHECKPOINT, STEPS, f"checkpoints/{STEPS}")  # in a checkpoint, checkpoints/ and a run
     # A file beside the output folder locks it.
     if PROJECT_ROOT.is_relative_to(os.path.realpath(output)):
         yield f"output_dir: {config.output_dir}: the project is in it; give a run its own folder"
@@ -147,10 +148,5 @@ def _output_problems(config: Config) -> Iterator[str]:
             f"output_dir: {config.output_dir} holds a run already, and nothing is overwritten; "
             "training.resume=auto continues it, another output_dir=… starts anew"
         )
-    elif resume not in {"never", "auto"} and not _holds_checkpoint(from_root(resume)):
+    elif resume not in {"never", "auto"} and not any(any(from_root(resume).glob(p)) for p in kept):
         yield f"training.resume: {resume}: not never, auto, or the folder of a checkpoint or run"
-
-
-def _holds_checkpoint(folder: Path) -> bool:
-    patterns = (CHECKPOINT, STEPS, f"checkpoints/{STEPS}")
-    return any(any(folder.glob(pattern)) for pattern in patterns)

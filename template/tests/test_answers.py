@@ -134,7 +134,10 @@ WAYS = (
     [
         (["a", "--chat"], WAYS),
         (["--output", "x"], WAYS),
-        (["a", "--input", "x"], "command line: 'a' is not data.key=value"),
+        (
+            ["a", "--input", "x"],
+            "command line: 'a': options are written key=value, after a config file",
+        ),
         (["data.column=a", "--input", "x"], "data.column: unknown key; did you mean data.columns?"),
         (["q", "--raw", "--system", "x"], WAYS),
         (["--input", "x", "--system", "x"], WAYS),

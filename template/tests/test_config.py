@@ -35,7 +35,7 @@ def test_every_shipped_config_loads(name: str) -> None:
         ("model.quantization=int8", "model.quantization: 'int8' is not allowed; expected '4bit', '8bit' or 'none'"),
         ("data.train=", "data.train: None is not allowed; expected a valid string; expected a valid list"),
         ("training.patience=3 data.eval=null", "training.patience: needs data.eval"),
-        ("lora={r: 8}", "lora: an adapter is saved without its base"),
+        ("lora={r: 8}", "lora: needs a base that is saved"),
         ("seed", "'seed': options are written key=value, after a config file"),
         ("--epochs=3", "'--epochs=3': options are written key=value, after a config file"),
     ],

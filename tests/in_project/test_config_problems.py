@@ -27,10 +27,10 @@ def problems(path: str | Path, *overrides: str) -> list[str]:
         (["lora={target_modules: []}"], "lora.target_modules: [] is not allowed; expected a valid string; List should have at least 1 item"),
         (["data.eval=5"], "data.eval: 5 is not allowed; expected a valid string; expected a valid list; expected less than 1"),
         (["seed=[1"], "seed=[1: cannot be read: ParserError"),
-        (["training.strategy=fsdp", "model.quantization=4bit"], "training.strategy: fsdp shards neither"),
+        (["training.strategy=fsdp", "model.quantization=4bit"], "training.strategy: quantized weights and"),
         ([FRESH, "lora.dora=true", "model.quantization=8bit"], "lora.dora: PEFT loses the scales"),
-        ([FRESH, "lora.target_parameters=[a]", "lora.dropout=0.1"], "lora.target_parameters: PEFT adapts"),
-        (["model.quantization=4bit"], "model.quantization: 4bit weights cannot be trained themselves"),
+        ([FRESH, "lora.target_parameters=[a]", "lora.dropout=0.1"], "lora.target_parameters: PEFT needs lora.dora=false"),
+        (["model.quantization=4bit"], "model.quantization: quantized weights are not trained"),
         (["model.attention=varlen", "data.packing=false"], "model.attention: varlen reads packed batches"),
     ],
 )  # fmt: skip

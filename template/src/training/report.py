@@ -99,8 +99,6 @@ def _model_lines(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> 
         return
     made: Any = model.peft_config["default"]  # a saved adapter may differ from the config's
     yield f"LoRA r={made.r} alpha={made.lora_alpha} on {', '.join(adapted_names(model))}"
-    if config.lora.adapter:
-        yield f"continues {config.lora.adapter}, which was made on {made.base_model_name_or_path}"
 
 
 def _warnings(
@@ -140,7 +138,7 @@ def describe_resume(path: Path | None, state: TrainState, config: Config, total_
     elif saved is not None and not math.isclose(saved, rate, rel_tol=0.01):
         say(
             f"warning: after step {state.step} the learning rate jumps from {saved:.2g} to "
-            f"{rate:.2g}, as the schedule is another one; training.scheduler=constant avoids that"
+            f"{rate:.2g}, as the schedule is another one: set training.learning_rate to fit"
         )
 
 

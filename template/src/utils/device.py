@@ -8,8 +8,6 @@ import torch
 
 from src.utils.errors import UserError
 
-# The oldest driver of each major CUDA (NVIDIA's compatibility guide).
-MIN_DRIVER = {"12": 525, "13": 580}
 DEVICE_FILES = (Path("/dev/nvidiactl"), Path("/dev/nvidia0"))  # of any NVIDIA GPU, except in WSL
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -47,26 +45,17 @@ def unusable_gpu() -> str | None:
         problem = f"an NVIDIA GPU is here, but its driver does not answer ({error})"
         is_here = any(path.exists() for path in DEVICE_FILES)
         return f"{problem}: see nvidia-smi, then reboot" if is_here else None
-    cuda, older = torch.version.cuda or "", 'README.md, "An older driver"'
-    least = MIN_DRIVER.get(cuda.partition(".")[0], 0)
-    problem = f"torch for CUDA {cuda} cannot start it: see nvidia-smi, then reboot"
-    if not cuda:
-        problem = f"this torch was built without CUDA; for one that has it: {older}"
-    elif int(driver.partition(".")[0]) < least:
-        fixes = f"install driver {least} or newer, or a torch for an older CUDA: {older}"
-        problem = f"this torch needs CUDA {cuda}: {fixes}"
-    return f"an NVIDIA GPU is here, with driver {driver}, but {problem}" if count else None
+    version = f"torch {torch.__version__} for CUDA {torch.version.cuda}"
+    problem = f"{version} cannot use the NVIDIA GPU here, with driver {driver}: see nvidia-smi"
+    return f'{problem}, then reboot, or README.md, "An older driver"' if count else None
 
 
 def cudnn_advice(error: RuntimeError) -> str | None:
     """What to do where an old cuDNN refuses packed attention; None for any other error."""
     if "cuDNN Frontend error" not in str(error):
         return None
-    version, first = torch.backends.cudnn.version(), str(error).strip().splitlines()[0]
-    return (
-        f"attention: {first}. torch {torch.__version__} loaded cuDNN {version}, older than "
-        "the one it was built with: remove yours from LD_LIBRARY_PATH, so that torch loads its own"
-    )
+    first = str(error).strip().splitlines()[0]
+    return f"attention: {first}: remove yours from LD_LIBRARY_PATH, so that torch loads its own"
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

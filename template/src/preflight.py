@@ -16,7 +16,6 @@ from src.utils.environment import PROJECT_ROOT, from_root, hf_home
 from src.utils.errors import UserError
 from src.utils.files import ADAPTER, CHECKPOINT, METRICS, STEPS, write_problem
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 MODEL_FILES = ("*.json", "*.jinja", "tokenizer.model", "model*.safetensors", "adapter_model.*")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 TRACES = (METRICS, "checkpoints", "final")  # that a run leaves in its folder
@@ -123,11 +122,6 @@ def _adapter_problems(name: str) -> Iterator[str]:
         yield from folder_problems(folder, key)
     elif folder.is_dir() or is_local(name):
         yield f"{key}: neither a folder with {ADAPTER} nor a hub id (org/name)"
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether one of the files that hold a vocabulary is there."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def is_local(name: str) -> bool:

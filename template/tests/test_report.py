@@ -43,7 +43,7 @@ def test_rows_that_were_cut_or_left_out_are_counted_and_kept(train, write_rows, 
     assert sorted(places) == [f"{path}:{line}" for line in (11, 12, 13, 14)], "each of them once"
     train(f"data.train={path}", f"data.eval={path}", *options, output="same")
     printed = capsys.readouterr().out
-    assert "           10 rows to evaluate on (the same rows)\n" in printed
+    assert "           to evaluate on: 10 (the same rows)\n" in printed
     assert "           2 rows cut: longer than data.max_length=64\n" in printed
 
 

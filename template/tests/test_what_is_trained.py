@@ -63,7 +63,7 @@ def test_what_is_seldom_meant_is_said_before_the_first_step(train, write_rows, c
     assert "but the model has 512 positions" in said
     assert "training.warmup_steps=100: the rate never reaches 0.003" in said
     train(f"data.eval={rows}", "training.max_steps=1", output="few")
-    assert "only 3 documents to evaluate on" in capsys.readouterr().out
+    assert "chosen by few documents: data.eval has 3" in capsys.readouterr().out
     train(f"data.eval={rows}", "training.max_steps=1", "training.resume=auto", output="few")
     assert "finished   nothing is left to train; a larger" in capsys.readouterr().out
 

@@ -50,11 +50,6 @@ def say_lines(name: str, *lines: str) -> None:
     say(f"{name:<11}" + f"\n{'':<11}".join(lines))
 
 
-def count(number: int, noun: str) -> str:
-    """A number with its noun: 1 row, 2,000 rows."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def describe(
     config: Config, model: PreTrainedModel, tokenizer: Tokenizer, dtype: torch.dtype,
     train: TokenLoader, evaluation: TokenLoader | None, total_steps: int,
@@ -62,12 +57,11 @@ def describe(
     """Print what is trained, on what, and how: before step 1."""
     settings, data, length = config.training, train.dataset, config.data.max_length
     tokens, labelled = int(data.lengths.sum()), data.facts.labelled_tokens
-    share = f"{labelled:,} labelled ({labelled / tokens:.0%})"
-    lines = [f"{count(len(data), 'row')}, {tokens:,} tokens, {share}"]
+    share = f"of which {labelled:,} labelled ({labelled / tokens:.0%})"
+    lines = [f"rows: {len(data):,}, tokens: {tokens:,}, {share}"]
     if evaluation:
         same = data.facts.fingerprint == evaluation.dataset.facts.fingerprint
-        text = f"{count(len(evaluation.dataset), 'row')} to evaluate on"
-        lines.append(text + " (the same rows)" * same)
+        lines.append(f"to evaluate on: {len(evaluation.dataset):,}{' (the same rows)' * same}")
     say_lines("model", *_model_lines(config, model, dtype))
     say_lines("data", *lines, *data_notes(data.facts))
     real = tokens / (train.sampler.batches * settings.batch_size * length)
@@ -77,7 +71,7 @@ def describe(
         f"; accumulation {window}, processes {distributed.WORLD_SIZE}"
     )
     say(
-        f"schedule   {count(total_steps, 'step')}, {-(-len(train.sampler) // window):,} an epoch; "
+        f"schedule   steps: {total_steps:,}, an epoch: {-(-len(train.sampler) // window):,}; "
         f"{settings.scheduler} from {settings.learning_rate:g}, {settings.warmup_steps} warm-up"
     )
     for warning in _warnings(config, model, train, evaluation, total_steps):
@@ -118,8 +112,8 @@ def _warnings(
     if settings.warmup_steps > total_steps:
         yield f"training.warmup_steps={settings.warmup_steps}: the rate never reaches {rate:g}"
     if evaluation and len(evaluation.dataset) < FEW and not settings.overfit:
-        few = count(len(evaluation.dataset), "document")
-        yield f"only {few} to evaluate on, which choose the best checkpoint: data.eval"
+        few = len(evaluation.dataset)
+        yield f"the best checkpoint is chosen by few documents: data.eval has {few}"
 
 
 def describe_resume(path: Path | None, state: TrainState, config: Config, total_steps: int) -> None:
@@ -239,9 +233,8 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.close()
-        status = "FAILED" if kind else "FINISHED"
-        if kind and issubclass(kind, Interrupted | KeyboardInterrupt):
-            status = "KILLED"
+        stopped = kind and issubclass(kind, Interrupted | KeyboardInterrupt)
+        status = "KILLED" if stopped else "FAILED" if kind else "FINISHED"
         if self._record:
             self._record.update(status=status, ended=int(time.time() * 1000))
         if self._tracker:

@@ -34,13 +34,14 @@ def main(arguments: list[str]) -> None:
     """Check the folder and the rows first, then import torch."""
     options = _parse(arguments)
     found, prompts, done = find_trained(options.model, options.base), [], 0
+    system = [_turn("system", options.system)] if options.system else []
     if options.input:
         # Rows are read as the run read its own.
         data = found.config.data if found.config else DataConfig(train="-")
         data, by = change_data(data, options.prompt), _describe(found, options)
         done, total = check_answers(options.input, options.output, data, by)
     elif not options.chat:
-        prompts = _prompts(options)
+        prompts = _prompts(options, system)
 
     with quick_imports():
         from src.models.generation import generate
@@ -56,12 +57,12 @@ def main(arguments: list[str]) -> None:
     if options.input:
         answer_rows(options.input, options.output, data, by, done, total, answer)
     elif options.chat:
-        _chat(answer, tokenizer, options.system)
+        _chat(answer, tokenizer, system)
     else:
         print(*answer(prompts), sep="\n")
 
 
-def _prompts(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _prompts(options: argparse.Namespace, system: list[dict[str, str]]) -> list[dict[str, Any]]:
     """Return those of the command line, or one from standard input, as rows.
 
     Raises:
@@ -72,7 +73,7 @@ def _prompts(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise UserError("an empty prompt: there is nothing to answer")
     if options.raw:
         return [{"text": prompt} for prompt in prompts]
-    return [{"messages": [*options.system, _turn("user", prompt)]} for prompt in prompts]
+    return [{"messages": [*system, _turn("user", prompt)]} for prompt in prompts]
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
@@ -107,8 +108,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser, default = make_model_parser(__doc__), "(default: %(default)s)"
     add = parser.add_argument
     add("prompt", metavar="PROMPT", nargs="*", help="a question; several are answered as a batch")
-    turn = lambda text: [_turn("system", text)]  # noqa: E731
-    add("--system", type=turn, default=[], help="a system turn before the first question")
+    add("--system", help="a system turn before the first question")
     add("--input", help="a file of rows: `messages`, `prompt`, or `text` to be continued")
     add("--output", type=Path, help="its rows with answers as `generated` (default: printed)")
     add("--chat", action="store_true", help="a conversation; an empty line ends it")

@@ -100,10 +100,9 @@ def test_what_the_cuda_kernels_refuse_is_refused_on_every_device(change, reason)
 
 
 def test_varlen_is_not_tried_on_a_gpu_without_its_kernel(make_model, monkeypatch) -> None:
-    model = make_model()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    with pytest.raises(ValueError, match=r"flash attention needs .* an Ampere GPU"):
-        attention._try_varlen(model, torch.device("cuda"), torch.float16)
+    with pytest.raises(UserError, match=r"flash attention needs .* an Ampere GPU"):
+        set_attention(make_model(), "varlen", True, torch.device("cuda"), torch.float16)
 
 
 def test_varlen_is_refused_where_it_would_compute_something_else() -> None:

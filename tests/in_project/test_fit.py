@@ -130,9 +130,9 @@ def test_a_cudnn_that_is_too_old_is_named_with_the_way_out(train, monkeypatch, o
 
 
 def test_it_is_named_too_where_the_attention_is_tried_first(make_model, monkeypatch) -> None:
-    monkeypatch.setattr(attention, "_try_varlen", raises(RuntimeError(OLD_CUDNN)))
+    monkeypatch.setattr(attention, "probe", raises(RuntimeError(OLD_CUDNN)))
     with pytest.raises(UserError, match="remove yours from LD_LIBRARY_PATH"):
         make_model()
-    monkeypatch.setattr(attention, "_try_varlen", raises(ZeroDivisionError()))
+    monkeypatch.setattr(attention, "probe", raises(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         make_model()

@@ -191,7 +191,7 @@ def test_documents_beyond_a_table_of_positions_are_refused_before_loading(
     if kind in COMPUTED:
         check_positions(config, 128)
         return
-    with pytest.raises(UserError, match=r"data.max_length: 65 is more than the 64 positions"):
+    with pytest.raises(UserError, match=r"data.max_length: 65 is more than the 64 positions of"):
         check_positions(config, 65)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     with pytest.raises((IndexError, RuntimeError)):  # what the refusal is for

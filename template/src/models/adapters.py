@@ -2,8 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,9 @@ from src.utils.errors import UserError
 # them get no gradient.
 MAMBA_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 MAMBA_WEIGHTS = ["out_proj", "dt_proj"]
+# PEFT warns of what a user can do nothing about, such as its own use of deprecated names. What
+# matters, names and weights that do not fit, is an error here.
+without_warnings = partial(warnings.catch_warnings, action="ignore")
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
@@ -28,10 +31,8 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
         UserError: `lora.target_modules` or `target_parameters` name nothing that can be adapted,
             or the saved adapter is absent, no LoRA, or made for another model.
     """
-    if lora.adapter:
-        adapted = load_adapters(model, lora.adapter, is_trainable=True)
-    else:
-        adapted = _new_adapters(model, lora)
+    saved = lora.adapter
+    adapted = load_adapters(model, saved, True) if saved else _new_adapters(model, lora)
     for p in adapted.parameters():
         if p.requires_grad:  # PEFT leaves whole modules in bf16, which rounds most updates away
             p.data = p.data.float()
@@ -53,7 +54,7 @@ def _new_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
         auto_mapping={"base_model_class": type(model).__name__},  # for `load_adapters`
     )  # fmt: skip
     try:
-        with _quiet():
+        with without_warnings():
             return cast(PreTrainedModel, peft.get_peft_model(model, adapter))
     except (ValueError, TypeError, re.error) as error:
         key = "parameters" if "target_parameters" in str(error) else "modules"
@@ -67,11 +68,8 @@ def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
         UserError: naming the key and the names.
     """
     layers, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    for key, known in (
-        ("target_modules", layers),
-        ("target_parameters", parameters),
-        ("modules_to_save", layers),
-    ):
+    keys = {"target_modules": layers, "modules_to_save": layers, "target_parameters": parameters}
+    for key, known in keys.items():
         names = getattr(lora, key) or []
         names = [] if isinstance(names, str) else names  # a pattern: PEFT refuses it itself
         if missing := [n for n in names if not any(f".{k}".endswith(f".{n}") for k in known)]:
@@ -132,7 +130,7 @@ def load_adapters(
     from peft import PeftConfig, PeftModelForCausalLM
 
     what = f"{'lora.adapter: ' * is_trainable}{name}"
-    with explained(what), _quiet():
+    with explained(what), without_warnings():
         name = resolve(str(name))
         config: Any = PeftConfig.from_pretrained(name)
         if is_trainable and config.peft_type != "LORA":
@@ -161,20 +159,3 @@ def without_input_casts(model: nn.Module) -> AbstractContextManager:
     from peft.helpers import disable_input_dtype_casting
 
     return disable_input_dtype_casting(model)
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Ignore warnings that a user can do nothing about.
-
-    PEFT 0.21 reads a deprecated attribute of transformers 5.23, and looks among the layers for the
-    experts that it adapts as parameters. Torch warns that weights are not copied into a model on
-    `meta`. PEFT sets fan_in_fan_out itself (GPT-2), and src/tools/export.py unties tied layers
-    before it merges.
-    """
-    ignored = "The following (rank|alpha)_pattern|for .*: copying from a non-meta"
-    ignored += "|fan_in_fan_out is set|Model (has|with) `tie_word|You have requested `ensure_weight"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", ignored)
-        yield

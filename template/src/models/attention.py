@@ -54,17 +54,14 @@ def varlen_attention(
         ValueError: the batch is not packed, as in generation, or no CUDA kernel supports the
             model, which is refused on every device.
     """
-    if cu_seq_lens_q is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise ValueError(
-            "varlen attention reads packed batches only (one row, cu_seq_lens_q given); "
-            'for anything else call model.set_attn_implementation("sdpa")'
-        )
+    packed = cu_seq_lens_q is not None and len(query) == 1 and query.shape[2] == key.shape[2]
     width = query.shape[-1]
     one_width = width == key.shape[-1] == value.shape[-1] and width % 8 == 0 and width <= 256
-    if dropout or softcap or s_aux is not None or not one_width:
+    if not (packed and one_width) or dropout or softcap or s_aux is not None:
         raise ValueError(
-            "varlen attention has no dropout, no cap on scores and no sinks, and one head "
-            f"dimension, a multiple of 8 up to 256 (here {width})"
+            "varlen attention reads packed batches only (one row, cu_seq_lens_q given); it has no "
+            "dropout, no cap on scores and no sinks, and one head dimension, a multiple of 8 up to "
+            f"256 (here {width}). Else: model.set_attn_implementation('sdpa')"
         )
     if torch.is_autocast_enabled(query.device.type):
         # As transformers' flash attention does. Rotary embeddings leave q and k in the dtype of
@@ -138,11 +135,16 @@ def set_attention(
     names, usable, reason = [implementation], [], ""
     if implementation == "auto":  # Gemma 2 and gpt-oss, for example, have no sdpa
         names = ["varlen"] * packing + ["sdpa", "eager"]
+    generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
     for name in names:
         try:
             model.set_attn_implementation(name)
             if name == "varlen":
-                _try_varlen(model, device, dtype)
+                if generation < 8 or (device.type == "cuda" and dtype == torch.float32):
+                    raise ValueError("flash attention needs bf16 or fp16, and an Ampere GPU")
+                # Head dimensions, dropout, caps and sinks are judged by what a layer passes, not
+                # by the names that each family's configuration has for them.
+                probe(model, short_row(0), device, dtype, training=True)
         except (ValueError, ImportError) as error:
             reason = str(error).splitlines()[0]
             continue
@@ -179,22 +181,6 @@ def _isolates_documents(model: PreTrainedModel, device: torch.device, dtype: tor
         return False
     # Not equal: a mixture of experts adds up in another order for other neighbours.
     return bool(((one - other).norm(dim=-1) <= 0.01 * one.norm(dim=-1)).all())
-
-
-def _try_varlen(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Run `varlen` on one short document, in training mode.
-
-    Head dimensions, dropout, caps and sinks are then judged by what a layer passes, rather than by
-    the names that each family's configuration has for them.
-
-    Raises:
-        ValueError: `varlen` does not support the GPU, the dtype or one of the layers.
-    """
-    if device.type == "cuda" and (
-        dtype == torch.float32 or torch.cuda.get_device_capability(device)[0] < 8
-    ):
-        raise ValueError("flash attention needs bf16 or fp16, and an Ampere GPU or a later one")
-    probe(model, short_row(0), device, dtype, training=True)
 
 
 @torch.no_grad()

@@ -203,11 +203,12 @@ def position_limit(model: nn.Module) -> int | None:
     Beyond its table a model fails: on a GPU by an assertion that ends the process.
     """
     config: Any = model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    for name, table in [*model.named_parameters(), *model.named_buffers()]:
+    limit: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
+    tables = [*model.named_parameters(), *model.named_buffers()] if limit else []
+    for name, table in tables:
         # OPT and BART have two rows more. XGLM's `weights` are a cache of sines that grows.
-        fits = limit is not None and table.ndim == 2 and limit <= table.shape[0] <= limit + 2
-        if fits and re.search("pos|wpe", name) and not name.endswith("weights"):
+        named = re.search("(pos|wpe)(?!.*weights$)", name)
+        if named and table.ndim == 2 and limit <= len(table) <= limit + 2:
             return limit
     return None
 
@@ -221,10 +222,8 @@ def check_positions(config: ModelConfig, max_length: int) -> None:
     known = getattr(read_config(config).get_text_config(), "max_position_embeddings", None)
     # Rarely true: not every model can be built on meta.
     if known and max_length > known and position_limit(without_weights(config)):
-        raise UserError(
-            f"data.max_length: {max_length} is more than the {known} positions that {config.name} "
-            f"has learnt; use data.max_length={known}"
-        )
+        problem = f"{max_length} is more than the {known} positions of {config.name}"
+        raise UserError(f"data.max_length: {problem}; use data.max_length={known}")
 
 
 def read_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -254,9 +253,9 @@ def read_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 
 def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
     """`kind.from_pretrained` of the model that a config names, as each part of it is read."""
-    options |= {"trust_remote_code": config.trust_remote_code}
+    name, trusted = resolve(config.name), config.trust_remote_code
     with explained(f"model.name: {config.name}"):
-        return kind.from_pretrained(resolve(config.name), **options)
+        return kind.from_pretrained(name, trust_remote_code=trusted, **options)
 
 
 def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
@@ -275,9 +274,9 @@ def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
 
 def checkpoint_layers(model: PreTrainedModel, config: ModelConfig) -> None:
     """Recompute the activations of every layer in the backward pass."""
-    # transformers 5.23 renamed it; the old name warns there, and goes in 6.
-    name = "activation_checkpointing_enable"
-    enable: Any = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:  # transformers before 5.23; there the old name warns, and goes in 6
+        enable = model.gradient_checkpointing_enable
     on_gpu = model.device.type != "cpu"
     # bitsandbytes' 8-bit matmul keeps its input where autograd's hooks do not see it: only the
     # reentrant kind, which runs the first forward pass without a graph, frees it.

@@ -57,7 +57,7 @@ def generate(
     """
     given: Any = prompt if isinstance(prompt, list) else [prompt]
     model = base_of(model)  # PEFT's own `generate` would leave our config in it
-    limit = position_limit(model)
+    limit = position_limit(model.config)
     prompts = [_encode(each, tokenizer, limit) for each in given]
     stops, pad = stops_of(model, tokenizer), tokenizer.pad_token_id or 0
     config = GenerationConfig(eos_token_id=stops, pad_token_id=pad)
@@ -98,7 +98,7 @@ def is_compiled_for(model: PreTrainedModel, steps: int) -> bool:
 
     Measured on an H200 with a model of 1 billion parameters: 16 s once, then a quarter of the time.
     """
-    on_gpu = model.device.type == "cuda" and position_limit(model) is None
+    on_gpu = model.device.type == "cuda" and position_limit(model.config) is None
     quantizer = getattr(model, "hf_quantizer", None)
     compilable = quantizer is None or quantizer.is_compileable
     return on_gpu and compilable and not model.training and steps >= LONG_JOB

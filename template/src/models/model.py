@@ -1,7 +1,6 @@
 """Load a tokenizer and a model as the config says; save what was trained, adapter or model."""
 
 import copy
-import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -197,33 +196,27 @@ def count_before_loading(config: ModelConfig) -> int:
     return without_weights(config).num_parameters()
 
 
-def position_limit(model: nn.Module) -> int | None:
-    """How many positions the model has a table for; None where it computes them (RoPE, ALiBi).
+def position_limit(config: Any) -> int | None:
+    """How many positions a model has by its config.json; None with RoPE, which computes any.
 
-    Beyond its table a model fails: on a GPU by an assertion that ends the process.
+    Beyond its table of positions a model (GPT-2, OPT) fails: on a GPU by an assertion that ends
+    the process. Hybrids without positions (Nemotron-H) are held to what they were made for.
     """
-    config: Any = model.config
-    limit: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
-    tables = [*model.named_parameters(), *model.named_buffers()] if limit else []
-    for name, table in tables:
-        # OPT and BART have two rows more. XGLM's `weights` are a cache of sines that grows.
-        named = re.search("(pos|wpe)(?!.*weights$)", name)
-        if named and table.ndim == 2 and limit <= len(table) <= limit + 2:
-            return limit
-    return None
+    described = config.get_text_config()
+    computed = getattr(described, "rope_parameters", None)
+    return None if computed else getattr(described, "max_position_embeddings", None)
 
 
 def check_positions(config: ModelConfig, max_length: int) -> None:
-    """Refuse documents that are longer than the model's table of positions, before it is loaded.
+    """Refuse documents that are longer than the model has positions, before it is loaded.
 
     Raises:
         UserError: naming both; and as `build_model` does.
     """
-    known = getattr(read_config(config).get_text_config(), "max_position_embeddings", None)
-    # Rarely true: not every model can be built on meta.
-    if known and max_length > known and position_limit(without_weights(config)):
-        problem = f"{max_length} is more than the {known} positions of {config.name}"
-        raise UserError(f"data.max_length: {problem}; use data.max_length={known}")
+    limit = position_limit(read_config(config))
+    if limit and max_length > limit:
+        problem = f"{max_length} is more than the {limit} positions of {config.name}"
+        raise UserError(f"data.max_length: {problem}; use data.max_length={limit}")
 
 
 def read_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -42,7 +42,7 @@ def compare_with_base(
         the samples the share that is exact, blanks at both ends aside, and the share that contains
         the expected answer.
     """
-    longest = min(config.data.max_length, position_limit(model) or config.data.max_length)
+    longest = min(config.data.max_length, position_limit(model.config) or config.data.max_length)
     config = changed(config, f"data.max_length={longest}")
     source, dtype = config.data.train, pick_dtype("auto", model.device)
     loader = padded_loader(source, tokenizer, config)

@@ -5,7 +5,6 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,14 +26,6 @@ _HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ["HF_HOME"] = _HF_HOME.name
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = str(ROOT / "configs/smoke.yaml")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-RUNS = """
-import scripts.train
-from src.utils import distributed
-for arguments in {commands}:
-    scripts.train.main(arguments)
-    distributed.RESTARTS += 1  # the next run's names in the store that all of them share
-"""
 
 
 def turn(role: str, content: str = "", **more: Any) -> dict:
@@ -54,20 +45,6 @@ CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "ho
 def metrics(folder: Path) -> list[dict]:
     """What a run has logged; unlike src's own reader, no broken line is passed over."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def train_in_processes(processes: int, *commands: list[str]) -> str:
-    """Train several runs in one start of torchrun, which imports torch in each process."""
-    launcher = [*TORCHRUN, "--standalone", f"--nproc-per-node={processes}"]
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
-        script.write(RUNS.format(commands=commands))
-        script.flush()
-        done = subprocess.run(
-            [*launcher, script.name], cwd=ROOT, capture_output=True, text=True, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def run_tool(name: str, *arguments: str) -> bool:

@@ -89,29 +89,3 @@ def test_steps_tokens_and_hours_of_the_run_are_those_that_training_counts(
     assert float(counted[3]) == pytest.approx(flops / (1e-6 * 989e12) / 3600, rel=0.01)
     steps, seen, _ = cost(configured("training.max_steps=8"), rows)
     assert (steps, seen) == (8, 40 * all_tokens * 8 // int(counted[1]))
-
-
-def test_help_shows_usage_and_defaults_and_unknown_words_are_refused(capsys, refused) -> None:
-    with pytest.raises(SystemExit):
-        scripts.plan.main(["--help"])
-    page = " ".join(capsys.readouterr().out.split())
-    assert "[CONFIG] [key=value ...] [--gpu GPU] [--mfu SHARE]" in page
-    for default in ("configs/train.yaml", "the GPU of this machine", "0.4"):
-        assert f"(default: {default})" in page
-    for wrong in (["--gpu", "big"], ["--mfu", "2"]):
-        with pytest.raises(SystemExit, match="2"):
-            scripts.plan.main([SMOKE, *wrong])
-    assert "unknown key" in refused(scripts.plan.main, SMOKE, "lora.rr=1")[0]
-
-
-def test_what_cannot_be_planned_is_one_line(refused, monkeypatch) -> None:
-    eight = ["model.init=pretrained", "lora.r=4", "model.quantization=8bit"]
-    (line,) = refused(scripts.plan.main, SMOKE, *eight)
-    assert line.startswith("8-bit weights cannot be planned; plan 4bit")
-
-    def fail(_: Config) -> Plan:
-        raise NotImplementedError("no such operator\nand a long story")
-
-    monkeypatch.setattr(plan_module, "plan", fail)
-    (line,) = refused(scripts.plan.main, SMOKE)
-    assert line == "configs/tiny cannot be planned: NotImplementedError: no such operator"

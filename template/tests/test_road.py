@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 import scripts.inference
 import scripts.train
-from conftest import ROOT, SMOKE, chat, metrics, run_tool, train_in_processes
+from conftest import ROOT, SMOKE, chat, metrics, run_tool
 from src.training.signals import StopSignal
 from src.utils.errors import Interrupted, RunError
 
@@ -144,39 +144,3 @@ def test_a_saved_adapter_goes_on_and_is_proved_in_bf16(base, rows, tmp_path, mon
     with pytest.raises(RunError, match="overfit not passed: row 1 says 'because', the model "):
         scripts.train.main(second)
     walk_from(tmp_path / "run", rows, tmp_path, monkeypatch)
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_in_another_dtype(base, rows, tmp_path) -> None:
-    # As on another card: one without bf16 needs fp16 and its scaler.
-    for step, dtype in enumerate(("bf16", "fp16", "bf16"), 1):
-        options = [f"model.dtype={dtype}", f"training.max_steps={step}", "training.resume=auto"]
-        scripts.train.main(command(base("untied"), rows, tmp_path / "run", *options))
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
-
-
-@pytest.mark.slow  # two processes import torch
-def test_two_processes_walk_the_road_in_either_strategy(base, rows, tmp_path, monkeypatch) -> None:
-    kinds = {"lora": [WHOLE, "model.gradient_checkpointing=true"], "full": ["lora=null"]}
-    runs = {
-        tmp_path / f"{strategy}-{name}": [f"training.strategy={strategy}", *options]
-        for strategy in ("ddp", "fsdp")
-        for name, options in kinds.items()
-    }
-    commands = [
-        command(base("untied"), rows, run, *options, f"training.max_steps={steps}", *more)
-        for run, options in runs.items()
-        for steps, more in ((2, []), (3, ["training.resume=auto"]))
-    ]
-    train_in_processes(2, *commands)
-    for run in runs:
-        assert [line["step"] for line in metrics(run)] == [1, 2, 3]
-        folder = tmp_path / f"{run.name}-walked"
-        folder.mkdir()
-        walk_from(run, rows, folder, monkeypatch)
-    for name in kinds:  # what is summed in another order is rounded in another way, and no more
-        losses = [
-            [line["loss"] for line in metrics(tmp_path / f"{strategy}-{name}")]
-            for strategy in ("ddp", "fsdp")
-        ]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-2)

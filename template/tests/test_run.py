@@ -114,15 +114,6 @@ def test_a_nan_can_be_skipped_and_is_counted(train, poisoned) -> None:
     assert last["loss"] is not None
 
 
-def test_an_epoch_is_logged_as_one_where_processes_outnumber_its_batches(
-    train, write_rows, monkeypatch
-) -> None:
-    monkeypatch.setattr(run, "WORLD_SIZE", 2)  # of which the second gets a batch of filler
-    row = f"data.train={write_rows(chat('q', 'a'))}"
-    folder = train(row, NO_EVAL, "training.epochs=3", "training.log_every=1")
-    assert [(line["step"], line["epoch"]) for line in metrics(folder)] == [(1, 1), (2, 2), (3, 3)]
-
-
 def test_early_stopping_ends_the_run_and_the_best_checkpoint_stays(train, monkeypatch, capsys):
     losses = iter([3.0, 2.0, 2.5, 2.6, 9.0])
     monkeypatch.setattr(run, "evaluate", lambda *_: trainer.EvalResult(next(losses), 1.0, 1))
@@ -194,14 +185,3 @@ def test_sigterm_saves_the_step_and_says_how_to_resume(tmp_path: Path) -> None:
     assert "training.resume=auto" in errors
     assert "Traceback" not in errors
     assert [p.name for p in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"]
-
-
-def test_seeds_are_set_before_anything_can_start_cuda(train, monkeypatch) -> None:
-    # cuBLAS reads its setting for `deterministic` once, when CUDA starts: asking for a dtype does.
-    order = []
-    for name in ("set_seed", "pick_device", "pick_dtype", "load_tokenizer"):
-        real = getattr(run, name)
-        spy = lambda *a, _r=real, _n=name, **k: order.append(_n) or _r(*a, **k)  # noqa: E731
-        monkeypatch.setattr(run, name, spy)
-    train("training.max_steps=1", NO_EVAL)
-    assert order[0] == "set_seed"

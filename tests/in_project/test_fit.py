@@ -39,7 +39,7 @@ def configure(tmp_path, monkeypatch):
 
 
 def test_eight_billion_parameters_are_refused_on_a_cpu_that_nobody_asked_for(configure) -> None:
-    with pytest.raises(UserError, match=r"no GPU here, and .* 8.0 billion parameters: a step "):
+    with pytest.raises(UserError, match=r"no GPU here, and .* 8.0 billion parameters: each step "):
         check_feasible(configure("lora.r=16"), CPU, torch.float32, shards=1)
     check_feasible(configure("lora.r=16", "device=cpu"), CPU, torch.float32, shards=1)
     check_feasible(load_config(SMOKE)[0], CPU, torch.float32, shards=1)
@@ -53,7 +53,7 @@ def test_full_fine_tuning_without_the_memory_is_refused(configure) -> None:
     check_feasible(full, GPU, torch.bfloat16, shards=2)
     check_feasible(eight, GPU, torch.bfloat16, shards=1)
     configure(gib=40)
-    with pytest.raises(UserError, match="45 GiB a GPU, and this one has 40: try more GPUs"):
+    with pytest.raises(UserError, match="45 GiB a GPU, and this one has 40: try "):
         check_feasible(eight, GPU, torch.bfloat16, shards=1)
 
 

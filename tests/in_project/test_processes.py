@@ -6,6 +6,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +18,18 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import scripts.train
-from conftest import ROOT, RUNS, SMOKE, TORCHRUN, chat, metrics, train_in_processes, write_lines
+from conftest import ROOT, SMOKE, chat, metrics, write_lines
 
 pytestmark = pytest.mark.slow  # each start imports torch once a process
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+RUNS = """
+import scripts.train
+from src.utils import distributed
+for arguments in {commands}:
+    scripts.train.main(arguments)
+    distributed.RESTARTS += 1  # the next run's names in the store that all of them share
+"""
 FAIL_ON_RANK_1 = """
 import os, sys
 sys.argv = ["scripts/train.py", *sys.argv[1:]]
@@ -55,6 +65,20 @@ with process_group(cpu, 60):
 from src.utils import distributed
 distributed.RESTARTS += 1
 """
+
+
+def train_in_processes(processes: int, *commands: list[str]) -> str:
+    """Train several runs in one start of torchrun, which imports torch in each process."""
+    launcher = [*TORCHRUN, "--standalone", f"--nproc-per-node={processes}"]
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(RUNS.format(commands=commands))
+        script.flush()
+        done = subprocess.run(
+            [*launcher, script.name], cwd=ROOT, capture_output=True, text=True, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 LONG = ["training.epochs=12", "training.save_every=5"]  # long enough to be killed in the middle

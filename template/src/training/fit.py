@@ -62,10 +62,8 @@ def choose_strategy(config: Config, device: torch.device, dtype: torch.dtype) ->
         )
     if strategy != "auto":
         return strategy, "as training.strategy says"
-    if not may_shard(config):
-        return "ddp", "what is quantized is not sharded"
-    if device.type == "cpu" or dtype == torch.float16:
-        return "ddp", "on a CPU, and in fp16, each process has all of the model"
+    if not may_shard(config) or device.type == "cpu" or dtype == torch.float16:
+        return "ddp", "what is quantized, in fp16, or on a CPU is not sharded"
     held, total = gib_held(config, dtype), torch.cuda.get_device_properties(0).total_memory / GIB
     figures = f"{held:.0f} GiB of weights, gradients and moments, a GPU has {total:.0f}"
     return ("fsdp" if held > ROOM * total else "ddp"), figures
@@ -78,7 +76,7 @@ def check_feasible(config: Config, device: torch.device, dtype: torch.dtype, sha
         UserError: with the figures, and what would work.
     """
     check_positions(config.model, config.data.max_length)
-    training, name = config.training, config.model.name
+    name = config.model.name
     if device.type == "cpu" and config.device == "auto":
         count = count_before_loading(config.model)
         if count > MAX_ON_A_CPU:
@@ -91,11 +89,11 @@ def check_feasible(config: Config, device: torch.device, dtype: torch.dtype, sha
         needed = gib_held(config, dtype) / shards
         total = torch.cuda.get_device_properties(device).total_memory / GIB
         if needed > total:
-            less = "training.optimizer=adamw8bit, " * (training.optimizer == "adamw")
             raise UserError(
                 f"lora=null: the weights of {name}, their gradients and moments take "
-                f"{needed:.0f} GiB a GPU, and this one has {total:.0f}: try {less}more GPUs with "
-                "training.strategy=fsdp, lora.r=16, or a smaller model"
+                f"{needed:.0f} GiB a GPU, and this one has {total:.0f}: try "
+                "training.optimizer=adamw8bit, more GPUs with training.strategy=fsdp, lora.r=16, "
+                "or a smaller model"
             )
 
 

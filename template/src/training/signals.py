@@ -5,7 +5,7 @@ import shlex
 import signal
 import time
 from types import FrameType
-from typing import Any, Self
+from typing import Self
 
 from src.utils import distributed
 from src.utils.errors import Interrupted
@@ -18,11 +18,10 @@ class StopSignal:
         """`command`: the arguments of this run, to print how to resume it."""
         self._command = command
         self._received, self._at = 0, 0.0
-        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._receive)
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

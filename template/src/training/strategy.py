@@ -6,7 +6,6 @@ divided by the labels of all of them. With one process the model is not wrapped.
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -135,16 +134,6 @@ def _fill(model: nn.Module, whole: nn.Module | None, device: torch.device) -> No
         else:
             dist.broadcast(value, 0)
             target.copy_(value)
-
-
-def syncing(objective: nn.Module, now: bool) -> AbstractContextManager:
-    """A context of a forward and backward pass that says whether DDP sums gradients in it.
-
-    Once a step is enough, with its last microbatch. FSDP sums them with each microbatch: else each
-    process would keep whole gradients.
-    """
-    waiting = isinstance(objective, DistributedDataParallel) and not now
-    return objective.no_sync() if waiting else nullcontext()
 
 
 def unwrapped(objective: nn.Module) -> Any:

@@ -140,9 +140,11 @@ def train_step(
     labelled = int(distributed.all_sum(sum(b["labelled"] for b in batches)))
     loss = torch.zeros((), device=device)
     for number, batch in enumerate(batches, 1):
-        with strategy.syncing(objective, now=number == len(batches)):
-            share = objective(to_device(batch, device)) / max(labelled, 1)
-            scaler.scale(share).backward()
+        # DDP sums gradients with the last microbatch, FSDP with each: else every process would keep
+        # whole gradients.
+        vars(objective)["require_backward_grad_sync"] = number == len(batches)
+        share = objective(to_device(batch, device)) / max(labelled, 1)
+        scaler.scale(share).backward()
         loss += share.detach()
     distributed.sum_tensor(loss)
     if labelled:  # else the scaler is not updated, and unscale_ may run once an update

@@ -111,7 +111,7 @@ def test_an_output_of_other_rows_is_left_as_it_is(write_rows, tmp_path, lines, t
         ('{"prompt": "a", "id": "\\ud800"}', ":2: 'utf-8' codec can't encode"),
         ('{"answer": "x"}', ":2: has ['answer']; a row needs"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', ":2: has no question"),
-        ('["x"]', ":2: a row is an object"),
+        ('["x"]', ":2: a row must be an object"),
     ],
 )
 def test_a_row_that_asks_nothing_is_named_before_anything_is_loaded(

@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import pickle
+import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_longer_conversations_are_cut_or_left_out_and_counted(
     source, long = write_rows(*rows), write_rows(rows[2], name="long.jsonl")
     data = tokens(source, tokenizer, max_length=64, too_long=too_long)
     assert data.lengths.tolist()[1:] == [64] * (2 - len(left_out))
-    cut = "2 rows cut: longer than data.max_length=64"
+    cut = "1 row cut: longer than data.max_length=64"
     assert list(data_notes(data.facts))[1:] == ([cut, note] if too_long == "cut" else [note])
     kept = [json.loads(line) for line in data.left_out.read_text().splitlines()]
     assert [row["place"] for row in kept] == [f"{source}:{n}" for n in left_out]
@@ -138,7 +139,7 @@ def test_a_rows_labels_depend_on_nothing_but_the_row(tokenizer, write_rows) -> N
 
 
 def test_tokens_are_reused_until_rows_template_eos_length_or_code_change(
-    tokenizer, write_rows, monkeypatch
+    tokenizer, write_rows, monkeypatch, tmp_path
 ) -> None:
     calls = []
     real = dataset.encode
@@ -159,7 +160,9 @@ def test_tokens_are_reused_until_rows_template_eos_length_or_code_change(
     other.eos_token = "<|eot|>"  # of one and the same tokenizer.json
     tokens(file, other, max_length=64)
     assert len(calls) == 5
-    monkeypatch.setattr(dataset, "CODE", ("rows.py",))  # as if encoding.py had other lines
+    code = shutil.copytree(Path(dataset.__file__).parent, tmp_path / "code")
+    (code / "encoding.py").write_text("# other lines")
+    monkeypatch.setattr(dataset, "__file__", str(code / "dataset.py"))
     tokens(file, tokenizer, max_length=64)
     assert len(calls) == 6
 

@@ -44,7 +44,7 @@ def test_rows_that_were_cut_or_left_out_are_counted_and_kept(train, write_rows, 
     train(f"data.train={path}", f"data.eval={path}", *options, output="same")
     printed = capsys.readouterr().out
     assert "           to evaluate on: 10 (the same rows)\n" in printed
-    assert "           2 rows cut: longer than data.max_length=64\n" in printed
+    assert "           1 row cut: longer than data.max_length=64\n" in printed
 
 
 def test_a_run_whose_steps_were_all_skipped_writes_null_and_draws_its_curve(train, monkeypatch):

@@ -41,7 +41,7 @@ def problems(source: object, **data) -> tuple[str, ...]:
     ("bad", "reason"),
     [
         ("{not json", "not valid JSON"),
-        ("[1]", "a row is an object with `messages`"),
+        ("[1]", "a row must be an object, not list"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "message 1: `role` is 'bot', not system"),
         ({"messages": [{"role": "user"}]}, "message 1: `content` must be text"),
         ({"messages": [SYSTEM, *PLAIN], "system": "b"}, "has both `system` and a system message"),
@@ -92,7 +92,6 @@ def test_rows_of_every_common_shape_become_conversations(write_rows, row, expect
     [
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]},
-        {"role": "assistant", "tool_calls": {"name": "f", "arguments": {"a": 1}}},
         {"role": "assistant", "tool_calls": '[{"name": "f", "arguments": {"a": 1}}]'},
         {"role": "assistant", "tool_calls": [{"function": '{"name": "f", "arguments": {"a": 1}}'}]},
         {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
@@ -119,7 +118,7 @@ def test_a_wrong_header_is_named_once_with_the_keys_that_map_it(write_rows) -> N
     file = write_rows(*[{"id": 5, "Die Frage": "x", "antwort": "y"}] * 50)
     (problem,) = problems(file)
     assert problem.startswith(f"{file}:1: has ['id', 'Die Frage', 'antwort']; a row needs")
-    assert "data.columns.prompt=…" in problem
+    assert "data.columns.prompt=… reads a column" in problem
     assert problem.endswith("(50 rows; data.bad_rows=skip leaves them out)")
 
 

@@ -15,7 +15,6 @@ from src.config import DataConfig
 from src.data.rows import Row, read_question
 from src.data.sources import raw_rows
 from src.utils.errors import UserError
-from src.utils.files import write_problem
 
 ANSWER = "generated"  # the column that answers are written to, beside a row's own
 BY = "generated_by"  # the model and the options that wrote them
@@ -29,8 +28,6 @@ def check_answers(source: str, output: Path | None, data: DataConfig, by: str) -
         UserError: a row has no question, or the output holds answers to other rows, or those of
             another model or with other options.
     """
-    if output and not output.exists() and (problem := write_problem(output)):
-        raise UserError(f"--output: {problem}")
     done = whole = total = 0
     with output.open("r+b") if output and output.exists() else BytesIO() as file:
         for total, (start, _) in enumerate(_rows(source, data, by), 1):

@@ -3,7 +3,7 @@
 import bisect
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import batched, chain
+from itertools import batched
 from typing import Any
 
 import numpy as np
@@ -50,15 +50,12 @@ class TokenBudgetSampler(Sampler[list[int]]):
         if shuffle:
             np.random.default_rng(seed).shuffle(order)
         budget = max_length * batch_size
-        plan = pack(lengths, order, budget) if packing else list(batched(order, batch_size))
-        # One array of documents and where batches begin in it: lists are ten times the size.
-        self._documents = np.fromiter(chain.from_iterable(plan), np.int64, len(order))
-        counts = np.fromiter(map(len, plan), np.int64, len(plan))
-        self._bounds, self.batches = np.concatenate([[0], counts.cumsum()]), len(plan)
+        rows = pack(lengths, order, budget) if packing else batched(order.tolist(), batch_size)
+        self._plan = [*map(list, rows)]
+        self.batches = len(self._plan)
         # The first epoch begins with the batch that needs the most memory: if it is too much,
         # step 1 shows it.
-        longest = np.maximum.reduceat(lengths[self._documents], self._bounds[:-1])
-        self._largest = int(np.argmax(longest * counts))
+        self._largest = np.argmax([lengths[rows].max() * len(rows) for rows in self._plan])
 
     def __len__(self) -> int:
         """Batches of a whole epoch on each rank, whatever `position` is."""
@@ -69,15 +66,11 @@ class TokenBudgetSampler(Sampler[list[int]]):
         if self.shuffle:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
             if self.epoch == 0:
-                first = int(np.flatnonzero(order == self._largest)[0])
+                first = int(np.argmax(order == self._largest))
                 order[[0, first]] = order[[first, 0]]
         for turn in range(self.position, self.batches, self.world_size):
             place = turn + self.rank
-            if place < len(order):
-                start, end = self._bounds[order[place] : order[place] + 2]
-                yield self._documents[start:end].tolist()
-            else:
-                yield []
+            yield self._plan[order[place]] if place < self.batches else []
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import batched, chain, islice
 from pathlib import Path
@@ -28,8 +28,6 @@ MANY = 1000  # rows, from which on a share of their hashes is close to a share o
 ROWS_AT_ONCE = 1000  # the tokenizer runs a list of texts in parallel
 TOKENS, LENGTHS, FACTS, LEFT_OUT = "tokens.bin", "lengths.bin", "facts.json", "left_out.jsonl"
 Part = Literal["all", "train", "eval"]
-# Other lines in these files can make other tokens: their text is part of a cache's name.
-CODE = ("sources.py", "rows.py", "chat.py", "encoding.py", "dataset.py")
 
 
 class Document(NamedTuple):
@@ -96,7 +94,7 @@ def load_documents(
         train = load_tokens(data.train, tokenizer, data, part="train")
         return train, load_tokens(data.train, tokenizer, data, part="eval")
     train = load_tokens(data.train, tokenizer, data)
-    return train, None if data.eval is None else load_tokens(data.eval, tokenizer, data)
+    return train, load_tokens(data.eval, tokenizer, data) if data.eval else None
 
 
 def load_tokens(
@@ -156,7 +154,6 @@ def read_part(
     if len(first) <= MANY:
         hashes = sorted(map(_row_hash, first))
         held_out = max(1, round(share * len(hashes)))
-        # The hash after the last row that is held out; equal rows stay together.
         limit = next((h for h in hashes[held_out:] if h > hashes[0]), 0)
     return (row for row in chain(first, rows) if (_row_hash(row) < limit) == (part == "eval"))
 
@@ -171,8 +168,8 @@ def _row_hash(row: Row) -> int:
 def _cache_folder(names: list[str], made_with: dict[str, object]) -> Path:
     """A folder named by a hash of all that its tokens are made from."""
     digest = hashlib.sha256(repr(made_with).encode())
-    for name in CODE:
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    for file in sorted(Path(__file__).parent.glob("*.py")):  # other code can make other tokens
+        digest.update(file.read_bytes())
     for name in names:
         digest.update(fingerprint(name))
     return hf_home() / "tokens" / digest.hexdigest()[:32]
@@ -188,14 +185,11 @@ def _tokenise(
     rows = islice(read_part(names, data, part, left_out), limit)
     with new_folder(path) as folder:
         with (folder / TOKENS).open("wb") as file:
-            for some in batched(rows, ROWS_AT_ONCE):
-                documents = list(_documents(some, tokenizer, data, facts, left_out))
-                lengths.extend(map(len, documents))
-                tokens = np.concatenate([np.empty(0, TOKEN), *documents])
-                tokens.tofile(file)
-                for column in ("input_ids", "labels"):
-                    digest.update(tokens[column].tobytes())
-                facts.labelled_tokens += int((tokens["labels"] != IGNORE).sum())
+            for document in _documents(rows, tokenizer, data, facts, left_out):
+                lengths.append(len(document))
+                file.write(document.tobytes())
+                digest.update(document.tobytes())
+                facts.labelled_tokens += int((document["labels"] != IGNORE).sum())
         check(left_out, data)
         if not lengths:
             few = f"data.eval={data.eval} leaves too few rows for one of the two parts"
@@ -210,38 +204,46 @@ def _tokenise(
 
 
 def _documents(
-    rows: Sequence[Row], tokenizer: Tokenizer, data: DataConfig, facts: Facts,
+    rows: Iterable[Row], tokenizer: Tokenizer, data: DataConfig, facts: Facts,
     left_out: list[LeftOut],
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Yield documents as arrays of TOKEN, none longer than `data.max_length`."""
-    read: list[tuple[Row, Rendered]] = []
-    for row in rows:
-        try:
-            read.append((row, render_row(row, tokenizer)))
-        except Rejected as error:
-            left_out.append(LeftOut(error.count_as, row["place"], str(error), row))
-    encoded = encode([rendered for _, rendered in read], tokenizer)
     length = data.max_length
-    for (row, rendered), tokens in zip(read, encoded, strict=True):
+    for row, rendered, tokens in _encoded(rows, tokenizer, left_out):
+        size, is_text = len(tokens), "text" in row
+        # All of a text is worth reading; of a conversation, its beginning.
+        starts = range(0, size if is_text else 1, length)
+        pieces = [tokens[start : start + length] for start in starts]
+        documents = [piece for piece in pieces if (piece["labels"] != IGNORE).any()]
+        too_long = f"longer than data.max_length={length}"
+        reason = "" if documents else f"no answer within data.max_length={length}"
+        if size > length and data.too_long == "drop" and not is_text:
+            reason = too_long
+        if reason:
+            more = f"{reason} ({size:,} tokens)"
+            left_out.append(LeftOut(f"left out: {reason}", row["place"], more, row))
+            continue
         facts.read_as[row["read_as"]] += 1
         facts.unread.update(row["unread"])
         facts.notes.update(_notes(row, rendered, tokenizer))
-        is_text = "text" in row  # all of it is worth reading; of a conversation, its beginning
-        starts = range(0, len(tokens) if is_text else 1, length)
-        pieces = [tokens[start : start + length] for start in starts]
-        documents = [piece for piece in pieces if (piece["labels"] != IGNORE).any()]
-        reason = "" if documents else f"no answer within data.max_length={length}"
-        if len(tokens) > length:
-            too_long = f"longer than data.max_length={length}"
-            if data.too_long == "drop" and not is_text:
-                reason = too_long
-            else:
-                facts.notes[f"{'split' if is_text else 'cut'}: {too_long}"] += 1
-        if reason:
-            more = f"{reason} ({len(tokens):,} tokens)"
-            left_out.append(LeftOut(f"left out: {reason}", row["place"], more, row))
-        else:
-            yield from documents
+        if size > length:
+            facts.notes[f"{'split' if is_text else 'cut'}: {too_long}"] += 1
+        yield from documents
+
+
+def _encoded(
+    rows: Iterable[Row], tokenizer: Tokenizer, left_out: list[LeftOut]
+) -> Iterator[tuple[Row, Rendered, np.ndarray]]:
+    """Yield each row with its text and its tokens."""
+    for some in batched(rows, ROWS_AT_ONCE):
+        read, texts = [], []
+        for row in some:
+            try:
+                texts.append(render_row(row, tokenizer))
+                read.append(row)
+            except Rejected as error:
+                left_out.append(LeftOut(error.count_as, row["place"], str(error), row))
+        yield from zip(read, texts, encode(texts, tokenizer), strict=True)
 
 
 def _notes(row: Row, rendered: Rendered, tokenizer: Tokenizer) -> Iterator[str]:

@@ -32,7 +32,7 @@ ANSWERS = {"completion", "response", "output", "answer"}  # a row to be answered
 # Columns that continue a question: Alpaca's input, Dolly's and SQL sets' context.
 CONTINUED = {"instruction": ("input", "context"), "question": ("context",), "prompt": ("context",)}
 EXPECTED = "`messages`, `prompt` and `completion`, `instruction` and `output`, or `text`"
-MAPPED = "data.columns.prompt=… data.columns.completion=… map other names"
+KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
 THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 # A row as `read_rows` yields it: {"messages": [...], "tools": [...]} or {"text": "..."}, with its
@@ -154,8 +154,7 @@ def _read(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
     """
     if isinstance(raw, Rejected):
         raise raw
-    if not isinstance(raw, dict):
-        raise Rejected(f"a row is an object with {EXPECTED}, not {_kind(raw)}")
+    raw = _of(dict, raw, "a row")
     columns = {k: v for k, v in (data.columns or {}).items() if needs_answer or k not in ANSWERS}
     for ours, theirs in columns.items():
         if theirs not in raw:
@@ -170,13 +169,14 @@ def _read(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
     needed = 1 + needs_answer  # columns of a shape
     shape = next((shape for shape in SHAPES if row.keys() >= {*shape[:needed]}), None)
     if shape is None:
-        raise Rejected(f"has {[*row]}; a row needs {EXPECTED}; {MAPPED}")
+        other_names = "data.columns.prompt=… reads a column of another name"
+        raise Rejected(f"has {[*row]}; a row needs {EXPECTED}; {other_names}")
     # Columns that are read are popped: the rest is unread.
     if shape == ("text",):
         read = {"text": _text(row, "text")}
     else:
-        turns = row.pop(shape[0]) if len(shape) == 1 else _pair(shape[:needed], row)
-        read = _conversation(_parsed(f"`{shape[0]}`", turns), row, data)
+        turns = _pair(shape[:needed], row) if len(shape) == 2 else row.pop(shape[0])
+        read = _conversation(_of(list, turns, f"`{shape[0]}`"), row, data)
         spoken = [m for m in read["messages"] if m["role"] == "assistant" and carries_loss(m)]
         if needs_answer and not any(m["content"].strip() or m.get("tool_calls") for m in spoken):
             raise Rejected("no assistant message with text", EMPTY)
@@ -190,9 +190,7 @@ def _read(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
 
 def _text(row: Row, name: str) -> str:
     """Pop a column that must hold text."""
-    text = row.pop(name)
-    if not isinstance(text, str):
-        raise Rejected(f"`{name}` must be text, not {_kind(text)}")
+    text = _of(str, row.pop(name), f"`{name}`")
     if not text.strip():
         raise Rejected(f"`{name}` is empty", EMPTY)
     return text
@@ -201,8 +199,7 @@ def _text(row: Row, name: str) -> str:
 def _pair(columns: tuple[str, ...], row: Row) -> list[Any]:
     """Return the turns of a question and its answer, each a text or messages."""
     turns: list[Any] = []
-    history = _parsed("`history`", row.pop("history", None)) or []  # Alpaca's
-    for pair in history if isinstance(history, list) else [history]:
+    for pair in _of(list, row.pop("history", None), "`history`"):  # Alpaca's
         if not isinstance(pair, list) or len(pair) != 2:
             raise Rejected("`history` must be a list of [question, answer]")
         turns += map(_turn, ("user", "assistant"), pair)
@@ -212,17 +209,16 @@ def _pair(columns: tuple[str, ...], row: Row) -> list[Any]:
             continue
         text = _text(row, name)
         for more in CONTINUED.get(name, ()):
-            if str(row.get(more) or "").strip():
-                text += f"\n\n{_text(row, more)}"
-            row.pop(more, None)
+            added = _of(str, row.pop(more, None) or "", f"`{more}`")
+            text += f"\n\n{added}" if added.strip() else ""
         turns.append(_turn(role, text))
     return turns
 
 
-def _conversation(turns: Any, row: Row, data: DataConfig) -> Row:
+def _conversation(turns: list[Any], row: Row, data: DataConfig) -> Row:
     """Return a row's messages, with its system prompt as the first of them, and its tools."""
-    if not isinstance(turns, list) or not turns:
-        raise Rejected("messages must be a list, with at least one of them")
+    if not turns:
+        raise Rejected("has no messages")
     messages = []
     for number, turn in enumerate(turns, 1):
         try:
@@ -235,9 +231,7 @@ def _conversation(turns: Any, row: Row, data: DataConfig) -> Row:
                 messages.insert(0, _turn("system", system))
             elif messages[0]["content"] != system:
                 raise Rejected(f"has both `{name}` and a system message; keep one of them")
-    tools = _parsed("`tools`", row.pop("tools", None)) or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Rejected("`tools` must be a list of objects")
+    tools = [_of(dict, tool, "a tool") for tool in _of(list, row.pop("tools", None), "`tools`")]
     return {"messages": messages, "tools": tools or None}
 
 
@@ -252,10 +246,8 @@ def read_message(turn: Any, data: DataConfig) -> dict[str, Any]:
     Raises:
         Rejected: it has no known role, or its content is no text.
     """
-    if not isinstance(turn, dict):
-        raise Rejected(f"must be an object with `role` and `content`, not {_kind(turn)}")
-    # Parquet fills in missing keys with null.
-    turn = {SHAREGPT.get(key, key): cell for key, cell in _present(turn).items()}
+    present = _present(_of(dict, turn, "it"))  # Parquet fills in missing keys with null
+    turn = {SHAREGPT.get(key, key): cell for key, cell in present.items()}
     for key in LOSS:
         if turn.get(key, 1) not in (0, 1):  # true and false equal them
             raise Rejected(f"`{key}` must be 0 or 1, or true or false, not {turn[key]!r:.80}")
@@ -265,9 +257,7 @@ def read_message(turn: Any, data: DataConfig) -> dict[str, Any]:
     role = ROLES[name]
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        if not all(isinstance(part, str) for part in parts):
-            raise Rejected("`content` has parts that are no text, such as images")
-        content = "".join(parts)
+        content = "".join(_of(str, part, "each part of `content`") for part in parts)
     calls = turn.pop("tool_calls", None)
     if function := turn.pop("function_call", None):  # OpenAI's old form
         calls = [{"function": function}]
@@ -275,8 +265,7 @@ def read_message(turn: Any, data: DataConfig) -> dict[str, Any]:
         calls, content = [content], ""
     if calls:
         turn["tool_calls"], content = _calls(calls), content or ""
-    if not isinstance(content, str):
-        raise Rejected(f"`content` must be text, not {_kind(content)}")
+    content = _of(str, content, "`content`")
     if data.thinking == "drop" and role == "assistant":
         content = THINKING.sub("", content)
         turn = {k: v for k, v in turn.items() if k not in {"reasoning_content", "thinking"}}
@@ -284,31 +273,30 @@ def read_message(turn: Any, data: DataConfig) -> dict[str, Any]:
 
 
 def _calls(calls: Any) -> list[dict[str, Any]]:
-    """Return calls of tools with their arguments as objects; any part may be JSON text."""
-    calls, read = _parsed("`tool_calls`", calls), []
-    for call in calls if isinstance(calls, list) else [calls]:
-        around = _parsed("a call of a tool", call)
-        function = around.get("function", around) if isinstance(around, dict) else None
-        function = _parsed("a call of a tool", function)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise Rejected(f"a call of a tool needs a `name`, and is {call!r:.80}")
-        what = f"the arguments of `{function['name']}`"
-        arguments = _parsed(what, function.get("arguments")) or {}
-        if not isinstance(arguments, dict):
-            raise Rejected(f"{what} must be an object, not {_kind(arguments)}")
+    """Return calls of tools with their arguments as objects."""
+    read = []
+    for call in _of(list, calls, "`tool_calls`"):
+        around = _of(dict, call, "a call of a tool")
+        function = _of(dict, around.get("function", around), "a call of a tool")
+        name = _of(str, function.get("name"), "the `name` of a called tool")
+        arguments = _of(dict, function.get("arguments"), f"the arguments of `{name}`")
         kept = around if "function" in around else {}
         read.append({"type": "function", **kept, "function": {**function, "arguments": arguments}})
     return read
 
 
-def _parsed(what: str, value: Any) -> Any:
-    """Return the value of a JSON text, and other values as they are."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
-        raise Rejected(f"{what}: not valid JSON: {error}; it is {value!r:.80}") from None
+def _of[Kind: (dict, list, str)](kind: type[Kind], value: Any, what: str) -> Kind:
+    """Return a value that must be of this kind; objects and lists may be JSON text, or missing."""
+    if kind is not str and isinstance(value, str):
+        try:
+            value = json.loads(value.strip() or "null")
+        except (ValueError, RecursionError) as error:
+            raise Rejected(f"{what}: not valid JSON: {error}; it is {value!r:.80}") from None
+    if kind is not str and value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise Rejected(f"{what} must be {KINDS[kind]}, not {type(value).__name__}")
+    return value
 
 
 def _turn(role: str, content: str) -> dict[str, Any]:
@@ -318,7 +306,3 @@ def _turn(role: str, content: str) -> dict[str, Any]:
 def _present(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row without its empty cells: pandas writes NaN where it has nothing."""
     return {k: v for k, v in row.items() if v is not None and v == v}
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__

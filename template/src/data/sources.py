@@ -128,16 +128,11 @@ def _jsonl(path: Path) -> Places:
 
 def _json(path: Path) -> Places:
     with _open(path) as file:
-        text = file.read()
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
-            raise
-        yield from _jsonl(path)  # a row a line, whatever the file's name says
-        return
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        yield f": row {number}", row
+        text = file.read().decode("utf-8-sig").lstrip()
+    if text.startswith("["):
+        yield from ((f": row {number}", row) for number, row in enumerate(json.loads(text), 1))
+    else:  # a row a line, whatever the file's name says
+        yield from _jsonl(path)
 
 
 def _csv(path: Path) -> Places:

@@ -1,4 +1,4 @@
-"""The plan of the memory is what a step really holds."""
+"""The plan of the memory is what a step really holds, and a few layers tell it of all."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from src.data.batching import full_batch
 from src.models.head import CHUNK
 from src.training import plan as plan_module
 from src.training.optimizer import make_optimizer
-from src.training.plan import ByteCounter, Plan, plan
+from src.training.plan import ByteCounter, Plan, build, measure_step, plan
 from src.training.trainer import as_objective, train_step
 from src.utils.errors import UserError
 from src.utils.memory import GIB
@@ -61,7 +61,33 @@ def test_eight_billion_parameters_need_what_a_whole_trial_needed(
     assert planned.peak_gib - planned.overhead == pytest.approx(peak, rel=0.01)
 
 
+DENSE_FIRST = {
+    "model_type": "qwen3_moe", "num_hidden_layers": 7, "num_experts": 2, "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32, "mlp_only_layers": [0, 1],
+}  # fmt: skip
+GEMMA2 = {"model_type": "gemma2", "sliding_window": 16, "num_hidden_layers": 8}
 GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64}
+LLAMA = {"num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        (LLAMA, ["lora.r=4", "model.quantization=4bit", NO_CHECKPOINTING]),
+        (GPT2, ["lora.r=4", CHECKPOINTING, "training.gradient_accumulation_steps=2"]),
+        (GEMMA2, [NO_CHECKPOINTING]),
+        (DENSE_FIRST, [CHECKPOINTING]),
+    ],
+)
+def test_a_few_layers_tell_what_the_whole_stack_needs(
+    configure, sizes: dict, options: list[str]
+) -> None:
+    config = configure(sizes, "model.attention=eager", *options)
+    whole = build(config, list(range(sizes.get("n_layer") or sizes["num_hidden_layers"])))
+    *parts, first, second = measure_step(whole, config, "eager") / GIB
+    planned = plan(config)
+    assert [planned.weights, planned.gradients, planned.moments] == pytest.approx(parts)
+    assert planned.peak_gib - planned.overhead == pytest.approx(max(first, second), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +113,11 @@ def test_what_is_counted_without_data_is_what_lives_with_it(
         for tensor in [*model.parameters(), *model.buffers()]:
             tracker.count(tensor)
         for _ in range(2):
-            tracker.peak = 0
+            tracker.peaks = [0, 0]
             train_step(objective, [batch], optimizer, None, CPU, max_grad_norm=1.0)
     planned = plan(config)
     peak = planned.peak_gib - planned.overhead
-    assert peak == pytest.approx(tracker.peak / GIB, rel=0.1)
+    assert peak == pytest.approx(max(tracker.peaks) / GIB, rel=0.1)
 
 
 def test_each_attention_is_planned_by_what_it_keeps(configure) -> None:

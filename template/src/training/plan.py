@@ -3,14 +3,19 @@
 The model is built from its config.json. Its tensors have shapes and dtypes and no data, and
 operators on them compute nothing. The project's own training step runs on them, with the kernels
 that a GPU would use, and every live storage is counted. So the plan cannot drift from the code.
+
+Layers repeat. So models of a few layers are measured, and the figures are extrapolated.
 """
 
 import weakref
+from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -64,12 +69,14 @@ class ByteCounter(TorchDispatchMode):
 
     Attributes:
         now: bytes that live.
-        peak: the most that lived.
+        peaks: the most bytes up to the last layer's backward pass, and after it. Each is linear in
+            the number of layers: the first grows by what a layer saves, the second by that or by
+            its gradients. Their maximum is not.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.known, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
+        self.known, self.now, self.peaks, self.phase = WeakIdKeyDictionary(), 0, [0, 0], 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return tree_map_only(Tensor, self.count, func(*args, **(kwargs or {})))
@@ -86,7 +93,12 @@ class ByteCounter(TorchDispatchMode):
 
     def _add(self, size: int) -> None:
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.now)
+
+    def watch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Begin the second phase when the last layer, whose pre-hook this is, is done."""
+        if inputs and inputs[0].requires_grad:
+            inputs[0].register_hook(lambda _: setattr(self, "phase", 1))
 
 
 def plan(config: Config) -> Plan:
@@ -110,8 +122,8 @@ def plan(config: Config) -> Plan:
         names = [config.model.attention]
     for attention in names:
         with suppress(ValueError):  # dropout in attention, or a cap on its scores
-            return measure_step(config, attention)
-    return measure_step(config, "eager")
+            return _plan_attention(config, attention)
+    return _plan_attention(config, "eager")
 
 
 # The GPU's kernel, on any device.
@@ -122,17 +134,24 @@ def _dtype(config: Config) -> torch.dtype:
     return DTYPES.get(config.model.dtype, torch.bfloat16)
 
 
-def measure_step(config: Config, attention: str) -> Plan:
-    """Run a step on fake tensors, and count what lives."""
-    model = build(config)
+def _plan_attention(config: Config, attention: str) -> Plan:
+    measure = partial(measure_step, config=config, attention=attention)
+    *parts, first, second = (extrapolate(config, measure) / GIB).tolist()
+    return Plan(*parts, activations=max(first, second) - sum(parts))
+
+
+def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
+    """Run a step on fake tensors: bytes of weights, gradients and moments, and two peaks."""
     model.set_attn_implementation(attention)
     mode, counter = FakeTensorMode(allow_non_fake_inputs=True), ByteCounter()
     settings = config.training
     batch = full_batch(settings.batch_size, config.data.max_length, packing=True, labelled=0.5)
     batch = tree_map_only(Tensor, mode.from_tensor, batch)
+    for layer in layers_of(model)[-1:]:
+        layer.register_forward_pre_hook(counter.watch)
     with mode, counter, without_input_casts(model):
         _make_fake(model)
-        weights, counter.peak = counter.now, 0  # of the step, not of making the weights
+        weights, counter.peaks = counter.now, [0, 0]  # of the step, not of making the weights
         head, backbone = head_of(model), base_of(model).base_model
         plain = type(head) is nn.Linear and head.bias is None
         objective = Objective(model, _dtype(config), PlainHead(backbone, head) if plain else None)
@@ -144,9 +163,47 @@ def measure_step(config: Config, attention: str) -> Plan:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], fused=True)
         train_step(objective, [batch], optimizer, None, CPU, max_grad_norm=settings.max_grad_norm)
     moments = sum(p.numel() for p in trained) * MOMENTS[settings.optimizer]
-    gradients = sum(p.nbytes for p in trained)
-    activations = counter.peak - weights - gradients
-    return Plan(weights / GIB, gradients / GIB, moments / GIB, activations / GIB)
+    gradients, peaks = sum(p.nbytes for p in trained), np.array(counter.peaks) + moments
+    return np.array([weights, gradients, moments, *peaks])
+
+
+def extrapolate(config: Config, measure: Callable[[nn.Module], np.ndarray]) -> np.ndarray:
+    """Measure shallow models, and extrapolate each figure to the layers of the whole one.
+
+    The first has the last two layers of each kind. Each other one has a third of one kind, and the
+    difference is what a layer of that kind adds.
+    """
+    places = defaultdict(list)  # of each kind
+    for place, layer in enumerate(layers_of(without_weights(config.model))):
+        places[_kind(layer)].append(place)
+
+    def measure_with(third: Any) -> np.ndarray:
+        kept = [n for kind, where in places.items() for n in where[-3 if kind == third else -2 :]]
+        return measure(build(config, sorted(kept)))
+
+    total = first = measure_with(None)
+    for kind, where in places.items():
+        if len(where) > 2:
+            total = total + (len(where) - 2) * (measure_with(kind) - first)
+    return total
+
+
+def layers_of(model: Any) -> Any:
+    """The list of the model's decoder layers; empty if none is as long as its config says."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return next(lists, ())
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What two layers that compute alike have in common: classes, settings and shapes."""
+    settings = [
+        (type(module), name, value)
+        for module in layer.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, str | int | float) and name != "layer_idx"
+    ]
+    return (*settings, *(p.shape for p in layer.parameters()))
 
 
 def plan_for(config: Config, gib: float) -> tuple[Config, Plan]:
@@ -218,16 +275,19 @@ def cost(config: Config, data: TokenDataset) -> tuple[int, int, float]:
     )
     steps = count_steps(settings, len(sampler))
     epochs = steps * settings.gradient_accumulation_steps / len(sampler)
-    per_token, per_label = count_flops(build(config), data.lengths)
+    per_token, per_label = extrapolate(
+        config, lambda model: np.array(count_flops(model, data.lengths))
+    )
     tokens, labelled = int(data.lengths.sum()), data.facts.labelled_tokens
     return steps, int(epochs * tokens), epochs * (per_token * tokens + per_label * labelled)
 
 
-def build(config: Config) -> Any:
-    """Build the model as it would be loaded, without weights."""
+def build(config: Config, kept: list[int]) -> nn.Module:
+    """Build the model as it would be loaded, without weights, and with these layers only."""
     settings, dtype = config.model, _dtype(config)
     stored = dtype_of_trained(config.training, dtype) if config.lora is None else dtype
     model = without_weights(settings, stored)
+    _keep_layers(model, kept)
     if settings.quantization == "4bit":
         from bitsandbytes.functional import quantize_4bit
         from transformers import BitsAndBytesConfig
@@ -243,6 +303,18 @@ def build(config: Config) -> Any:
     if settings.gradient_checkpointing is True:
         checkpoint_layers(model, settings)
     return model.train()
+
+
+def _keep_layers(model: Any, kept: list[int]) -> None:
+    """Remove the other layers, and what the config says of each of them."""
+    layers, config = layers_of(model), model.config.get_text_config()
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == len(layers):  # such as layer_types
+            setattr(config, name, [value[place] for place in kept])
+    for place in reversed(range(len(layers))):
+        if place not in kept:
+            del layers[place]
+    config.num_hidden_layers = len(kept)
 
 
 def _make_fake(model: nn.Module) -> None:

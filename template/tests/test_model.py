@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from src.config import LoraConfig, ModelConfig
 from src.data.batching import collate_packed
 from src.data.dataset import Document
-from src.models.adapters import without_input_casts
 from src.models.head import find_plain_head
 from src.models.model import build_model, save_model
 from src.trained import find_trained, load_trained
@@ -32,7 +31,7 @@ def one_batch() -> dict:
 
 def adapter_gradients(model) -> dict[str, torch.Tensor]:
     model.train().zero_grad()
-    with without_input_casts(model), torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         head = find_plain_head(model, CPU, torch.bfloat16)
         summed_loss(model, one_batch(), head).backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}

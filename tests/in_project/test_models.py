@@ -23,7 +23,6 @@ from conftest import SMOKE
 from src.config import ModelConfig
 from src.models import generation, loading
 from src.models import model as model_module
-from src.models.adapters import without_input_casts
 from src.models.generation import generate
 from src.models.head import find_plain_head
 from src.models.model import check_positions, save_model
@@ -71,7 +70,7 @@ def test_checkpointing_frees_what_8bit_layers_keep_and_nothing_is_logged(
         )  # fmt: skip
         randomise_adapters(model)
         head = find_plain_head(model, CPU, torch.bfloat16)
-        with without_input_casts(model), torch.autocast("cpu", torch.bfloat16), LiveBytes() as live:
+        with torch.autocast("cpu", torch.bfloat16), LiveBytes() as live:
             loss = summed_loss(model, one_batch(), head)
             gc.collect()
             held[checkpointing] = live.held

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from src.data.chat import chat_text
-from src.models.adapters import base_dtype, base_of, without_input_casts
+from src.models.adapters import base_dtype, base_of
 from src.models.model import position_limit, stops_of
 from src.utils.device import autocast
 from src.utils.errors import UserError, first_line
@@ -171,7 +171,6 @@ def _inference_state(
     try:
         with (
             torch.inference_mode(not training),
-            without_input_casts(model),
             autocast(model.device, dtype or base_dtype(model)),
             # Else eager: each length would be a new shape for a compiled layer.
             torch.compiler.set_stance("default" if compiling else "force_eager"),

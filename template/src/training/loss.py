@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from src.data import IGNORE
 from src.data.batching import MODEL_INPUTS
-from src.models.adapters import base_of, without_input_casts
+from src.models.adapters import base_of
 from src.models.head import PlainHead
 from src.utils.device import autocast
 
@@ -65,8 +65,7 @@ class Objective(nn.Module):
         for name in {"cu_seq_lens_q", "cu_seq_lens_k"} & batch.keys():
             # The number of documents in a row varies: compile once for any number.
             torch._dynamo.maybe_mark_dynamic(batch[name], 0)
-        device = batch["input_ids"].device
-        with autocast(device, self.dtype), without_input_casts(self.model):
+        with autocast(batch["input_ids"].device, self.dtype):
             return summed_loss(self.model, batch, self.head)
 
     def call(self, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

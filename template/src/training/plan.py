@@ -27,7 +27,7 @@ from transformers import AttentionInterface
 from src.config import Config, changed
 from src.data.batching import TokenBudgetSampler, full_batch
 from src.data.dataset import TokenDataset
-from src.models.adapters import add_adapters, base_of, without_input_casts
+from src.models.adapters import add_adapters, base_of
 from src.models.attention import attend_by_kernel, varlen_attention
 from src.models.head import PlainHead, head_of
 from src.models.model import check_positions, checkpoint_layers, without_weights
@@ -149,7 +149,7 @@ def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
     batch = tree_map_only(Tensor, mode.from_tensor, batch)
     for layer in layers_of(model)[-1:]:
         layer.register_forward_pre_hook(counter.watch)
-    with mode, counter, without_input_casts(model):
+    with mode, counter:
         _make_fake(model)
         weights, counter.peaks = counter.now, [0, 0]  # of the step, not of making the weights
         head, backbone = head_of(model), base_of(model).base_model

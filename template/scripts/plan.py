@@ -58,11 +58,9 @@ def _print_memory(config: Config, total: float) -> None:
         print(f"{part.removesuffix('_gib'):<12} {gib:8.2f} GiB")
     if config.model.gradient_checkpointing == "auto":
         recomputed = "no layer" if settled == config else "every layer"
-        text = f"planned with {recomputed} recomputed; training recomputes as few as needed"
-        print(f"model.gradient_checkpointing=auto: {text}")
+        print(f"planned with {recomputed} recomputed; training recomputes as few as needed")
     if config.model.compile is not False:
-        text = "compiled layers take less (8B LoRA: 40 instead of 62 GiB): an upper bound"
-        print(f"model.compile={str(config.model.compile).lower()}: {text}")
+        print("compiled layers take less (8B LoRA: 40 instead of 62 GiB): an upper bound")
     if total == float("inf"):
         return
     fits, size = planned.peak_gib <= total, largest_batch(config, total) or "none"

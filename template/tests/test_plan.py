@@ -61,13 +61,14 @@ def test_the_script_says_what_fits_what_would_fit_and_what_auto_will_do(capsys) 
     page = printed(capsys, "--gpu", "7")
     gib = [float(size) for size in re.findall(r"^\w+ +([\d.]+) GiB$", page, re.MULTILINE)]
     assert gib == [1, 0, 0, 4, 1, 6]
-    assert "model.gradient_checkpointing=auto: planned with no layer recomputed" in page
-    assert "model.compile=auto: compiled layers take less" in page
+    assert "planned with no layer recomputed" in page
+    assert "compiled layers take less" in page
     assert "fits in 7 GiB; the largest training.batch_size that does: 20" in page
-    assert "=auto: planned with every layer recomputed" in printed(capsys, "--gpu", "5")
+    assert "planned with every layer recomputed" in printed(capsys, "--gpu", "5")
     page = printed(capsys, "--gpu", "h100", NO_CHECKPOINTING, "model.compile=false")
     assert "fits in 79 GiB; the largest training.batch_size that does: 77" in page
-    assert "auto" not in page
+    assert "recomputed" not in page
+    assert "compiled" not in page
     page = printed(capsys, "--gpu", "2.2")
     assert "does not fit in 2.2 GiB; the largest training.batch_size that does: none" in page
     assert re.search(r"^try .* data.max_length=64: 2\.12 GiB, as planned with it", page, re.M)

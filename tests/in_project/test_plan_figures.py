@@ -44,21 +44,12 @@ def configure(tmp_path: Path):
     return make
 
 
-@pytest.mark.parametrize(
-    ("options", "weights", "peak"),
-    [
-        (["lora.r=16", NO_CHECKPOINTING], 15.11, 62.37),
-        (["lora.r=16", "model.quantization=4bit", CHECKPOINTING], 5.47, 9.70),
-    ],
-)
-def test_eight_billion_parameters_need_what_a_whole_trial_needed(
-    configure, options: list[str], weights: float, peak: float
-) -> None:
-    # Figures of an earlier trial of all 32 layers, with other code; the overhead is on top.
-    batch = ["data.max_length=1024", "training.batch_size=8"]
-    planned = plan(configure(LLAMA_8B, *batch, *options))
-    assert planned.weights == pytest.approx(weights, rel=0.002)
-    assert planned.peak_gib - planned.overhead == pytest.approx(peak, rel=0.01)
+def test_eight_billion_parameters_need_what_a_whole_trial_needed(configure) -> None:
+    # Figures of an earlier trial, with other code; the overhead is on top.
+    batch = ["data.max_length=1024", "training.batch_size=8", NO_CHECKPOINTING]
+    planned = plan(configure(LLAMA_8B, *batch, "lora.r=16", "model.quantization=4bit"))
+    assert planned.weights == pytest.approx(5.47, rel=0.002)
+    assert planned.peak_gib - planned.overhead == pytest.approx(52.73, rel=0.01)
 
 
 DENSE_FIRST = {

@@ -65,12 +65,6 @@ class TrainState:
     best_step: int | None = None
     evaluations_without_gain: int = 0
 
-    def count(self, microbatches: int, tokens: int) -> None:
-        """Remember an optimizer step."""
-        self.step += 1
-        self.position += microbatches
-        self.tokens += tokens
-
     def is_due(self, every: int | None) -> bool:
         """Whether this step is a multiple of `every`; null: never."""
         return every is not None and self.step % every == 0

@@ -65,7 +65,7 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
         Interrupted: after a signal; the state is saved unless training.save_every is null.
     """
     set_seed(config.seed, config.deterministic)
-    device = distributed.own_device(pick_device(config.device))
+    device = pick_device(config.device)
     dtype, output = pick_dtype(config.model.dtype, device), from_root(config.output_dir)
     with distributed.process_group(device, config.training.timeout), only_run_in(output):
         prepared = _prepare(config, written, device, dtype)
@@ -131,7 +131,9 @@ def _train(run: Run, stop: StopSignal, sample: Callable[[], None]) -> None:
     state, settings, recorder = run.training.state, run.config.training, run.recorder
     steps, started = [], time.perf_counter()
     for step in _steps_of_all_epochs(run):
-        state.count(step.microbatches * WORLD_SIZE, step.tokens)
+        state.step += 1
+        state.position += step.microbatches * WORLD_SIZE
+        state.tokens += step.tokens
         steps.append(step)
         recorder.bar.update()
         last, best = state.step >= run.total_steps, False

@@ -7,13 +7,14 @@ import pynvml
 import torch
 
 from src.utils.errors import UserError
+from src.utils.ranks import LOCAL_RANK
 
 DEVICE_FILES = (Path("/dev/nvidiactl"), Path("/dev/nvidia0"))  # of any NVIDIA GPU, except in WSL
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is a GPU, and the CPU where there is none.
+    """`auto` is CUDA where there is a GPU, for each process its own, and else the CPU.
 
     Raises:
         UserError: torch cannot use the GPU of this machine, or `cuda` is set and there is none. A
@@ -22,7 +23,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", LOCAL_RANK)
     if reason := unusable_gpu():
         raise UserError(f"device: {reason}; device=cpu trains without the GPU")
     if name == "cuda":

@@ -23,11 +23,6 @@ def is_main() -> bool:
     return RANK == 0
 
 
-def own_device(device: torch.device) -> torch.device:
-    """This process's GPU of those on its machine."""
-    return torch.device("cuda", LOCAL_RANK) if device.type == "cuda" else device
-
-
 @contextmanager
 def process_group(device: torch.device, timeout: int) -> Generator[None]:
     """Join the other processes, if there are any.

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from conftest import packed
 from src.config import TrainingConfig
 from src.data.batching import MODEL_INPUTS, to_device
+from src.models.adapters import stop_input_casts
 from src.models.attention import attend_by_kernel, varlen_attention
 from src.models.head import find_plain_head
 from src.training.loss import summed_loss
@@ -175,6 +176,7 @@ def test_a_compiled_layer_is_one_graph_on_the_gpus_way(make_model, data, lora: b
     inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
     refused = pytest.raises(BackendCompilerFailed, match="Traced")  # a graph break raises another
     use_attention(model, attend_by_kernel)
+    stop_input_casts(model)
     with autocast(CPU, torch.bfloat16), refused:
         model(**inputs, use_cache=False)
     assert len(traced) == 1

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from src.data.chat import chat_text
-from src.models.adapters import base_dtype, base_of
+from src.models.adapters import base_dtype, base_of, stop_input_casts
 from src.models.model import position_limit, stops_of
 from src.utils.device import autocast
 from src.utils.errors import UserError, first_line
@@ -166,6 +166,7 @@ def _inference_state(
     kept = model.generation_config  # its values replace those that a call leaves out
     model.eval()
     model.generation_config = own
+    stop_input_casts(model)
     if attention == "varlen":  # reads packed rows only, without a cache
         model.set_attn_implementation("sdpa")
     try:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from src.data import IGNORE
 from src.data.batching import MODEL_INPUTS
-from src.models.adapters import base_of
+from src.models.adapters import base_of, stop_input_casts
 from src.models.head import PlainHead
 from src.utils.device import autocast
 
@@ -57,6 +57,7 @@ class Objective(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, head: PlainHead | None = None) -> None:
         super().__init__()
+        stop_input_casts(model)
         self.model: Any = model
         self.dtype, self.head = dtype, head
 

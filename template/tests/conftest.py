@@ -257,8 +257,7 @@ def smoke(make_once, mlflow_database: Path) -> Path:
 
         shutil.copy(mlflow_database, folder / "mlflow.db")
         uri = f"sqlite:///{folder / 'mlflow.db'}"
-        watched = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}  # every 10 s else
-        with mock.patch.dict(os.environ, watched, MLFLOW_TRACKING_URI=uri):
+        with mock.patch.dict(os.environ, MLFLOW_TRACKING_URI=uri):
             saved = "training.save_every=80"  # two checkpoints
             scripts.train.main([SMOKE, f"output_dir={folder / 'run'}", "device=cpu", saved])
 

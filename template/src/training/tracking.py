@@ -63,14 +63,11 @@ class Tracker:
             self._complain("did not answer in time")
 
     def _work(self) -> None:
-        sender, monitor, status = None, None, ""
+        sender, status = None, ""
         while not status:
             status, pause = self._status, PAUSE_SECONDS
             try:
                 sender = sender or Sender(self._record)
-                monitor = monitor or _watch_machine(sender.run_id)
-                if status:
-                    monitor.finish()
                 sender.send(status)
             except Exception as error:  # noqa: BLE001 - tracking must never stop a training
                 sender = None  # the next one looks at what has arrived
@@ -221,15 +218,6 @@ def _without_secrets(paths: Iterable[Path]) -> Generator[str]:
 def explain(error: Exception) -> str:
     """What MLflow says: its messages may repeat an address with user and password."""
     return hide(first_line(error))
-
-
-def _watch_machine(run_id: str) -> Any:
-    """Let MLflow log the use of CPU, memory, disk and network, until `finish` is called."""
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri())
-    monitor.start()
-    return monitor
 
 
 def _points(line: dict[str, Any], **options: str) -> list[Metric]:

@@ -99,8 +99,7 @@ def export(folder: Path) -> float:
         "folder, out = Path(sys.argv[1]), Path(sys.argv[2]); out.mkdir()\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20\n"
         "before = peak()\n"
-        "found = find_trained(str(folder))\n"
-        "export(found, found.config, out)\n"
+        "export(find_trained(str(folder)), out)\n"
         "print(peak() - before)"
     )
     adapter(folder)

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from src.config import Config, DataConfig, ModelConfig, change_data
+from src.config import Config, ModelConfig, change_data
 from src.data.rows import check_source
 from src.data.sources import expand
 from src.trained import Trained, find_trained, load_trained, make_model_parser
@@ -24,11 +24,11 @@ def main(arguments: list[str]) -> None:
     """Check model and rows first, then import torch."""
     options = _parse(arguments)
     found = find_trained(options.model, options.base)
-    trained_on = found.config.data if found.config else DataConfig(train="-")
-    sources = [trained_on.train] if isinstance(trained_on.train, str) else trained_on.train
-    if options.data in sources:
+    trained_on = found.config.data.train
+    if options.data in ([trained_on] if isinstance(trained_on, str) else trained_on):
         print(f"warning: {options.data} is what the model was trained on", file=sys.stderr)
-    data = change_data(trained_on.model_copy(update={"train": options.data}), options.keys)
+    data = found.config.data.model_copy(update={"train": options.data})
+    data = change_data(data, options.keys)
     for source in expand(options.data):
         check_source(source, data)
     folder = _folder_for(found)

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     add("--public", action="store_true", help="make that repository public (default: private)")
     options = parser.parse_args(arguments)
     found, out = find_trained(options.run, options.base), options.out
-    if found.config is None or found.kind == "checkpoint":
+    if not Path(found.name, RECIPE).is_file():
         raise UserError(f"{options.run}: not the result of a finished run: no {RECIPE} in it")
     if out.exists():
         raise UserError(f"{out}: exists already; nothing is overwritten")
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     from src.tools.export import export, write_card
 
     with new_folder(out) as new:
-        result = export(found, found.config, new)
+        result = export(found, new)
         write_card(found, new, options.push or str(out), result)
     print(result, f"written to {out}", sep="\n")
     if options.push:

@@ -20,7 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from src.config import DataConfig, change_data
+from src.config import change_data
 from src.data.answers import answer_rows, check_answers
 from src.trained import Trained, find_trained, load_trained, make_model_parser
 from src.utils.environment import to_root
@@ -37,8 +37,7 @@ def main(arguments: list[str]) -> None:
     system = [_turn("system", options.system)] if options.system else []
     if options.input:
         # Rows are read as the run read its own.
-        data = found.config.data if found.config else DataConfig(train="-")
-        data, by = change_data(data, options.prompt), _describe(found, options)
+        data, by = change_data(found.config.data, options.prompt), _describe(found, options)
         done, total = check_answers(options.input, options.output, data, by)
     elif not options.chat:
         prompts = _prompts(options, system)
@@ -123,10 +122,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)  # options may stand before the prompt
     given = {name for name in set().union(*WAYS) if getattr(options, name)}
     if not any(given <= way for way in WAYS) or (options.output and not options.input):
-        raise UserError(
-            "give prompts with --system or --raw or neither, or --chat with or without --system, "
-            "or --input with or without --output"
-        )
+        raise UserError("give prompts (--system or --raw), --chat (--system) or --input (--output)")
     return options
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.config import Config, ModelConfig, load_config
+from src.config import Config, DataConfig, ModelConfig, load_config
 from src.preflight import folder_problems, is_local, read_json
 from src.utils.environment import from_root
 from src.utils.errors import UserError
-from src.utils.files import ADAPTER, CHECKPOINT, RECIPE, RECORD, STEPS
+from src.utils.files import ADAPTER, CHECKPOINT, RECIPE, RECORD
 from src.utils.script import between, make_parser
 
 if TYPE_CHECKING:  # only loading needs torch
@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # only loading needs torch
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 KINDS = {CHECKPOINT: "checkpoint", ADAPTER: "adapter", "config.json": "model"}
+# Of a model that no run of this project made: the defaults.
+FOREIGN = Config(output_dir="-", model=ModelConfig(name="-"), data=DataConfig(train="-"))
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Trained:
     name: str  # its folder, or its hub id
     kind: str  # checkpoint, adapter or model
     base: str  # the model whose weights are read first: of a checkpoint or an adapter, or itself
-    config: Config | None = None  # what it was trained with; None: not by this project
+    config: Config  # what it was trained with, or FOREIGN
 
 
 def make_model_parser(description: str) -> argparse.ArgumentParser:
@@ -55,15 +57,13 @@ def find_trained(name: str, base: str | None = None) -> Trained:
     """
     if name.startswith(("models:/", "runs:/")):
         name = _from_mlflow(name)
-    found = Trained(name, "model", name)
+    found = Trained(name, "model", name, FOREIGN)
     if from_root(name).is_dir():
         found = _in_folder(from_root(name), base)
     elif is_local(name):
         raise UserError(f"{name}: no such folder; training prints where its model is")
     if base and found.kind == "model":
-        raise UserError(
-            f"--base goes with the folder of an adapter or a checkpoint, not with {name}"
-        )
+        raise UserError(f"--base goes with an adapter or a checkpoint; {name} is a whole model")
     source = from_root(found.base)
     if not source.is_dir() and is_local(found.base):
         raise UserError(f"{found.name}: its base model is not at {source}; give it with --base")
@@ -78,15 +78,13 @@ def _in_folder(folder: Path, base: str | None) -> Trained:
     places = [(place, file) for place in (folder, folder / "final") for file in KINDS]
     there = next((each for each in places if Path(*each).is_file()), None)
     if there is None:
-        newest = sorted(folder.glob(f"checkpoints/{STEPS}"))[-1:]
-        unfinished = "a run that has not finished; training.resume=auto goes on, or ask "
-        problem = f"no config.json or {ADAPTER}: not a saved model"
-        raise UserError(f"{folder}: {unfinished}{newest[0]}" if newest else f"{folder}: {problem}")
+        problem = f"no config.json or {ADAPTER} in it: not a saved model"
+        raise UserError(f"{folder}: {problem}; a run that has not finished has its checkpoints")
     folder, kind = there[0], KINDS[there[1]]
     if kind == "checkpoint":
         config = load_config(folder.parent.parent / "config.yaml")[0]
         return Trained(str(folder), kind, base or config.model.name, config)
-    config = load_config(folder / RECIPE)[0] if (folder / RECIPE).is_file() else None
+    config = load_config(folder / RECIPE)[0] if (folder / RECIPE).is_file() else FOREIGN
     own = read_json(folder / ADAPTER).get("base_model_name_or_path") or str(folder)
     return Trained(str(folder), kind, base or own, config)
 
@@ -141,16 +139,14 @@ def load_trained(
     from src.utils.device import pick_dtype
 
     logging.disable_progress_bar()  # of loading: only answers are printed
-    folder, dtype, config = Path(found.name), pick_dtype("auto", device), found.config
-    own = config.model if config else ModelConfig(name=found.base)
-    settings = own.model_copy(
-        update={"name": found.base, "quantization": quantization or own.quantization}
-    )
-    if config and found.kind == "checkpoint":
+    folder, dtype, own = Path(found.name), pick_dtype("auto", device), found.config.model
+    base = {"name": found.base, "quantization": quantization or own.quantization}
+    settings = own.model_copy(update=base)
+    if found.kind == "checkpoint":
         if damage := find_damage(folder, skip_folder=MOMENTS):
             raise UserError(f"{folder}: {damage}")
         tokenizer = load_tokenizer(settings)
-        model = build_model(settings, config.lora, tokenizer, device, dtype, trained_in=dtype)
+        model = build_model(settings, found.config.lora, tokenizer, device, dtype, trained_in=dtype)
         if type(base_of(model)).__name__ != architecture_of(folder):
             raise UserError(f"{folder} was made for another model than {settings.name}")
         load_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, folder)

@@ -123,10 +123,7 @@ def test_a_row_that_asks_nothing_is_named_before_anything_is_loaded(
     assert not output.exists()
 
 
-WAYS = (
-    "give prompts with --system or --raw or neither, or --chat with or without --system, "
-    "or --input with or without --output"
-)
+WAYS = "give prompts (--system or --raw), --chat (--system) or --input (--output)"
 
 
 @pytest.mark.parametrize(

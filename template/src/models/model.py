@@ -135,6 +135,7 @@ def save_model(
         state: the weights to save, if the model's own are sharded.
     """
     transformers_logging.disable_progress_bar()  # saving takes a moment
+    set_generation_config(model, tokenizer)
     if hasattr(model, "peft_config"):
         # An adapter that was trained further may name the place where its base was before.
         cast(Any, model).peft_config["default"].base_model_name_or_path = model.name_or_path

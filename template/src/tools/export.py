@@ -15,13 +15,7 @@ from transformers.utils import logging
 from src.config import Config, ModelConfig
 from src.data.batching import padded_loader, short_row
 from src.models.adapters import load_adapters
-from src.models.model import (
-    load_tokenizer,
-    read_config,
-    read_weights,
-    save_model,
-    set_generation_config,
-)
+from src.models.model import load_tokenizer, read_config, read_weights, save_model
 from src.trained import Trained, load_trained
 from src.training.metrics import read_metrics
 from src.training.record import Record
@@ -52,12 +46,11 @@ print(answer(messages, max_new_tokens=256, do_sample=False)[0]["generated_text"]
 FIGURES = ("fingerprint.train", "step", "loss", "eval_loss", "tokens", "torch", "transformers")
 
 
-def export(found: Trained, config: Config, out: Path) -> str:
+def export(found: Trained, out: Path) -> str:
     """Write a full model to `out`: safetensors shards, tokenizer, chat template and stop tokens.
 
     Args:
         found: the result of a run.
-        config: that the run was trained with.
         out: an empty folder.
 
     Returns:
@@ -67,7 +60,8 @@ def export(found: Trained, config: Config, out: Path) -> str:
         UserError: the base is quantized: merging would round the adapter away.
         RunError: merging changed the model by more than rounding does.
     """
-    settings = ModelConfig(name=found.base, trust_remote_code=config.model.trust_remote_code)
+    trusted = found.config.model.trust_remote_code
+    settings = ModelConfig(name=found.base, trust_remote_code=trusted)
     described = read_config(settings)
     if getattr(described, "quantization_config", None):
         problem = "is quantized, and merging would round the adapter away"
@@ -76,22 +70,21 @@ def export(found: Trained, config: Config, out: Path) -> str:
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(settings.model_copy(update={"name": found.name}))
     if found.kind == "adapter":
-        model, result = _merge_checked(found, config, settings, dtype, tokenizer)
+        model, result = _merge_checked(found, settings, dtype, tokenizer)
     else:
         model = read_weights(settings, CPU, dtype)
         result = "all weights were trained: there is nothing to merge"
-    set_generation_config(model, tokenizer)
     save_model(model, tokenizer, out, dtype)
     return result
 
 
 def _merge_checked(
-    found: Trained, config: Config, settings: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer
+    found: Trained, settings: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer
 ) -> tuple[PreTrainedModel, str]:
     """Merge the adapter in full precision, and compare the logits of the run's own rows."""
-    batches, rows = _batches(tokenizer, config)
+    batches, rows = _batches(tokenizer, found.config)
     trained_on = ""
-    if (kind := config.model.quantization) != "none":  # the adapter learnt to make up for it
+    if (kind := found.config.model.quantization) != "none":  # the adapter learnt to make up for it
         _, loss = _measure(load_trained(found, CPU)[0], batches)
         trained_on = f", and was {loss:.4f} on the {kind} base it was trained on"
     adapted = load_adapters(read_weights(settings, CPU, dtype), found.name).eval()

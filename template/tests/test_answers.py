@@ -7,7 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 import scripts.inference
 from conftest import chat
@@ -123,28 +122,6 @@ def test_a_row_that_asks_nothing_is_named_before_anything_is_loaded(
     assert not output.exists()
 
 
-WAYS = "give prompts (--system or --raw), --chat (--system) or --input (--output)"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["a", "--chat"], WAYS),
-        (["--output", "x"], WAYS),
-        (
-            ["a", "--input", "x"],
-            "command line: 'a': options are written key=value, after a config file",
-        ),
-        (["data.column=a", "--input", "x"], "data.column: unknown key; did you mean data.columns?"),
-        (["q", "--raw", "--system", "x"], WAYS),
-        (["--input", "x", "--system", "x"], WAYS),
-        ([" "], "an empty prompt: there is nothing to answer"),
-    ],
-)
-def test_ways_of_asking_exclude_each_other(smoke: Path, refused, arguments, line: str) -> None:
-    assert refused(scripts.inference.main, str(smoke), *arguments) == [line]
-
-
 def test_prompts_standard_input_and_a_conversation_are_answered_after_a_system_turn(
     smoke: Path, monkeypatch, capsys
 ) -> None:
@@ -164,18 +141,6 @@ def test_prompts_standard_input_and_a_conversation_are_answered_after_a_system_t
     assert capsys.readouterr().out.startswith(f"{HELLO}\n{HELLO}\n")
     turns = [[("user", "Say hello.\n")], [("user", "Say hello.")]]
     assert asked == [*turns, *([("system", "Be brief."), *turn] for turn in turns)]
-
-
-@pytest.mark.parametrize("number", ["nan", "inf"])
-def test_weights_that_are_no_numbers_are_named_instead_of_answering_with_any_token(
-    smoke: Path, tmp_path, refused, number: str
-) -> None:
-    folder = shutil.copytree(smoke / "final", tmp_path / "broken")
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"][3] = float(number)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    (line,) = refused(scripts.inference.main, str(folder), "q")
-    assert line == f"{folder}: model.norm.weight holds numbers that are NaN or infinite"
 
 
 def test_a_checkpoint_answers_as_the_result_that_was_made_of_it_unless_it_is_damaged(

@@ -1,14 +1,12 @@
 """Rows are tokenised once, whole or not at all, and read back as they were."""
 
 import copy
-import errno
 import json
 import pickle
 import shutil
 from itertools import chain
 from pathlib import Path
 
-import datasets
 import pytest
 
 from conftest import chat, tokens
@@ -17,7 +15,7 @@ from src.data import dataset
 from src.data.dataset import load_tokens, read_part
 from src.data.describe import data_notes
 from src.data.rows import FIRST_ROWS, check_source
-from src.utils.errors import RunError, UserError
+from src.utils.errors import UserError
 
 
 def documents(data) -> list[list[int]]:
@@ -76,18 +74,6 @@ def test_a_share_of_few_rows_is_met_within_one_row(write_rows, rows, share, held
     data = DataConfig(train=file, eval=share)
     assert len(list(read_part([file], data, "train"))) == rows - held
     assert len(list(read_part([file], data, "eval"))) == held
-
-
-def test_rows_added_to_many_move_no_other_row_to_the_other_part(write_rows, monkeypatch) -> None:
-    monkeypatch.setattr(dataset, "MANY", 50)
-    rows = [chat(f"q{n}", f"a{n}") for n in range(80)]
-    added = [chat("new", f"{n}") for n in range(9)]
-    few, more = write_rows(*rows), write_rows(*added, *rows, name="more.jsonl")
-    said = [
-        [row["messages"] for row in read_part([file], DataConfig(train=file, eval=0.2), "eval")]
-        for file in (few, more)
-    ]
-    assert said[0] == [messages for messages in said[1] if messages[0]["content"] != "new"]
 
 
 def test_several_sources_are_read_one_after_the_other(tokenizer, write_rows) -> None:
@@ -186,24 +172,6 @@ def test_the_fingerprint_is_that_of_the_tokens_alone(tokenizer, write_rows) -> N
     assert one.facts.fingerprint == same.facts.fingerprint != other.facts.fingerprint
 
 
-def test_tokens_that_cannot_be_written_whole_leave_nothing(
-    tokenizer, write_rows, tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    bad = write_rows(*[chat("q", "a")] * 1500, {"text": 5})  # the first batch is written by then
-    with pytest.raises(UserError, match="`text` must be text"):
-        tokens(bad, tokenizer, max_length=64)
-
-    def fails(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(dataset, "write_text", fails)
-    with pytest.raises(RunError, match="cannot be written: No space left on device; HF_HOME"):
-        tokens(write_rows(chat("q", "a")), tokenizer, max_length=64)
-    left = [path.name for path in (tmp_path / "tokens").iterdir()]
-    assert all(name.endswith(".lock") for name in left), left
-
-
 def test_workers_map_the_tokens_again(tokenizer, write_rows) -> None:
     data = tokens(write_rows(*[chat("q", "a " * 20)] * 500), tokenizer, max_length=64)
     pickled = pickle.dumps(data)
@@ -212,23 +180,6 @@ def test_workers_map_the_tokens_again(tokenizer, write_rows) -> None:
         assert document.row == same.row
         assert (document.input_ids == same.input_ids).all()
         assert (document.labels == same.labels).all()
-
-
-def test_rows_of_the_hub_are_tokenised_once_and_a_missing_dataset_is_one_line(
-    tokenizer, monkeypatch
-) -> None:
-    with pytest.raises(
-        UserError, match=r"some/where: .*Couldn't reach .*Offline.*; a private one needs HF_TOKEN"
-    ):
-        tokens("some/where", tokenizer, max_length=64)
-    rows = datasets.Dataset.from_list([chat("q", "a"), chat("r", "b")])
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or rows)
-    for source, names in (("some/where:test", ()), ("some/where:main:test", ("main",))):
-        assert len(tokens(source, tokenizer, max_length=64)) == 2
-        assert asked[-1] == (("some/where", *names), {"split": "test"})
-    monkeypatch.setattr(dataset, "read_rows", None)
-    assert len(tokens("some/where:test", tokenizer, max_length=64)) == 2
 
 
 def test_columns_that_are_not_read_are_named(write_rows, tmp_path, tokenizer) -> None:

@@ -284,12 +284,11 @@ def _parts(message: Message) -> tuple[str, str, str]:
 
     Templates trim blanks and drop reasoning.
     """
-    content, begin = message["content"], 0
-    if message["role"] == "assistant" and "</think>" in content:
-        begin = content.rindex("</think>") + len("</think>")
-    said = content[begin:].strip()
-    start = content.index(said, begin)
-    return content[:start], said, content[start + len(said) :]
+    reasoning, end, rest = "", "", message["content"]
+    if message["role"] == "assistant":
+        reasoning, end, rest = rest.rpartition("</think>")
+    blanks, said, more = rest.partition(rest.strip() or "\0")
+    return reasoning + end + blanks, said, more
 
 
 def _mark(number: int) -> str:

@@ -117,14 +117,19 @@ def load_tokens(
         RunError: the tokens cannot be written: no room, or no right to.
     """
     names = expand(sources)
-    made_with = {
-        "vocabulary": tokenizer.backend_tokenizer.to_str(),
-        "special tokens": tokenizer.special_tokens_map,  # which the vocabulary's file does not hold
-        "template": tokenizer.chat_template,
-        "rows": (limit, part, part != "all" and data.eval),
-        "data": data.model_dump(exclude={"train", "eval", "packing", "num_workers"}),
-    }
-    folder = _cache_folder(names, made_with)
+    made_with = (
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.special_tokens_map,  # which the vocabulary's file does not hold
+        tokenizer.chat_template,
+        *(limit, part, part != "all" and data.eval),
+        data.model_dump(exclude={"train", "eval", "packing", "num_workers"}),
+    )
+    digest = hashlib.sha256(repr(made_with).encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):  # other code can make other tokens
+        digest.update(file.read_bytes())
+    for name in names:
+        digest.update(fingerprint(name))
+    folder = hf_home() / "tokens" / digest.hexdigest()[:32]
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -163,16 +168,6 @@ def _row_hash(row: Row) -> int:
     said = [row.get(key) for key in ("messages", "tools", "text")]
     content = json.dumps(said, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest())
-
-
-def _cache_folder(names: list[str], made_with: dict[str, object]) -> Path:
-    """A folder named by a hash of all that its tokens are made from."""
-    digest = hashlib.sha256(repr(made_with).encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):  # other code can make other tokens
-        digest.update(file.read_bytes())
-    for name in names:
-        digest.update(fingerprint(name))
-    return hf_home() / "tokens" / digest.hexdigest()[:32]
 
 
 def _tokenise(

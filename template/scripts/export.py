@@ -37,12 +37,11 @@ def main(arguments: list[str]) -> None:
         write_card(found, new, options.push or str(out), result)
     print(result, f"written to {out}", sep="\n")
     if options.push:
-        from huggingface_hub import HfApi
+        from huggingface_hub import create_repo, upload_folder
 
-        api = HfApi()
         try:
-            api.create_repo(options.push, private=not options.public, exist_ok=True)
-            print(api.upload_folder(repo_id=options.push, folder_path=out))
+            create_repo(options.push, private=not options.public, exist_ok=True)
+            print(upload_folder(repo_id=options.push, folder_path=out))
         except Exception as error:  # noqa: BLE001 - each version of the hub's library has its own
             cure = f"{out} is whole: `uv run hf upload {options.push} {out}` repeats it"
             raise RunError(f"--push: {first_line(error)}; {cure}") from None

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     """Check the folder and the rows first, then import torch."""
     options = _parse(arguments)
     found, prompts, done = find_trained(options.model, options.base), [], 0
-    system = [_turn("system", options.system)] if options.system else []
+    system = [{"role": "system", "content": options.system}] if options.system else []
     if options.input:
         # Rows are read as the run read its own.
         data, by = change_data(found.config.data, options.prompt), _describe(found, options)
@@ -72,11 +72,7 @@ def _prompts(options: argparse.Namespace, system: list[dict[str, str]]) -> list[
         raise UserError("an empty prompt: there is nothing to answer")
     if options.raw:
         return [{"text": prompt} for prompt in prompts]
-    return [{"messages": [*system, _turn("user", prompt)]} for prompt in prompts]
-
-
-def _turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
+    return [{"messages": [*system, {"role": "user", "content": prompt}]} for prompt in prompts]
 
 
 def _describe(found: Trained, options: argparse.Namespace) -> str:
@@ -98,9 +94,9 @@ def _chat(answer: Callable[..., str], tokenizer: Any, messages: list[dict[str, s
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with suppress(EOFError):
         while said := input("you: ").strip():
-            messages.append(_turn("user", said))
+            messages.append({"role": "user", "content": said})
             text = answer({"messages": messages}, streamer=streamer)
-            messages.append(_turn("assistant", text))
+            messages.append({"role": "assistant", "content": text})
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

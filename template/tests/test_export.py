@@ -98,12 +98,17 @@ def test_an_export_is_complete_and_its_card_names_only_what_is_there(
     assert capsys.readouterr().out.splitlines() == said[2:]
 
 
-def test_all_weights_are_exported_as_they_are(smoke: Path, tmp_path, capsys) -> None:
-    scripts.export.main([str(smoke), str(tmp_path / "exported")])
+def test_all_weights_are_exported_as_they_are_and_random_ones_have_no_base(
+    smoke: Path, tmp_path, capsys
+) -> None:
+    out = tmp_path / "exported"
+    scripts.export.main([str(smoke), str(out)])
     assert "nothing to merge" in capsys.readouterr().out
-    folders = (smoke / "final", tmp_path / "exported")
-    one, two = (load_file(folder / "model.safetensors") for folder in folders)
+    one, two = (load_file(folder / "model.safetensors") for folder in (smoke / "final", out))
     assert all(one[name].equal(two[name]) for name in one)
+    card = (out / "README.md").read_text()
+    assert "Trained from random weights; its architecture is `configs/tiny`'s." in card
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])
 
 
 def test_a_merge_that_changes_the_model_is_not_written(tuned, tmp_path, monkeypatch) -> None:
@@ -160,18 +165,10 @@ def test_what_cannot_be_exported_is_refused(tuned, tmp_path, refused, smoke: Pat
     assert line.endswith("was made for another base model")
     run = shutil.copytree(tuned, tmp_path / "run")
     (run / "final/training_config.yaml").unlink()
-    assert "not the result of a finished run" in lines()[0]
+    assert lines()[0].startswith(f"{run}: not the result of a finished run")
+    run = next((smoke / "checkpoints").iterdir())
+    assert lines()[0].startswith(f"{run}: not the result of a finished run")
     assert not out.exists()
-
-
-def test_a_model_of_random_weights_has_no_base_in_its_card(smoke: Path, tmp_path, refused) -> None:
-    scripts.export.main([str(smoke), str(tmp_path / "exported")])
-    card = (tmp_path / "exported/README.md").read_text()
-    assert "Trained from random weights; its architecture is `configs/tiny`'s." in card
-    assert "base_model" not in yaml.safe_load(card.split("---")[1])
-    (checkpoint, *_) = (smoke / "checkpoints").iterdir()
-    (line,) = refused(scripts.export.main, str(checkpoint), str(tmp_path / "other"))
-    assert line.startswith(f"{checkpoint}: not the result of a finished run")
 
 
 def test_a_push_that_fails_leaves_the_export_and_the_command_that_repeats_it(

@@ -132,7 +132,7 @@ def set_attention(
         UserError: the model does not support it, or `varlen` would compute something else, or a
             library on this machine is too old for it.
     """
-    names, usable, reason = [implementation], [], ""
+    names, reason = [implementation], ""
     if implementation == "auto":  # Gemma 2 and gpt-oss, for example, have no sdpa
         names = ["varlen"] * packing + ["sdpa", "eager"]
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
@@ -152,14 +152,11 @@ def set_attention(
             if advice := cudnn_advice(error):
                 raise UserError(advice) from None
             raise
-        if packing and _isolates_documents(model, device, dtype):
-            return True
+        packs = packing and _isolates_documents(model, device, dtype)
+        if packs or name != "varlen":
+            return packs
         reason = "reads packed documents only, and this model cannot keep them apart"
-        usable += [name] * (name != "varlen")
-    if not usable:
-        raise UserError(f"model.attention: {implementation}: {reason}")
-    model.set_attn_implementation(usable[0])
-    return False
+    raise UserError(f"model.attention: {implementation}: {reason}")
 
 
 def _isolates_documents(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:

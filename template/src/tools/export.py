@@ -16,12 +16,12 @@ from src.config import Config, ModelConfig
 from src.data.batching import padded_loader, short_row
 from src.models.adapters import load_adapters
 from src.models.model import load_tokenizer, read_config, read_weights, save_model
+from src.preflight import read_json
 from src.trained import Trained, load_trained
 from src.training.metrics import read_metrics
-from src.training.record import Record
 from src.training.trainer import evaluate
 from src.utils.errors import RunError, UserError
-from src.utils.files import METRICS, RECIPE
+from src.utils.files import METRICS, RECIPE, RECORD
 
 CPU = torch.device("cpu")
 # How much merging may change the logits, relative to their norm: a bf16 weight keeps 8 bits of
@@ -153,11 +153,10 @@ def write_card(found: Trained, out: Path, name: str, result: str) -> None:
     text = CARD.format(
         metadata=metadata, title=title, origin=origin, name=name, data=data, result=result
     )
-    record = Record.find(folder.parent)
-    facts = record.facts if record else {"tags": {}}
+    facts = read_json(folder.with_name(RECORD))
     # The step that final/ holds: the best evaluation may have been before the last step.
-    lines = {line["step"]: line for line in read_metrics(folder.parent / METRICS)}
-    figures = facts["tags"] | lines.get(facts.get("final_step"), {})
+    lines = {line["step"]: line for line in read_metrics(folder.with_name(METRICS))}
+    figures = facts.get("tags", {}) | lines.get(facts.get("final_step"), {})
     text += "".join(f"- {key}: {figures[key]}\n" for key in FIGURES if key in figures)
     if (curve := folder.with_name("loss.png")).is_file():
         shutil.copy(curve, out / "loss.png")

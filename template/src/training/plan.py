@@ -9,7 +9,7 @@ Layers repeat. So models of a few layers are measured, and the figures are extra
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -122,8 +122,8 @@ def plan(config: Config) -> Plan:
         names = [config.model.attention]
     for attention in names:
         with suppress(ValueError):  # dropout in attention, or a cap on its scores
-            return _plan_attention(config, attention)
-    return _plan_attention(config, "eager")
+            return extrapolate(config, attention)
+    return extrapolate(config, "eager")
 
 
 # The GPU's kernel, on any device.
@@ -134,10 +134,34 @@ def _dtype(config: Config) -> torch.dtype:
     return DTYPES.get(config.model.dtype, torch.bfloat16)
 
 
-def _plan_attention(config: Config, attention: str) -> Plan:
-    measure = partial(measure_step, config=config, attention=attention)
-    *parts, first, second = (extrapolate(config, measure) / GIB).tolist()
-    return Plan(*parts, activations=max(first, second) - sum(parts))
+def extrapolate(config: Config, attention: str) -> Plan:
+    """Measure shallow models, and extrapolate each figure to the layers of the whole one.
+
+    The first has the last two layers of each kind. Each other one has a third of one kind, and the
+    difference is what a layer of that kind adds.
+    """
+    places = defaultdict(list)  # of each kind: layers of the same modules and sizes print alike
+    for place, layer in enumerate(layers_of(without_weights(config.model))):
+        places[str(layer)].append(place)
+
+    def measure(third: str = "") -> np.ndarray:
+        kinds = places.items()
+        dropped = {n for kind, where in kinds for n in where[: -3 if kind == third else -2]}
+        return measure_step(build(config, dropped), config, attention)
+
+    total = first = measure()
+    for kind, where in places.items():
+        if len(where) > 2:
+            total = total + (len(where) - 2) * (measure(kind) - first)
+    *parts, first_peak, second_peak = (total / GIB).tolist()
+    return Plan(*parts, activations=max(first_peak, second_peak) - sum(parts))
+
+
+def layers_of(model: Any) -> Any:
+    """The list of the model's decoder layers; empty if none is as long as its config says."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return next(lists, ())
 
 
 def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
@@ -165,45 +189,6 @@ def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
     moments = sum(p.numel() for p in trained) * MOMENTS[settings.optimizer]
     gradients, peaks = sum(p.nbytes for p in trained), np.array(counter.peaks) + moments
     return np.array([weights, gradients, moments, *peaks])
-
-
-def extrapolate(config: Config, measure: Callable[[nn.Module], np.ndarray]) -> np.ndarray:
-    """Measure shallow models, and extrapolate each figure to the layers of the whole one.
-
-    The first has the last two layers of each kind. Each other one has a third of one kind, and the
-    difference is what a layer of that kind adds.
-    """
-    places = defaultdict(list)  # of each kind
-    for place, layer in enumerate(layers_of(without_weights(config.model))):
-        places[_kind(layer)].append(place)
-
-    def measure_with(third: Any) -> np.ndarray:
-        kept = [n for kind, where in places.items() for n in where[-3 if kind == third else -2 :]]
-        return measure(build(config, sorted(kept)))
-
-    total = first = measure_with(None)
-    for kind, where in places.items():
-        if len(where) > 2:
-            total = total + (len(where) - 2) * (measure_with(kind) - first)
-    return total
-
-
-def layers_of(model: Any) -> Any:
-    """The list of the model's decoder layers; empty if none is as long as its config says."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-    return next(lists, ())
-
-
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    """What two layers that compute alike have in common: classes, settings and shapes."""
-    settings = [
-        (type(module), name, value)
-        for module in layer.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, str | int | float) and name != "layer_idx"
-    ]
-    return (*settings, *(p.shape for p in layer.parameters()))
 
 
 def plan_for(config: Config, gib: float) -> tuple[Config, Plan]:
@@ -275,19 +260,21 @@ def cost(config: Config, data: TokenDataset) -> tuple[int, int, float]:
     )
     steps = count_steps(settings, len(sampler))
     epochs = steps * settings.gradient_accumulation_steps / len(sampler)
-    per_token, per_label = extrapolate(
-        config, lambda model: np.array(count_flops(model, data.lengths))
-    )
+    per_token, per_label = count_flops(build(config), data.lengths)
     tokens, labelled = int(data.lengths.sum()), data.facts.labelled_tokens
     return steps, int(epochs * tokens), epochs * (per_token * tokens + per_label * labelled)
 
 
-def build(config: Config, kept: list[int]) -> nn.Module:
-    """Build the model as it would be loaded, without weights, and with these layers only."""
+def build(config: Config, dropped: Collection[int] = ()) -> nn.Module:
+    """Build the model as it would be loaded, without weights, and without these layers."""
     settings, dtype = config.model, _dtype(config)
     stored = dtype_of_trained(config.training, dtype) if config.lora is None else dtype
     model = without_weights(settings, stored)
-    _keep_layers(model, kept)
+    layers = layers_of(model)
+    for place in sorted(dropped, reverse=True):
+        del layers[place]
+    if dropped:
+        model.config.get_text_config().num_hidden_layers = len(layers)
     if settings.quantization == "4bit":
         from bitsandbytes.functional import quantize_4bit
         from transformers import BitsAndBytesConfig
@@ -303,18 +290,6 @@ def build(config: Config, kept: list[int]) -> nn.Module:
     if settings.gradient_checkpointing is True:
         checkpoint_layers(model, settings)
     return model.train()
-
-
-def _keep_layers(model: Any, kept: list[int]) -> None:
-    """Remove the other layers, and what the config says of each of them."""
-    layers, config = layers_of(model), model.config.get_text_config()
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == len(layers):  # such as layer_types
-            setattr(config, name, [value[place] for place in kept])
-    for place in reversed(range(len(layers))):
-        if place not in kept:
-            del layers[place]
-    config.num_hidden_layers = len(kept)
 
 
 def _make_fake(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ A checkpoint has the same files whatever number of processes and strategy wrote 
 
 import hashlib
 import json
+import math
 import random
 import shutil
 import warnings
@@ -61,9 +62,8 @@ class TrainState:
     tokens: int = 0  # real tokens seen, filler not counted
     skipped: int = 0  # steps not taken: no labels, or not finite
     learning_rate: float | None = None  # of the next step; None: not known
-    best_loss: float = float("inf")
+    best_loss: float = math.inf
     best_step: int | None = None
-    evaluations_without_gain: int = 0
 
     def is_due(self, every: int | None) -> bool:
         """Whether this step is a multiple of `every`; null: never."""
@@ -71,14 +71,15 @@ class TrainState:
 
     def record_evaluation(self, loss: float) -> bool:
         """Remember an evaluation; return whether it is better than all before."""
-        self.evaluations_without_gain += 1
         if loss < self.best_loss:
-            self.best_loss, self.best_step, self.evaluations_without_gain = loss, self.step, 0
+            self.best_loss, self.best_step = loss, self.step
         return self.best_step == self.step
 
-    def is_out_of_patience(self, patience: int | None) -> bool:
-        """Whether so many evaluations in a row were no better than the best one."""
-        return patience is not None and self.evaluations_without_gain >= patience
+    def is_out_of_patience(self, settings: TrainingConfig) -> bool:
+        """Whether `training.patience` evaluations in a row were no better than the best one."""
+        if settings.patience is None or settings.eval_every is None or self.best_step is None:
+            return False
+        return self.step - self.best_step >= settings.patience * settings.eval_every
 
 
 @dataclass
@@ -258,9 +259,7 @@ def resume(training: Training, settings: TrainingConfig, checkpoints: Path) -> P
             check_identity(path, training.identity)
         load_checkpoint(training, path)
         if path.parent.resolve() != checkpoints.resolve():  # the best weights so far are not here
-            vars(training.state).update(
-                best_loss=float("inf"), best_step=None, evaluations_without_gain=0
-            )
+            training.state.best_loss, training.state.best_step = math.inf, None
     return path
 
 
@@ -328,11 +327,8 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
     """Delete old checkpoints, but not the best one, and nothing before a newer one is whole."""
     for path in sorted(folder.glob(STEPS), reverse=True)[keep:]:
         if path.name != f"step-{best_step or -1:08d}":
-            # Renamed first: a crash in the middle of the deletion leaves no half checkpoint.
-            doomed = path.with_name(f".{path.name}.tmp")
-            shutil.rmtree(doomed, ignore_errors=True)
-            path.rename(doomed)
-    for leftover in folder.glob(".step-*.tmp"):  # these, and what a kill left half-written
+            shutil.rmtree(path, ignore_errors=True)  # a crash here leaves one that is damaged
+    for leftover in folder.glob(".step-*.tmp"):  # what a kill left half-written
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -151,7 +151,7 @@ def _train(run: Run, stop: StopSignal, sample: Callable[[], None]) -> None:
             result = evaluate(run.objective, evaluation, run.training.model.device)
             metrics |= {"eval_loss": result.loss, "perplexity": result.perplexity}
             best = state.record_evaluation(result.loss)
-            last = last or state.is_out_of_patience(settings.patience)
+            last = last or state.is_out_of_patience(settings)
         recorder.log(metrics)  # before saving: metrics.jsonl has every line up to a checkpoint
         if evaluation is not None:
             sample()
@@ -167,7 +167,7 @@ def _train(run: Run, stop: StopSignal, sample: Callable[[], None]) -> None:
 def _steps_of_all_epochs(run: Run) -> Iterator[StepResult]:
     """Steps from where the run stands, epoch after epoch, until `_train` ends them."""
     training, state, settings = run.training, run.training.state, run.config.training
-    if state.step >= run.total_steps or state.is_out_of_patience(settings.patience):
+    if state.step >= run.total_steps or state.is_out_of_patience(settings):
         return
     scheduler = make_scheduler(training.optimizer, settings, run.total_steps, state.step)
     sampler = run.train.sampler

@@ -192,7 +192,6 @@ class EvalResult:
 
     loss: float
     perplexity: float
-    labelled: int
 
 
 @torch.no_grad()  # under inference_mode a model would cache tensors that training cannot use later
@@ -217,4 +216,4 @@ def evaluate(
     distributed.sum_tensor(total)
     labelled = int(distributed.all_sum(labelled))
     loss = total.item() / max(labelled, 1)
-    return EvalResult(loss, math.exp(min(loss, 700.0)), labelled)
+    return EvalResult(loss, math.exp(min(loss, 700.0)))

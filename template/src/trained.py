@@ -133,9 +133,9 @@ def load_trained(
     """
     from transformers.utils import logging
 
-    from src.models.adapters import base_of, load_adapters
+    from src.models.adapters import load_adapters
     from src.models.model import build_model, load_tokenizer, read_weights
-    from src.training.checkpoint import MOMENTS, architecture_of, find_damage, load_weights
+    from src.training.checkpoint import MOMENTS, find_damage, load_weights
     from src.utils.device import pick_dtype
 
     logging.disable_progress_bar()  # of loading: only answers are printed
@@ -147,9 +147,7 @@ def load_trained(
             raise UserError(f"{folder}: {damage}")
         tokenizer = load_tokenizer(settings)
         model = build_model(settings, found.config.lora, tokenizer, device, dtype, trained_in=dtype)
-        if type(base_of(model)).__name__ != architecture_of(folder):
-            raise UserError(f"{folder} was made for another model than {settings.name}")
-        load_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, folder)
+        load_weights(model, folder)
         return model.eval(), tokenizer
     saved = {"name": found.name, "chat_template": None}  # the tokenizer is saved with its template
     tokenizer = load_tokenizer(settings.model_copy(update=saved))

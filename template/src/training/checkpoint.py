@@ -49,7 +49,6 @@ IDENTITY = (
     *("seed", "model.name", "model.quantization", "lora", "data.max_length", "data.packing"),
     *("training.batch_size", "training.optimizer"),
 )
-WINDOW = "gradient_accumulation_steps x processes"
 
 
 @dataclass
@@ -94,7 +93,7 @@ class Training:
 
     def trained(self) -> dict[str, Tensor]:
         """The weights that train, by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return trained_weights(self.model)
 
     def moments(self) -> dict[str, Tensor]:
         """What the optimizer keeps for each of them, by the weight's name and its own."""
@@ -108,13 +107,18 @@ class Training:
         return moments
 
 
+def trained_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def identify(config: Config, data: Facts) -> dict[str, Any]:
     """What makes two runs the same one: the model, the data and the geometry of a step."""
     same = {k: v for k, v in flatten(config.model_dump()).items() if k.startswith(IDENTITY)}
     rows = f"{config.data.train} ({data.fingerprint[:12]})"
     # So 2 processes that accumulate 4 go on where 8 processes accumulated none.
-    window = config.training.gradient_accumulation_steps * WORLD_SIZE
-    return same | {"data.train": rows, WINDOW: window}
+    batches = config.training.gradient_accumulation_steps * WORLD_SIZE
+    return same | {"data.train": rows, "gradient_accumulation_steps x processes": batches}
 
 
 def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
@@ -189,18 +193,15 @@ def _write(training: Training, folder: Path) -> None:
         (folder / MANIFEST).write_text(manifest, encoding="utf-8")
 
 
-def architecture_of(path: Path) -> str:
-    """The class of the model, or of an adapter's base, that a checkpoint is of."""
-    return _record(path)["architecture"]
-
-
-def load_weights(trained: dict[str, Tensor], path: Path) -> None:
-    """Copy the weights of a checkpoint into these, whatever strategy saved it.
+def load_weights(model: PreTrainedModel, path: Path) -> None:
+    """Copy the weights of a checkpoint into the model, whatever strategy saved it.
 
     Raises:
-        UserError: it has others.
+        UserError: it is of another architecture, or has other weights.
     """
-    _load(path / WEIGHTS, trained)
+    if (saved := _record(path)["architecture"]) != type(base_of(model)).__name__:
+        raise UserError(f"{path}: was made for another model, a {saved}")
+    _load(path / WEIGHTS, trained_weights(model))
 
 
 def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -234,7 +235,7 @@ def load_checkpoint(training: Training, path: Path) -> None:
     with torch.compiler.set_stance("force_eager"):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    load_weights(trained, path)
+    load_weights(training.model, path)
     saved = _sizes(path / MOMENTS)
     for name, weight in trained.items():
         if f"{name}/step" not in saved:  # it never had a gradient

@@ -23,7 +23,7 @@ MAX_ON_A_CPU = 2e9  # parameters; above, a step takes minutes and an epoch weeks
 ROOM = 0.7  # share of a GPU's memory for what is held, so that activations have the rest
 
 
-def gib_held(config: Config, dtype: torch.dtype, count: int | None = None) -> float:
+def gib_held(config: Config, dtype: torch.dtype) -> float:
     """GiB of weights, gradients and moments of a model that is not quantized.
 
     Full fine-tuning in fp32 has a half-precision copy of each weight too, made by autocast.
@@ -31,9 +31,8 @@ def gib_held(config: Config, dtype: torch.dtype, count: int | None = None) -> fl
     Args:
         config: says what is trained, and by which optimizer.
         dtype: dtype of matmuls.
-        count: parameters; None: count them from the model's config.json.
     """
-    count = count_before_loading(config.model) if count is None else count
+    count = count_before_loading(config.model)
     if config.lora:
         return count * dtype.itemsize / GIB
     kept = dtype_of_trained(config.training, dtype)
@@ -131,10 +130,10 @@ def explain_out_of_memory(config: Config, training: Training) -> Generator[None]
 def next_settings(config: Config) -> list[str]:
     """Changes that save memory, as keys for a command line; the one that costs the least first."""
     model, training, full = config.model, config.training, config.lora is None
-    size, window = training.batch_size, training.gradient_accumulation_steps
+    size, steps = training.batch_size, training.gradient_accumulation_steps
     length, recomputes = config.data.max_length, model.gradient_checkpointing is True
     offload = recomputes and size == 1 and not model.gradient_checkpointing_offload
-    fewer = f"training.batch_size={size // 2} training.gradient_accumulation_steps={2 * window}"
+    fewer = f"training.batch_size={size // 2} training.gradient_accumulation_steps={2 * steps}"
     changes = {
         "model.gradient_checkpointing=true": not recomputes,
         "model.gradient_checkpointing_offload=true": offload,

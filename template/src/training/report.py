@@ -22,7 +22,6 @@ from src.data.describe import data_notes, show_document
 from src.models.adapters import adapted_names, frozen_experts
 from src.models.model import count_parameters
 from src.training.checkpoint import TrainState
-from src.training.fit import gib_held
 from src.training.metrics import rewind_metrics
 from src.training.optimizer import rate_factor
 from src.training.record import Record
@@ -88,11 +87,9 @@ def _model_lines(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> 
     yield f"{config.model.name}, {weights}; {trainable:,} of {total:,} weights trained"
     attention, precision = model.config._attn_implementation, str(dtype).removeprefix("torch.")
     yield f"{precision} on {model.device.type}, {attention} attention"
-    if config.lora is None:
-        yield f"{gib_held(config, dtype, total):.2g} GiB for weights, gradients and moments"
-        return
-    made: Any = model.peft_config["default"]  # a saved adapter may differ from the config's
-    yield f"LoRA r={made.r} alpha={made.lora_alpha} on {', '.join(adapted_names(model))}"
+    if config.lora:
+        made: Any = model.peft_config["default"]  # a saved adapter may differ from the config's
+        yield f"LoRA r={made.r} alpha={made.lora_alpha} on {', '.join(adapted_names(model))}"
 
 
 def _warnings(
@@ -162,7 +159,6 @@ def measure(
         "tokens_per_second": tokens / seconds,
         "labelled_tokens_per_second": labelled / seconds,
         "mfu": speed.utilisation(tokens, labelled, seconds, distributed.WORLD_SIZE),
-        "filler_share": 1 - tokens / sum(s.processed for s in steps),
         "data_wait_share": sum(s.waited for s in steps) / seconds,
         "skipped_steps": state.skipped,
     }

@@ -51,12 +51,12 @@ class Run:
     recorder: report.Recorder
 
 
-def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
+def run(config: Config, plain: dict[str, Any], command: list[str]) -> Path:
     """Train as configured; return the folder of the saved model.
 
     Args:
         config: validated, and checked by `src.preflight.check_run`.
-        written: the same as plain data without secrets, for `config.yaml` and the tracker.
+        plain: the same as plain data without secrets, for `config.yaml` and the tracker.
         command: the command line's arguments, to print how to resume.
 
     Raises:
@@ -68,7 +68,7 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
     device = pick_device(config.device)
     dtype, output = pick_dtype(config.model.dtype, device), from_root(config.output_dir)
     with distributed.process_group(device, config.training.timeout), only_run_in(output):
-        prepared = _prepare(config, written, device, dtype)
+        prepared = _prepare(config, plain, device, dtype)
         objective, training = prepared.objective, prepared.training
         # From here on a signal waits for the end of a step, so that no training is lost.
         with (
@@ -89,17 +89,17 @@ def run(config: Config, written: dict[str, Any], command: list[str]) -> Path:
 
 
 def _prepare(
-    config: Config, written: dict[str, Any], device: torch.device, dtype: torch.dtype
+    config: Config, plain: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> Run:
     """Make everything that training needs, and describe it; nothing is written to `output_dir`."""
     settings = config.training
-    shared, reason = choose_strategy(config, device, dtype)
-    if shared:
-        report.say(f"strategy   {shared}: {reason}")
-    check_feasible(config, device, dtype, strategy.shards(shared))
+    chosen, reason = choose_strategy(config, device, dtype)
+    if chosen:
+        report.say(f"strategy   {chosen}: {reason}")
+    check_feasible(config, device, dtype, strategy.shards(chosen))
     tokenizer = load_tokenizer(config.model)
     documents = load_documents(config, tokenizer)
-    objective, packing = strategy.build_objective(config, tokenizer, shared, device, dtype)
+    objective, packing = strategy.build_objective(config, tokenizer, chosen, device, dtype)
     model = strategy.unwrapped(objective).model
     distributed.on_main(try_saving, model, tokenizer)
     make_loader = partial(
@@ -115,7 +115,7 @@ def _prepare(
     total_steps = count_steps(settings, len(train.sampler))
     if RANK:  # the weights are the same on all ranks; dropout must differ
         set_seed(config.seed + RANK, config.deterministic)
-    recorder = report.Recorder(config, written, training.state, total_steps, documents)
+    recorder = report.Recorder(config, plain, training.state, total_steps, documents)
     resumed = checkpoint.resume(training, settings, recorder.checkpoints)
     report.describe_resume(resumed, training.state, config, total_steps)
     speed = Speed(*count_flops(model, train.dataset.lengths), matmul_rate(device, dtype))
@@ -203,7 +203,7 @@ def _save_result(run: Run) -> None:
     if best is not None:
         path = checkpoints / f"step-{best:08d}"
         if best != step and distributed.on_main(checkpoint.find_damage, path) is None:
-            checkpoint.load_weights(training.trained(), path)
+            checkpoint.load_weights(training.model, path)
             step = best
         gone = f"the last step, as {path.name}, the best one, is gone or damaged"
         reason = "the best evaluation" if step == best else gone

@@ -36,18 +36,18 @@ from src.utils.ranks import LOCAL_WORLD_SIZE, RANK, WORLD_SIZE
 
 
 def build_objective(
-    config: Config, tokenizer: Tokenizer, shared: str, device: torch.device, dtype: torch.dtype
+    config: Config, tokenizer: Tokenizer, strategy: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, bool]:
     """Build the model with its loss, attention and head, shared among the processes.
 
     Returns:
-        The `Objective`, in DDP or sharded where `shared` says so, and whether rows are packed.
+        The `Objective`, in DDP or sharded as `strategy` says, and whether rows are packed.
     """
     build = partial(
         build_model, config.model, config.lora, tokenizer,
         dtype=dtype, trained_in=dtype_of_trained(config.training, dtype),
     )  # fmt: skip
-    objective = distribute(build, shared, device, dtype)
+    objective = distribute(build, strategy, device, dtype)
 
     def finish(model: PreTrainedModel) -> tuple[bool, PlainHead | None]:
         packing = set_attention(model, config.model.attention, config.data.packing, device, dtype)

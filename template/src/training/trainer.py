@@ -31,7 +31,6 @@ class StepResult:
     finite: Tensor
     labelled: int  # tokens with loss, all ranks
     tokens: int  # real tokens, all ranks
-    processed: int  # real tokens and filler, all ranks
     microbatches: int  # of this rank
     rows: list[int]  # dataset indices in this rank's microbatches, for error messages
     learning_rate: float
@@ -161,7 +160,6 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     return StepResult(
         loss, norm, finite, labelled,
-        processed=sum(b["input_ids"].numel() for b in batches) * distributed.WORLD_SIZE,
         tokens=int(distributed.all_sum(sum(b["tokens"] for b in batches))),
         microbatches=len(batches), rows=[row for b in batches for row in b.get("rows", [])],
         learning_rate=float(optimizer.param_groups[0]["lr"]),

@@ -49,16 +49,16 @@ def process_group(device: torch.device, timeout: int) -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "imed out" not in str(error) or not (silent := _silent(store)):
+        if "imed out" not in str(error) or not (hung := _ranks_that_hang(store)):
             raise
-        names = ", ".join(map(str, silent))
+        names = ", ".join(map(str, hung))
         late = f"training.timeout: rank {names} did not answer within {timeout} s"
         raise RunError(f"{late}; the newest checkpoint is whole") from error
     # Not after an error: the others may be gone, and NCCL would wait for them.
     dist.destroy_process_group()
 
 
-def _silent(store: dist.Store) -> list[int]:
+def _ranks_that_hang(store: dist.Store) -> list[int]:
     """The ranks that do not report the timeout within five seconds."""
     store.set(f"noticed/{RANK}", "")
     time.sleep(5)

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -347,6 +348,7 @@ def test_a_project_is_tracked_in_any_folder_and_says_what_to_do_after_a_move(
 FOUR_RUNS = """
 import os, sys
 from pathlib import Path
+from urllib.request import urlopen
 import mlflow
 import test_tracking as t
 def start(folder):
@@ -375,34 +377,39 @@ def test_four_runs_that_start_at_once_on_a_fresh_store_all_arrive(tmp_path, monk
     assert [steps(run) for run in runs()] == [[1, 2, 3]] * 4
 
 
+def serve(port: int) -> None:
+    from mlflow.server import app
+
+    app.run("127.0.0.1", port)
+
+
 @contextmanager
-def served(folder: Path, port: int) -> Iterator[None]:
-    """`mlflow server` on a database in this folder, until it is killed."""
-    command = [
-        *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)),
-        *("--backend-store-uri", f"sqlite:///{folder / 'server.db'}"),
-        *("--artifacts-destination", str(folder / "artifacts")),
-    ]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, start_new_session=True, cwd=ROOT, **quiet) as server:
-        for _ in range(600):
-            with suppress(OSError):
-                urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                break
-            time.sleep(0.2)
-        yield
-        os.killpg(server.pid, signal.SIGKILL)
+def served(port: int) -> Iterator[None]:
+    """What `mlflow server` serves, in a copy of this process, until it is killed."""
+    server = multiprocessing.get_context("fork").Process(target=serve, args=[port], daemon=True)
+    server.start()
+    for _ in range(600):
+        with suppress(OSError):
+            urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+            break
+        time.sleep(0.2)
+    yield
+    server.kill()
+    server.join()
 
 
-@pytest.mark.slow  # a server takes a quarter of a minute to start
 def test_a_real_server_dies_and_comes_back_and_has_all_in_the_end(tmp_path, monkeypatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{tmp_path / 'server.db'}")
+    monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", "mlflow-artifacts:/")
+    monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_DESTINATION", str(tmp_path / "artifacts"))
+    monkeypatch.setenv("_MLFLOW_SERVER_SERVE_ARTIFACTS", "true")
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 3.0)
     warnings: list[str] = []
     record = begin(tmp_path / "run")
-    with served(tmp_path, port):
+    with served(port):
         tracker = track(record, warnings.append)
         add(record, 1, 2)
         while not runs() or steps(runs()[0]) != [1, 2]:
@@ -411,7 +418,7 @@ def test_a_real_server_dies_and_comes_back_and_has_all_in_the_end(tmp_path, monk
     (record.folder / "loss.png").write_bytes(b"png")
     end(record, tracker)
     assert len(warnings) == 1
-    with served(tmp_path, port):
+    with served(port):
         for _ in range(2):
             send_later(record.folder)
             (run,) = runs()

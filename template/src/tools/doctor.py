@@ -76,12 +76,10 @@ def _gpus_to_share(config: Config) -> int:
 
 
 def _check_gpu(index: int) -> Iterator[Finding]:
-    """Check a GPU's dtype, its other users, and what lowers its speed."""
+    """Check a GPU's other users, and what lowers its speed."""
     name = f"GPU {index}, {torch.cuda.get_device_name(index)}"
     free, total = (size / GIB for size in torch.cuda.mem_get_info(index))
     yield Finding("OK", f"{name}: {free:.1f} of {total:.1f} GiB free")
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        yield Finding("WARN", f"{name} has no bf16: training uses fp16 with a loss scaler")
     try:
         pynvml.nvmlInit()
         yield Finding("OK", f"driver {pynvml.nvmlSystemGetDriverVersion()}")
@@ -142,16 +140,12 @@ def _check_rows(config: Config) -> Iterator[Finding]:
 
 
 def _check_tokens(documents: list[Document], tokenizer: Tokenizer) -> Iterator[Finding]:
-    """Check that documents begin with one BOS token, and that they teach a stop token."""
+    """Check that documents do not begin with two BOS tokens, and that they teach a stop token."""
     bos, count = tokenizer.bos_token_id, len(documents)
     starts = [document.input_ids[:2].tolist() for document in documents]
     if bos not in {None, tokenizer.eos_token_id} and [bos, bos] in starts:
         fix = "remove bos_token from model.chat_template, or from the rows"
         yield Finding("FAIL", "documents begin with two BOS tokens", fix)
-    expected = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-    if expected and not any(start[:1] == [bos] for start in starts):
-        text = f"no document begins with {tokenizer.bos_token}, which the tokenizer would add"
-        yield Finding("WARN", text, "write {{ bos_token }} first in model.chat_template")
     stops = {*stop_token_ids(tokenizer)}
     taught = sum(not stops.isdisjoint(document.labels.tolist()) for document in documents)
     verdict = "OK" if taught == count else "WARN" if taught else "FAIL"

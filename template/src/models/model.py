@@ -20,8 +20,6 @@ from src.models.loading import check_numbers, explained, resolve
 from src.utils.environment import from_root
 from src.utils.errors import UserError
 
-DEFAULT_CHAT_TEMPLATE = "configs/chat_template.j2"
-
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The model's tokenizer; a missing chat template or pad token is filled in.
@@ -35,7 +33,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
         needed = "a fast tokenizer (a tokenizer.json) with an EOS token to stop at"
         raise UserError(f"model.name: {config.name}: needs {needed}")
     if config.chat_template or tokenizer.chat_template is None:
-        template = from_root(config.chat_template or DEFAULT_CHAT_TEMPLATE)
+        template = from_root(config.chat_template or "configs/chat_template.j2")
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     if tokenizer.pad_token is None:
         # Harmless here: labels come from lengths, so the real EOS keeps its label.

@@ -49,6 +49,8 @@ FIGURES = ("fingerprint.train", "step", "loss", "eval_loss", "tokens", "torch", 
 def export(found: Trained, out: Path) -> str:
     """Write a full model to `out`: safetensors shards, tokenizer, chat template and stop tokens.
 
+    An adapter is merged in full precision. The logits of the run's own rows are compared.
+
     Args:
         found: the result of a run.
         out: an empty folder.
@@ -60,33 +62,23 @@ def export(found: Trained, out: Path) -> str:
         UserError: the base is quantized: merging would round the adapter away.
         RunError: merging changed the model by more than rounding does.
     """
-    trusted = found.config.model.trust_remote_code
-    settings = ModelConfig(name=found.base, trust_remote_code=trusted)
+    if found.kind == "model":
+        no_recipe = shutil.ignore_patterns(RECIPE)
+        shutil.copytree(found.name, out, ignore=no_recipe, dirs_exist_ok=True)
+        return "all weights were trained: there is nothing to merge"
+    own = found.config.model
+    settings = ModelConfig(name=found.base, trust_remote_code=own.trust_remote_code)
     described = read_config(settings)
     if getattr(described, "quantization_config", None):
         problem = "is quantized, and merging would round the adapter away"
         raise UserError(f"{found.base}: {problem}; name the original with --base")
-    dtype = described.dtype or torch.float32
+    dtype, trained_on = described.dtype or torch.float32, ""
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(settings.model_copy(update={"name": found.name}))
-    if found.kind == "adapter":
-        model, result = _merge_checked(found, settings, dtype, tokenizer)
-    else:
-        model = read_weights(settings, CPU, dtype)
-        result = "all weights were trained: there is nothing to merge"
-    save_model(model, tokenizer, out, dtype)
-    return result
-
-
-def _merge_checked(
-    found: Trained, settings: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer
-) -> tuple[PreTrainedModel, str]:
-    """Merge the adapter in full precision, and compare the logits of the run's own rows."""
     batches, rows = _batches(tokenizer, found.config)
-    trained_on = ""
-    if (kind := found.config.model.quantization) != "none":  # the adapter learnt to make up for it
+    if own.quantization != "none":  # the adapter learnt to make up for it
         _, loss = _measure(load_trained(found, CPU)[0], batches)
-        trained_on = f", and was {loss:.4f} on the {kind} base it was trained on"
+        trained_on = f", and was {loss:.4f} on the {own.quantization} base it was trained on"
     adapted = load_adapters(read_weights(settings, CPU, dtype), found.name).eval()
     logits, loss = _measure(adapted, batches)
     model = _merge(adapted)
@@ -97,7 +89,8 @@ def _merge_checked(
     if not change <= MAX_CHANGE[dtype]:  # NaN too
         limit = f"more than rounding ({MAX_CHANGE[dtype]:g})"
         raise RunError(f"{result}: {limit}; nothing is written")
-    return model, result
+    save_model(model, tokenizer, out, dtype)
+    return result
 
 
 def _batches(tokenizer: Tokenizer, config: Config) -> tuple[list[dict[str, Any]], str]:

@@ -78,33 +78,6 @@ def test_what_reaches_the_kernel_is_what_the_cuda_kernel_accepts(
         assert window is None
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"v": lambda x: x[..., :8]}, "one head dimension"),
-        ({k: lambda x: x[..., :12] for k in "qkv"}, "here 12"),
-        ({k: lambda x: x.repeat(1, 1, 1, 17) for k in "qkv"}, "here 272"),
-        ({"dropout": lambda _: 0.1}, "no dropout"),
-        ({"softcap": lambda _: 30.0}, "no cap"),
-        ({"s_aux": lambda _: torch.zeros(4)}, "sinks"),
-        ({"cu_seq_lens_q": lambda _: None}, "reads packed batches only"),
-    ],
-)
-def test_what_the_cuda_kernels_refuse_is_refused_on_every_device(change, reason) -> None:
-    options = dict(zip("qkv", torch.randn(3, 1, 4, 8, 16), strict=True))
-    options |= {"cu_seq_lens_q": torch.tensor([0, 8], dtype=torch.int32), "max_length_q": 8}
-    options |= {name: make(options.get(name)) for name, make in change.items()}
-    q, k, v = (options.pop(name) for name in "qkv")
-    with pytest.raises(ValueError, match=reason):
-        varlen_attention(torch.nn.Identity(), q, k, v, None, **options)
-
-
-def test_varlen_is_not_tried_on_a_gpu_without_its_kernel(make_model, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    with pytest.raises(UserError, match=r"flash attention needs .* an Ampere GPU"):
-        set_attention(make_model(), "varlen", True, torch.device("cuda"), torch.float16)
-
-
 def test_varlen_is_refused_where_it_would_compute_something_else() -> None:
     config = GPT2Config(vocab_size=512, n_embd=32, n_layer=1, n_head=2, n_positions=128)
     model = GPT2LMHeadModel(config)  # has dropout in its attention

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import scripts.export
 import scripts.inference
@@ -143,42 +143,3 @@ def test_a_card_gives_the_figures_of_its_step_and_says_that_the_rows_are_gone(
     card = (out / "README.md").read_text()
     assert ", on made-up tokens as gone.jsonl cannot be read; the loss is now " in card
     assert "\n- step: 1\n- loss: 7.25\n- eval_loss: None\n" in card
-
-
-def test_what_cannot_be_exported_is_refused(tuned, tmp_path, refused, smoke: Path) -> None:
-    def lines(*options: str) -> list[str]:
-        return refused(scripts.export.main, str(run), str(out), *options)
-
-    run, out = tuned, tmp_path / "exported"
-    out.mkdir()
-    assert lines() == [f"{out}: exists already; nothing is overwritten"]
-    out.rmdir()
-    base = shutil.copytree(smoke / "final", tmp_path / "base")
-    described = json.loads((base / "config.json").read_text())
-    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    (base / "config.json").write_text(json.dumps(described | quantized))
-    (line,) = lines("--base", str(base))
-    assert "is quantized, and merging would round the adapter away" in line
-    narrow = AutoConfig.for_model(**described | {"hidden_size": 64})
-    AutoModelForCausalLM.from_config(narrow).save_pretrained(tmp_path / "narrow")
-    (line,) = lines("--base", str(tmp_path / "narrow"))
-    assert line.endswith("was made for another base model")
-    run = shutil.copytree(tuned, tmp_path / "run")
-    (run / "final/training_config.yaml").unlink()
-    assert lines()[0].startswith(f"{run}: not the result of a finished run")
-    run = next((smoke / "checkpoints").iterdir())
-    assert lines()[0].startswith(f"{run}: not the result of a finished run")
-    assert not out.exists()
-
-
-def test_a_push_that_fails_leaves_the_export_and_the_command_that_repeats_it(
-    tuned, tmp_path
-) -> None:
-    out = tmp_path / "exported"
-    with pytest.raises(RunError) as error:  # the tests are offline
-        scripts.export.main([str(tuned), str(out), "--push", "org/name"])
-    assert str(error.value).startswith("--push: OfflineModeIsEnabled: ")
-    assert str(error.value).endswith(
-        f"{out} is whole: `uv run hf upload org/name {out}` repeats it"
-    )
-    assert (out / "model.safetensors").is_file()

@@ -23,13 +23,14 @@ from conftest import SMOKE
 from src.config import ModelConfig
 from src.models import generation, loading
 from src.models import model as model_module
+from src.models.attention import set_attention, varlen_attention
 from src.models.generation import generate
 from src.models.head import find_plain_head
 from src.models.model import check_positions, save_model
 from src.trained import find_trained, load_trained
 from src.training.loss import summed_loss
 from src.utils.environment import load_environment
-from src.utils.errors import UserError
+from src.utils.errors import RunError, UserError
 from test_model import one_batch, randomise_adapters
 
 CPU = torch.device("cpu")
@@ -270,3 +271,92 @@ def test_a_base_whose_generation_config_transformers_refuses_is_trained_and_save
         saved = GenerationConfig.from_pretrained(folder)
         assert 1 in cast(list, saved.eos_token_id)
         assert (saved.do_sample, saved.temperature) == (True, 0.6) or "num_beams" in values
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"v": lambda x: x[..., :8]}, "one head dimension"),
+        ({k: lambda x: x[..., :12] for k in "qkv"}, "here 12"),
+        ({k: lambda x: x.repeat(1, 1, 1, 17) for k in "qkv"}, "here 272"),
+        ({"dropout": lambda _: 0.1}, "no dropout"),
+        ({"softcap": lambda _: 30.0}, "no cap"),
+        ({"s_aux": lambda _: torch.zeros(4)}, "sinks"),
+        ({"cu_seq_lens_q": lambda _: None}, "reads packed batches only"),
+    ],
+)
+def test_what_the_cuda_kernels_refuse_is_refused_on_every_device(change, reason) -> None:
+    options = dict(zip("qkv", torch.randn(3, 1, 4, 8, 16), strict=True))
+    options |= {"cu_seq_lens_q": torch.tensor([0, 8], dtype=torch.int32), "max_length_q": 8}
+    options |= {name: make(options.get(name)) for name, make in change.items()}
+    q, k, v = (options.pop(name) for name in "qkv")
+    with pytest.raises(ValueError, match=reason):
+        varlen_attention(torch.nn.Identity(), q, k, v, None, **options)
+
+
+def test_varlen_is_not_tried_on_a_gpu_without_its_kernel(make_model, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(UserError, match=r"flash attention needs .* an Ampere GPU"):
+        set_attention(make_model(), "varlen", True, torch.device("cuda"), torch.float16)
+
+
+def test_weights_that_the_config_asks_for_and_nobody_saved_are_not_made_up(
+    saved_model: Path, make_model, tmp_path
+) -> None:
+    folder = shutil.copytree(saved_model, tmp_path / "deeper")
+    described = json.loads((folder / "config.json").read_text())
+    layers = described["num_hidden_layers"] + 1
+    (folder / "config.json").write_text(json.dumps(described | {"num_hidden_layers": layers}))
+    with pytest.raises(UserError, match=r"9 weights that its config.json asks for are missing"):
+        make_model(name=str(folder))
+
+
+@pytest.fixture(scope="module")
+def tuned(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, with adapters on the smoke model."""
+    folder = tmp_path_factory.mktemp("tuned") / "run"
+    scripts.train.main([
+        SMOKE, "tracking.enabled=false", f"output_dir={folder}", "device=cpu", "lora.r=4",
+        f"model.name={smoke / 'final'}", "model.init=pretrained", "training.max_steps=1",
+        "evaluation.samples=0",
+    ])  # fmt: skip
+    return folder
+
+
+def test_what_cannot_be_exported_is_refused(tuned, tmp_path, refused, smoke: Path) -> None:
+    def lines(*options: str) -> list[str]:
+        return refused(scripts.export.main, str(run), str(out), *options)
+
+    run, out = tuned, tmp_path / "exported"
+    out.mkdir()
+    assert lines() == [f"{out}: exists already; nothing is overwritten"]
+    out.rmdir()
+    base = shutil.copytree(smoke / "final", tmp_path / "base")
+    described = json.loads((base / "config.json").read_text())
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (base / "config.json").write_text(json.dumps(described | quantized))
+    (line,) = lines("--base", str(base))
+    assert "is quantized, and merging would round the adapter away" in line
+    narrow = AutoConfig.for_model(**described | {"hidden_size": 64})
+    AutoModelForCausalLM.from_config(narrow).save_pretrained(tmp_path / "narrow")
+    (line,) = lines("--base", str(tmp_path / "narrow"))
+    assert line.endswith("was made for another base model")
+    run = shutil.copytree(tuned, tmp_path / "run")
+    (run / "final/training_config.yaml").unlink()
+    assert lines()[0].startswith(f"{run}: not the result of a finished run")
+    run = next((smoke / "checkpoints").iterdir())
+    assert lines()[0].startswith(f"{run}: not the result of a finished run")
+    assert not out.exists()
+
+
+def test_a_push_that_fails_leaves_the_export_and_the_command_that_repeats_it(
+    tuned, tmp_path
+) -> None:
+    out = tmp_path / "exported"
+    with pytest.raises(RunError) as error:  # the tests are offline
+        scripts.export.main([str(tuned), str(out), "--push", "org/name"])
+    assert str(error.value).startswith("--push: OfflineModeIsEnabled: ")
+    assert str(error.value).endswith(
+        f"{out} is whole: `uv run hf upload org/name {out}` repeats it"
+    )
+    assert (out / "model.safetensors").is_file()

@@ -13,7 +13,7 @@ from conftest import chat, tokens
 from src.config import DataConfig
 from src.data import dataset
 from src.data.dataset import load_tokens, read_part
-from src.data.describe import data_notes
+from src.data.describe import data_lines
 from src.data.rows import FIRST_ROWS, check_source
 from src.utils.errors import UserError
 
@@ -35,7 +35,7 @@ def test_longer_conversations_are_cut_or_left_out_and_counted(
     data = tokens(source, tokenizer, max_length=64, too_long=too_long)
     assert data.lengths.tolist()[1:] == [64] * (2 - len(left_out))
     cut = "1 row cut: longer than data.max_length=64"
-    assert list(data_notes(data.facts))[1:] == ([cut, note] if too_long == "cut" else [note])
+    assert list(data_lines(data))[2:] == ([cut, note] if too_long == "cut" else [note])
     kept = [json.loads(line) for line in data.left_out.read_text().splitlines()]
     assert [row["place"] for row in kept] == [f"{source}:{n}" for n in left_out]
     reason = note.partition("left out: ")[2]
@@ -47,7 +47,7 @@ def test_a_longer_text_becomes_documents_and_loses_nothing(tokenizer, write_rows
     text = " ".join(f"word{n}" for n in range(100))
     data = tokens(write_rows({"text": text}, {"text": "short"}), tokenizer, max_length=64)
     *pieces, short = documents(data)
-    assert list(data_notes(data.facts))[1:] == ["1 row split: longer than data.max_length=64"]
+    assert list(data_lines(data))[2:] == ["1 row split: longer than data.max_length=64"]
     assert len(pieces) > 2
     assert max(map(len, pieces)) <= 64
     assert tokenizer.decode([*chain.from_iterable(pieces)]) == f"{text}<|end|>"
@@ -96,9 +96,7 @@ def test_rows_that_the_template_refuses_are_named_once_or_left_out(tokenizer, wr
     )
     data = tokens(file, other, max_length=64, bad_rows="skip")
     assert len(data) == 1
-    assert "30 rows left out as unusable (see left_out.jsonl of a run)" in list(
-        data_notes(data.facts)
-    )
+    assert "30 rows left out as unusable (see left_out.jsonl of a run)" in list(data_lines(data))
     assert f"{file}:2" in data.left_out.read_text()
 
 
@@ -111,9 +109,9 @@ def test_answers_that_the_generation_prompt_does_not_lead_to_are_counted(
         "{% if add_generation_prompt %}assistant: <think>{% endif %}"
     )
     file = write_rows(chat("q", "a"), chat("q", "<think>hm</think>a"))
-    notes = list(data_notes(tokens(file, other, max_length=64).facts))
+    notes = list(data_lines(tokens(file, other, max_length=64)))[1:]
     assert notes[1] == "1 row whose answers lack what the generation prompt ends with, e.g. <think>"
-    assert list(data_notes(tokens(file, tokenizer, max_length=64).facts)) == notes[:1]
+    assert list(data_lines(tokens(file, tokenizer, max_length=64)))[1:] == notes[:1]
 
 
 def test_a_rows_labels_depend_on_nothing_but_the_row(tokenizer, write_rows) -> None:
@@ -185,9 +183,9 @@ def test_workers_map_the_tokens_again(tokenizer, write_rows) -> None:
 def test_columns_that_are_not_read_are_named(write_rows, tmp_path, tokenizer) -> None:
     row = {"prompt": "q", "completion": "a", "number": 7, "created": "today", "label": True}
     source = write_rows(row, chat("q", "a"))
-    facts = tokens(source, tokenizer).facts
-    assert facts.unread == {"number": 1, "created": 1}
-    assert "not read: number, created" in list(data_notes(facts))
+    data = tokens(source, tokenizer)
+    assert data.facts.unread == {"number": 1, "created": 1}
+    assert "not read: number, created" in list(data_lines(data))
     mapped = tokens(source, tokenizer, columns={"system": "created"}, bad_rows="skip")
     assert mapped.facts.unread == {"number": 1}
     table = tmp_path / "pandas.csv"

@@ -14,12 +14,12 @@ def test_a_look_at_the_data_tells_what_training_would_see(write_rows, tmp_path, 
     ])  # fmt: skip
     page = capsys.readouterr().out
     for line in (
-        "data.train documents: 10\n",
+        "data.train\n           documents: 10,",
         "1 row cut: longer than data.max_length=128",
         "1 row left out: nothing to learn from",
         f"{train}:10: no assistant message with text",
         "documents that repeat another one: 1",
-        "data.eval  documents: 2\n",
+        "data.eval\n           documents: 2,",
         "documents that are in data.train too: 1",
         "[a0<|end|>]",
     ):

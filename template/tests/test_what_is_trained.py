@@ -5,7 +5,7 @@ import json
 from conftest import CALL, SMOKE, TOOL, chat, tokens, turn
 from src.config import load_config
 from src.data.dataset import load_tokens, read_part
-from src.data.describe import data_notes
+from src.data.describe import data_lines
 from src.training.samples import questions, sample_prompts
 
 ASKED, SAID = turn("user", "Which one?"), turn("assistant", "The first.")
@@ -39,7 +39,7 @@ def test_samples_are_rows_that_are_held_out(write_rows, tokenizer) -> None:
 
 def test_a_token_of_the_template_typed_as_text_is_counted(write_rows, tokenizer) -> None:
     source = write_rows(chat("q", "The token <|end|> ends."), chat("q", "<|eot|> does not"))
-    _, note = data_notes(tokens(source, tokenizer).facts)
+    *_, note = data_lines(tokens(source, tokenizer))
     assert note.startswith("1 row with a token of the chat template as text")
 
 

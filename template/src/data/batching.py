@@ -208,8 +208,8 @@ def _lay_out(
     ids, labels = np.full(shape, pad_id), np.full(shape, IGNORE)
     flat_ids, flat_labels = ids.reshape(-1), labels.reshape(-1)  # views
     for (_, document_ids, document_labels), at in zip(documents, starts, strict=False):
-        flat_ids[at : at + len(document_ids)] = document_ids
-        flat_labels[at : at + len(document_ids)] = document_labels
+        place = slice(at, at + len(document_ids))
+        flat_ids[place], flat_labels[place] = document_ids, document_labels
         flat_labels[at] = IGNORE  # else the last token of the document before would predict it
     batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
     return {**batch, "rows": [document.row for document in documents]}

@@ -6,11 +6,14 @@ from itertools import groupby
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.data import IGNORE
-from src.data.dataset import Document, Facts
+from src.data.dataset import Document, TokenDataset
 
 
-def data_notes(facts: Facts) -> Iterator[str]:
-    """Say how rows were read; how many were changed, left out or suspicious; what is not read."""
+def data_lines(dataset: TokenDataset) -> Iterator[str]:
+    """Say how many rows were read, and how; changed, left out or suspicious; what is not read."""
+    facts, tokens = dataset.facts, int(dataset.lengths.sum())
+    share = f"of which {facts.labelled_tokens:,} labelled ({facts.labelled_tokens / tokens:.0%})"
+    yield f"documents: {len(dataset):,}, tokens: {tokens:,}, {share}"
     yield "read " + ", ".join(f"{count:,} as {shape}" for shape, count in facts.read_as.items())
     for note, count in facts.notes.items():
         yield f"{count:,} {'row' if count == 1 else 'rows'} {note}"

@@ -8,7 +8,7 @@ import numpy as np
 
 from src.config import Config
 from src.data.dataset import TokenDataset, load_documents
-from src.data.describe import data_notes, show_document
+from src.data.describe import data_lines, show_document
 from src.data.duplicates import repeated, shared
 from src.models.model import load_tokenizer
 
@@ -36,15 +36,13 @@ def look(config: Config, marks: tuple[str, str]) -> Iterator[str]:
 
 
 def _describe(name: str, dataset: TokenDataset) -> Iterator[str]:
-    """Yield counts, lengths, notes and duplicates of a dataset, a line each."""
-    lengths, facts = dataset.lengths, dataset.facts
-    tokens, labelled = int(lengths.sum()), facts.labelled_tokens
+    """Yield counts, notes, lengths and duplicates of a dataset, a line each."""
+    lengths = dataset.lengths
     median, high = np.percentile(lengths, (50, 90)).astype(int)
-    yield f"{name:<10} documents: {len(dataset):,}"
-    yield f"tokens     {tokens:,}, of which {labelled:,} labelled ({labelled / tokens:.0%})"
-    yield f"lengths    median {median:,}, 90 % up to {high:,}, longest {lengths.max():,}"
-    for note in data_notes(facts):
-        yield f"           {note}"
+    yield name
+    for line in data_lines(dataset):
+        yield f"           {line}"
+    yield f"           lengths: median {median:,}, 90 % up to {high:,}, longest {lengths.max():,}"
     with dataset.left_out.open(encoding="utf-8") as file:
         for line in islice(file, REASONS):
             row = json.loads(line)

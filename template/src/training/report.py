@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from src.config import Config
 from src.data.batching import TokenLoader
 from src.data.dataset import TokenDataset
-from src.data.describe import data_notes, show_document
+from src.data.describe import data_lines, show_document
 from src.models.adapters import adapted_names, frozen_experts
 from src.models.model import count_parameters
 from src.training.checkpoint import TrainState
@@ -55,15 +55,13 @@ def describe(
 ) -> None:  # fmt: skip
     """Print what is trained, on what, and how: before step 1."""
     settings, data, length = config.training, train.dataset, config.data.max_length
-    tokens, labelled = int(data.lengths.sum()), data.facts.labelled_tokens
-    share = f"of which {labelled:,} labelled ({labelled / tokens:.0%})"
-    lines = [f"rows: {len(data):,}, tokens: {tokens:,}, {share}"]
+    lines = [*data_lines(data)]
     if evaluation:
         same = data.facts.fingerprint == evaluation.dataset.facts.fingerprint
         lines.append(f"to evaluate on: {len(evaluation.dataset):,}{' (the same rows)' * same}")
     say_lines("model", *_model_lines(config, model, dtype))
-    say_lines("data", *lines, *data_notes(data.facts))
-    real = tokens / (train.sampler.batches * settings.batch_size * length)
+    say_lines("data", *lines)
+    real = data.lengths.sum() / (train.sampler.batches * settings.batch_size * length)
     fill, window = f"{real:.1%} of them real", settings.gradient_accumulation_steps
     say(
         f"batch      {settings.batch_size} x {length} tokens, {fill if train.packing else 'padded'}"

@@ -6,7 +6,7 @@ of scripts/train.py (default: configs/train.yaml).
 """
 
 from src.config import Config, from_command_line
-from src.utils.script import between, make_parser, run_script
+from src.utils.script import make_parser, run_script
 
 # GiB that a GPU of this name has, a little less than its makers say, and its dense bf16 TFLOP/s.
 GPUS = {
@@ -14,18 +14,16 @@ GPUS = {
     "l40s": (44, 362), "5090": (31, 210), "4090": (23.5, 165), "3090": (23.5, 71),
     "l4": (22, 121), "a10": (22, 125), "4080": (15.6, 97), "t4": (14.6, 65),
 }  # fmt: skip
+UTILISATION = 0.4  # share of that speed which training uses
 
 
 def main(arguments: list[str]) -> None:
     """Read the config first, then import torch."""
     parser = make_parser(__doc__)
-    parser.usage = "%(prog)s [CONFIG] [key=value ...] [--gpu GPU] [--mfu SHARE]"
+    parser.usage = "%(prog)s [CONFIG] [key=value ...] [--gpu GPU]"
     sizes = f"24GB, or one of {', '.join(GPUS)} (default: the GPU of this machine)"
     text = f"the GPU to plan for: its memory, such as {sizes}"
     parser.add_argument("--gpu", type=size_of_gpu, default=(None, None), help=text)
-    text = "share of the GPU's peak speed that training uses (default: %(default)s)"
-    share = between(1e-9, 1, float)
-    parser.add_argument("--mfu", metavar="SHARE", type=share, default=0.4, help=text)
     options, rest = parser.parse_known_args(arguments)
     config, _ = from_command_line(rest)
     total, tflops = options.gpu
@@ -40,7 +38,7 @@ def main(arguments: list[str]) -> None:
         total = gpu_memory()["total"]
         tflops = matmul_rate(torch.device("cuda"), torch.bfloat16) / 1e12
     _print_memory(config, float("inf") if total is None else total)
-    _print_cost(config, tflops, options.mfu)
+    _print_cost(config, tflops)
 
 
 def size_of_gpu(text: str) -> tuple[float, float | None]:
@@ -70,7 +68,7 @@ def _print_memory(config: Config, total: float) -> None:
         print(f"try {change[0]}: {change[1]:.2f} GiB, as planned with it")
 
 
-def _print_cost(config: Config, tflops: float | None, mfu: float) -> None:
+def _print_cost(config: Config, tflops: float | None) -> None:
     """Print the steps and tokens of the run, and its hours where the GPU's speed is known."""
     from src.data.dataset import load_documents
     from src.models.model import load_tokenizer
@@ -80,8 +78,8 @@ def _print_cost(config: Config, tflops: float | None, mfu: float) -> None:
     steps, tokens, flops = cost(config, train)
     print(f"{steps:,} steps, {tokens:,} tokens")
     if tflops:
-        hours = flops / (tflops * 1e12 * mfu) / 3600
-        print(f"{hours:.3g} hours at {mfu:.0%} of {tflops:,.0f} TFLOP/s")
+        hours = flops / (tflops * 1e12 * UTILISATION) / 3600
+        print(f"{hours:.3g} hours at {UTILISATION:.0%} of {tflops:,.0f} TFLOP/s")
 
 
 if __name__ == "__main__":

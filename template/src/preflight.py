@@ -34,12 +34,9 @@ def check_run(config: Config, output: bool = True) -> None:
     problems = list(_model_problems(config.model))
     if config.lora and config.lora.adapter:
         problems += _adapter_problems(config.lora.adapter)
-    data = {"data.train": config.data.train}
-    if isinstance(config.data.eval, str | list) and config.data.eval != config.data.train:
-        data["data.eval"] = config.data.eval
-    for key, sources in data.items():
+    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         try:
-            for source in expand(sources):
+            for source in expand(sources) if isinstance(sources, str | list) else ():
                 check_source(source, config.data)
         except UserError as error:
             problems += [f"{key}: {problem}" for problem in error.problems]

@@ -170,7 +170,7 @@ def test_damaged_files_of_a_run_are_named(tmp_path) -> None:
         (tmp_path / "record.json").write_text(text)
         with pytest.raises(UserError, match=r"record.json: is damaged"):
             Record(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": null}\n[1]\n{"step": 1}\n{"st')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 

@@ -14,9 +14,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     # Not splitlines(): an answer may have a separator that ends a line for Python, not for JSON.
     for line in path.read_text("utf-8").split("\n") if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):
-            read = json.loads(line)
-            lines += [read] * isinstance(read["step"], int)
+        with suppress(ValueError):
+            lines.append(json.loads(line))
     return lines
 
 

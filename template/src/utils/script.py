@@ -45,13 +45,12 @@ def run_script(main: Callable[[list[str]], None], help_text: str = "") -> None:
     except (UserError, RunError) as error:
         lines = [f"error: {line}" for line in str(error).splitlines()]
         _leave(lines, EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED)
-    except Interrupted as stop:
-        _leave([] if RANK else [str(stop)], stop.exit_code)  # all of them stop after one step
+    except (Interrupted, KeyboardInterrupt) as stop:  # all processes stop after one step
+        code = stop.exit_code if isinstance(stop, Interrupted) else EXIT_SIGINT
+        _leave([] if RANK else [str(stop) or "interrupted"], code)
     except SyntaxError as error:  # in the project's own code, as after an update with conflicts
         place = f"{error.filename}:{error.lineno}: {error.msg}"
         _leave([f"error: {place}: {(error.text or '').strip()}"], EXIT_BAD_INPUT)
-    except KeyboardInterrupt:  # while loading: a training saves its state first
-        _leave([] if RANK else ["interrupted"], EXIT_SIGINT)
     except BrokenPipeError:
         output = select.poll()
         output.register(sys.stdout, 0)

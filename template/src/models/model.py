@@ -151,17 +151,6 @@ def save_model(
     tokenizer.save_pretrained(folder)
 
 
-def count_parameters(model: PreTrainedModel) -> tuple[int, int, int]:
-    """(trainable, quantized, all) parameters; packed 4-bit weights count as unpacked."""
-    trainable = quantized = total = 0
-    for p in model.parameters():
-        count = (getattr(p, "quant_state", None) or p).shape.numel()
-        total += count
-        quantized += count * (p.dtype in {torch.uint8, torch.int8})
-        trainable += p.numel() * p.requires_grad
-    return trainable, quantized, total
-
-
 def without_weights(
     config: ModelConfig, dtype: torch.dtype | None = None, device: str = "meta"
 ) -> PreTrainedModel:

@@ -20,7 +20,6 @@ from src.data.batching import TokenLoader
 from src.data.dataset import TokenDataset
 from src.data.describe import data_lines, show_document
 from src.models.adapters import adapted_names, frozen_experts
-from src.models.model import count_parameters
 from src.training.checkpoint import TrainState
 from src.training.metrics import rewind_metrics
 from src.training.optimizer import rate_factor
@@ -78,11 +77,9 @@ def describe(
 
 
 def _model_lines(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> Iterator[str]:
-    trainable, quantized, total = count_parameters(model)
-    weights = "random weights" if config.model.init == "random" else "not quantized"
-    if quantized:
-        weights = f"{config.model.quantization} ({quantized / total:.0%} of the weights)"
-    yield f"{config.model.name}, {weights}; {trainable:,} of {total:,} weights trained"
+    total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    weights = f"{config.model.init}, quantization {config.model.quantization}"
+    yield f"{config.model.name}, {weights}; {trained:,} of {total:,} weights trained"
     attention, precision = model.config._attn_implementation, str(dtype).removeprefix("torch.")
     yield f"{precision} on {model.device.type}, {attention} attention"
     if config.lora:

@@ -56,7 +56,7 @@ def tokenizer() -> Any:
 
 
 @settings(
-    max_examples=400, deadline=None, derandomize=True,
+    max_examples=200, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(row=ROW)

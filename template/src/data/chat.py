@@ -3,8 +3,8 @@
 Chat templates trim and rewrite turns, drop earlier reasoning, and differ in how a turn ends. So
 as little as possible is assumed: a conversation is rendered twice, once with a marker in place of
 each message's text. What stands around the markers comes from the template, what stands in their
-place from the row. The generation prompt is rendered once for each kind of
-message that stands before an answer.
+place from the row. The generation prompt is rendered once for each kind of message that stands
+before an answer.
 """
 
 import json
@@ -51,6 +51,7 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
         raise Rejected("the row holds text such as Qzx1xzQ, which is a marker here; change it")
     turns = turn_format(tokenizer, str(tokenizer.chat_template))
     text, places, marked = _locate(messages, tools, tokenizer)
+    # What a prompt after a message depends on: its role, the blanks at its end, its calls.
     kinds = [(m["role"], MARK.split(m["content"])[-1], m.get("tool_calls") or []) for m in marked]
     spans, prompted, end = [], True, 0  # end: of the previous message
     for number, message in enumerate(messages):
@@ -63,7 +64,7 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
         if number and (before := places[number - 1]) and not kinds[number - 1][2]:
             end = before[1]
             # Rendering all that comes before each answer would be quadratic in turns. So it is
-            # done for the first message that ends as the previous one does.
+            # done for the first message of the previous one's kind.
             first = kinds.index(kinds[number - 1])
             prompt = _skeleton(marked[: first + 1], tools, tokenizer, prompt=True)[-1]
         start, whole = _beginning(text, (end, own[0] if own else after), prompt, turns)
@@ -120,6 +121,12 @@ def chat_text(
 ) -> str:  # fmt: skip
     """Return the conversation as the chat template writes it.
 
+    Args:
+        tokenizer: whose chat template it is.
+        messages: as `read_message` returns them; arguments of tools are objects.
+        add_generation_prompt: whether to write the header of an answer at the end.
+        tools: that the assistant may call.
+
     Raises:
         Rejected: the template refuses it, in its own words.
     """
@@ -172,8 +179,8 @@ def turn_format(tokenizer: Tokenizer, template: str) -> TurnFormat:
         tokenizer: whose special tokens the template writes.
         template: its `chat_template`; part of the cache's key.
     """
-    known = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    special = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or "(?!)")
+    known = sorted(map(str, tokenizer.get_added_vocab()), key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, known)) or "(?!)")
     question, mark = {"role": "user", "content": "?"}, _mark(1)
     asked, prompted = (chat_text(tokenizer, [question], prompt) for prompt in (False, True))
     answer = {"role": "assistant", "content": mark}

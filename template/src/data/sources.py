@@ -13,14 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from glob import glob
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from src.data import Rejected
 from src.utils.environment import PROJECT_ROOT, from_root
 from src.utils.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 Places = Iterator[tuple[str, Any]]  # pairs of a place in the file (":3" is its line) and a raw row
 COMPRESSED = {".gz", ".zst"}
@@ -35,13 +32,12 @@ def expand(sources: str | list[str]) -> list[str]:
     """
     names: list[str] = []
     for source in [sources] if isinstance(sources, str) else sources:
-        if not re.search(r"[*?[]", source) or os.path.exists(from_root(source)):
-            names.append(source)
-            continue
-        files = glob(os.path.expanduser(source), root_dir=PROJECT_ROOT, recursive=True)
+        files = [source]
+        if re.search(r"[*?[]", source) and not os.path.exists(from_root(source)):
+            files = sorted(glob(os.path.expanduser(source), root_dir=PROJECT_ROOT, recursive=True))
         if not files:
             raise UserError(f"{source}: no file fits this pattern")
-        names += sorted(files)
+        names += files
     return names
 
 
@@ -61,7 +57,7 @@ def raw_rows(source: str) -> Places:
         UserError: the whole file cannot be read, or there is no such dataset.
     """
     reader = _reader(source)
-    rows = reader(from_root(source)) if reader else _table(load_hub(source))
+    rows = reader(from_root(source)) if reader else _table(_load_hub(source))
     try:
         yield from rows
     except Exception as error:  # noqa: BLE001 - whatever a library raises for a damaged file
@@ -71,14 +67,14 @@ def raw_rows(source: str) -> Places:
 def fingerprint(source: str) -> bytes:
     """Return a hash of what a source holds."""
     if not is_file(source):
-        return load_hub(source)._fingerprint.encode()
+        return _load_hub(source)._fingerprint.encode()
     path = from_root(source)
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").digest()
     return "".join(path.suffixes).encode() + content  # which decide how the bytes are read
 
 
-def load_hub(source: str) -> "Dataset":
+def _load_hub(source: str) -> Any:
     """Return a split of a dataset on the hub, or in its cache: `org/name[:configuration][:split]`.
 
     Raises:

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     with quick_imports():
         from src.training.run import run
 
-    run(config, plain, arguments)
+    run(config, plain)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ class TrainingConfig(Section):
     eval_every: PositiveInt | None = None
     # Stop after so many evaluations without a better loss; null: never.
     patience: PositiveInt | None = None
-    # null: only the best evaluated checkpoint and the final model.
+    # null: a checkpoint only of the best evaluation, and at a signal.
     save_every: PositiveInt | None = 100
     # Keep the newest so many, and always the best one.
     keep_checkpoints: PositiveInt = 2

@@ -94,7 +94,7 @@ def train_child(model: LlamaForCausalLM, ids: torch.Tensor, output: Path) -> Non
             config=config, tokenizer=data, objective=objective, training=training, train=loader, evaluation=None,
             dtype=torch.float32, speed=Speed(1, 1, 1), total_steps=STEPS, recorder=recorder,
         )  # fmt: skip
-        with StopSignal([]) as stop:
+        with StopSignal() as stop:
             run._train(parts, stop, lambda: None)
 
 

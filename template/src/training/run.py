@@ -51,18 +51,17 @@ class Run:
     recorder: report.Recorder
 
 
-def run(config: Config, plain: dict[str, Any], command: list[str]) -> Path:
+def run(config: Config, plain: dict[str, Any]) -> Path:
     """Train as configured; return the folder of the saved model.
 
     Args:
         config: validated, and checked by `src.preflight.check_run`.
         plain: the same as plain data without secrets, for `config.yaml` and the tracker.
-        command: the command line's arguments, to print how to resume.
 
     Raises:
         UserError: bad input that only the libraries could find.
         RunError: the run cannot go on; its last checkpoint is whole.
-        Interrupted: after a signal; the state is saved unless training.save_every is null.
+        Interrupted: after a signal; the state is saved.
     """
     set_seed(config.seed, config.deterministic)
     device = pick_device(config.device)
@@ -73,7 +72,7 @@ def run(config: Config, plain: dict[str, Any], command: list[str]) -> Path:
         # From here on a signal waits for the end of a step, so that no training is lost.
         with (
             explain_failed_write(output),
-            StopSignal(command) as stop,
+            StopSignal() as stop,
             prepared.recorder,
             explain_out_of_memory(config, training),
         ):
@@ -155,10 +154,10 @@ def _train(run: Run, stop: StopSignal, sample: Callable[[], None]) -> None:
         recorder.log(metrics)  # before saving: metrics.jsonl has every line up to a checkpoint
         if evaluation is not None:
             sample()
-        if (settings.save_every and (saving or last)) or (best and not last):
+        if stopping or (settings.save_every and (saving or last)) or (best and not last):
             save_checkpoint(run.training, recorder.checkpoints, settings.keep_checkpoints)
         if stopping:
-            raise stop.interruption(state.step, run.total_steps, settings.save_every is not None)
+            raise stop.interruption(state.step, run.total_steps)
         if last:
             return
         steps, started = [], time.perf_counter()

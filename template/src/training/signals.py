@@ -1,7 +1,6 @@
 """SIGTERM and SIGINT finish the step, save and exit; a second one stops at once."""
 
 import os
-import shlex
 import signal
 import time
 from types import FrameType
@@ -14,9 +13,7 @@ from src.utils.errors import Interrupted
 class StopSignal:
     """A context manager that remembers the first SIGTERM or SIGINT while it is active."""
 
-    def __init__(self, command: list[str]) -> None:
-        """`command`: the arguments of this run, to print how to resume it."""
-        self._command = command
+    def __init__(self) -> None:
         self._received, self._at = 0, 0.0
 
     def __enter__(self) -> Self:
@@ -41,14 +38,9 @@ class StopSignal:
         """Whether any process got a signal: all must stop after the same step."""
         return distributed.all_sum(float(self._received > 0)) > 0
 
-    def interruption(self, step: int, total_steps: int, saved: bool) -> Interrupted:
+    def interruption(self, step: int, total_steps: int) -> Interrupted:
         """The error that ends the run, once its state is saved."""
         number = self._received or signal.SIGTERM  # another process received it
-        where = "its state is saved" if saved else "nothing is saved: training.save_every is null"
-        words = [word for word in self._command if not word.startswith("training.resume=")]
-        resume = shlex.join(["uv", "run", "scripts/train.py", *words, "training.resume=auto"])
-        return Interrupted(
-            f"stopped by {signal.Signals(number).name} after step {step} of {total_steps}; "
-            f"{where}\nresume: {resume}",
-            128 + number,  # as a shell reports it
-        )
+        stopped = f"stopped by {signal.Signals(number).name} after step {step} of {total_steps}"
+        again = "its state is saved: the same command with training.resume=auto goes on"
+        return Interrupted(f"{stopped}; {again}", 128 + number)  # as a shell reports it

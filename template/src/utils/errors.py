@@ -20,7 +20,7 @@ class RunError(Exception):
 
 
 class Interrupted(Exception):
-    """A run that a signal stopped, after its state was saved if `training.save_every` is set.
+    """A run that a signal stopped, after its state was saved.
 
     Attributes:
         exit_code: 143 after SIGTERM, 130 after SIGINT.

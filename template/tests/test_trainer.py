@@ -140,9 +140,9 @@ def test_train_epoch_takes_plain_batches_and_learns(make_model, data) -> None:
     model = make_model(packing=False)
     rows = [{k: padded(data, [n])[k][0] for k in ("input_ids", "labels")} for n in range(12)]
     loader = DataLoader(rows, batch_size=4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = [train_epoch(model, loader, optimizer, None, "cpu") for _ in range(5)]
-    assert losses[-1] < 0.8 * losses[0], losses
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = [train_epoch(model, loader, optimizer, None, "cpu") for _ in range(2)]
+    assert losses[1] < 0.8 * losses[0], losses
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 2.0**11), (torch.bfloat16, 1.0)])

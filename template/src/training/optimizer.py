@@ -32,7 +32,6 @@ def make_optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.Op
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
     if settings.optimizer == "adamw8bit":
         from torchao.optim import AdamW8bit
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from src.config import Config, ModelConfig, change_data
+from src.config import change_data
 from src.data.rows import check_source
 from src.data.sources import expand
 from src.trained import Trained, find_trained, load_trained, make_model_parser
@@ -31,8 +31,7 @@ def main(arguments: list[str]) -> None:
     data = change_data(data, options.keys)
     for source in expand(options.data):
         check_source(source, data)
-    folder = _folder_for(found)
-    config = Config(output_dir=str(folder), model=ModelConfig(name=found.name), data=data)
+    folder, config = _folder_for(found), found.config.model_copy(update={"data": data})
 
     from src.tools.evaluate import compare_with_base, write_evaluation
     from src.training.tracking import send_evaluation

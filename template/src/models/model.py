@@ -159,11 +159,9 @@ def without_weights(
     Raises:
         UserError: as `build_model` does.
     """
-    described = read_config(config)
+    described, trusted = read_config(config), config.trust_remote_code
     with explained(f"model.name: {config.name}"), torch.device(device):
-        return AutoModelForCausalLM.from_config(
-            described, dtype=dtype, trust_remote_code=config.trust_remote_code
-        )
+        return AutoModelForCausalLM.from_config(described, dtype=dtype, trust_remote_code=trusted)
 
 
 def read_config(config: ModelConfig) -> Any:

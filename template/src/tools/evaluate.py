@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from src.config import Config, changed
+from src.config import Config
 from src.data.batching import padded_loader
 from src.data.dataset import read_part
 from src.data.sources import expand
@@ -42,11 +42,11 @@ def compare_with_base(
         the samples the share that is exact, blanks at both ends aside, and the share that contains
         the expected answer.
     """
-    longest = min(config.data.max_length, position_limit(model.config) or config.data.max_length)
-    config = changed(config, f"data.max_length={longest}")
-    source, dtype = config.data.train, pick_dtype("auto", model.device)
-    loader = padded_loader(source, tokenizer, config)
-    asked = questions(read_part(expand(source), config.data), samples, tokenizer)
+    data, source, dtype = config.data, config.data.train, pick_dtype("auto", model.device)
+    longest = min(data.max_length, position_limit(model.config) or data.max_length)
+    data = data.model_copy(update={"max_length": longest})
+    loader = padded_loader(source, tokenizer, config.model_copy(update={"data": data}))
+    asked = questions(read_part(expand(source), data), samples, tokenizer)
     rows: list[dict[str, Any]] = [
         {"prompt": row["messages"], "expected": expected} for row, expected in asked
     ]

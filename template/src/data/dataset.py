@@ -143,15 +143,16 @@ def load_tokens(
 
 
 def read_part(
-    names: list[str], data: DataConfig, part: Part = "all", left_out: list[LeftOut] | None = None
-) -> Iterator[Row]:
+    sources: str | list[str], data: DataConfig, part: Part = "all",
+    left_out: list[LeftOut] | None = None,
+) -> Iterator[Row]:  # fmt: skip
     """Return the usable rows of some sources, or of a part where `data.eval` is a share of them.
 
     Rows are divided by their content, so that equal rows are never in both parts. Of up to MANY
     rows the share is met as exactly as whole rows allow. Of more it is met on average, and rows
     that are added later move no other row to the other part.
     """
-    rows = chain.from_iterable(read_rows(name, data, left_out) for name in names)
+    rows = chain.from_iterable(read_rows(name, data, left_out) for name in expand(sources))
     if part == "all":
         return rows
     first, share = list(islice(rows, MANY + 1)), cast(float, data.eval)

@@ -154,7 +154,8 @@ def _read(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
     """
     if isinstance(raw, Rejected):
         raise raw
-    raw = _of(dict, raw, "a row")
+    if not isinstance(raw, dict):
+        raise Rejected(f"a row must be an object, not {type(raw).__name__}")
     columns = {k: v for k, v in (data.columns or {}).items() if needs_answer or k not in ANSWERS}
     for ours, theirs in columns.items():
         if theirs not in raw:

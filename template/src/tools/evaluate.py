@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from src.config import Config
 from src.data.batching import padded_loader
 from src.data.dataset import read_part
-from src.data.sources import expand
 from src.models.generation import generate
 from src.models.model import position_limit
 from src.training.samples import questions
@@ -46,7 +45,7 @@ def compare_with_base(
     longest = min(data.max_length, position_limit(model.config) or data.max_length)
     data = data.model_copy(update={"max_length": longest})
     loader = padded_loader(source, tokenizer, config.model_copy(update={"data": data}))
-    asked = questions(read_part(expand(source), data), samples, tokenizer)
+    asked = questions(read_part(source, data), samples, tokenizer)
     rows: list[dict[str, Any]] = [
         {"prompt": row["messages"], "expected": expected} for row, expected in asked
     ]

@@ -13,7 +13,6 @@ from src.data.chat import render
 from src.data.dataset import read_part
 from src.data.encoding import stop_token_ids
 from src.data.rows import Row, carries_loss
-from src.data.sources import expand
 from src.models.generation import Prompt, generate
 from src.training.checkpoint import TrainState
 from src.training.report import say
@@ -32,7 +31,7 @@ def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
     sources = data.train if share or overfit else data.eval
     if not isinstance(sources, str | list):
         return []
-    rows = read_part(expand(sources), data, "eval" if share else "all")
+    rows = read_part(sources, data, "eval" if share else "all")
     return [row for row, _ in questions(rows, config.evaluation.samples, tokenizer)]
 
 
@@ -103,7 +102,7 @@ def check_overfit(
     Raises:
         RunError: it gives another answer.
     """
-    rows = read_part(expand(config.data.train), config.data)
+    rows = read_part(config.data.train, config.data)
     for row, expected in questions(rows, 1, tokenizer):
         room = len(tokenizer(expected)["input_ids"]) + 20  # to run on, if nothing stops it
         answer = within(objective, generate, tokenizer, row, max_length=room, dtype=dtype)

@@ -204,8 +204,9 @@ def _documents(
     left_out: list[LeftOut],
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Yield documents as arrays of TOKEN, none longer than `data.max_length`."""
-    length = data.max_length
-    for row, rendered, tokens in _encoded(rows, tokenizer, left_out):
+    length, batches = data.max_length, batched(_rendered(rows, tokenizer, left_out), ROWS_AT_ONCE)
+    encoded = (zip(some, encode([r for _, r in some], tokenizer), strict=True) for some in batches)
+    for (row, rendered), tokens in chain.from_iterable(encoded):
         size, is_text = len(tokens), "text" in row
         # All of a text is worth reading; of a conversation, its beginning.
         starts = range(0, size if is_text else 1, length)
@@ -227,19 +228,14 @@ def _documents(
         yield from documents
 
 
-def _encoded(
+def _rendered(
     rows: Iterable[Row], tokenizer: Tokenizer, left_out: list[LeftOut]
-) -> Iterator[tuple[Row, Rendered, np.ndarray]]:
-    """Yield each row with its text and its tokens."""
-    for some in batched(rows, ROWS_AT_ONCE):
-        read, texts = [], []
-        for row in some:
-            try:
-                texts.append(render_row(row, tokenizer))
-                read.append(row)
-            except Rejected as error:
-                left_out.append(LeftOut(error.count_as, row["place"], str(error), row))
-        yield from zip(read, texts, encode(texts, tokenizer), strict=True)
+) -> Iterator[tuple[Row, Rendered]]:
+    for row in rows:
+        try:
+            yield row, render_row(row, tokenizer)
+        except Rejected as error:
+            left_out.append(LeftOut(error.count_as, row["place"], str(error), row))
 
 
 def _notes(row: Row, rendered: Rendered, tokenizer: Tokenizer) -> Iterator[str]:

@@ -35,10 +35,10 @@ def encode(rows: Sequence[Rendered], tokenizer: Tokenizer) -> Iterator[np.ndarra
     stop token that ends the turn included. Position 0 never is: nothing predicts it.
     """
     # The template has written BOS and EOS already: a second BOS is the classic mistake.
-    texts = [row.text for row in rows] or [""]
+    texts = [row.text for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    each = zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=False)
-    for row, ids, offsets in each:
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    for row, (ids, offsets) in zip(rows, pairs, strict=True):
         spoken = bytearray(len(row.text) + 1)  # 1 where a character is the assistant's
         for start, end in row.spans:
             spoken[start:end] = b"\1" * (end - start)

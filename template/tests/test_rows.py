@@ -111,7 +111,7 @@ def test_columns_of_other_names_are_mapped_and_a_wrong_name_is_named(write_rows)
     columns = {"prompt": "my answer", "completion": "prompt"}  # also crosswise
     assert [m["content"] for m in read(file, columns=columns)[0]["messages"]] == ["y", "x"]
     (problem,) = problems(file, columns={"prompt": "q"})
-    assert ":1: data.columns.prompt: no column `q` in ['prompt', 'my answer']" in problem
+    assert ":1: data.columns: no ['q'] in ['prompt', 'my answer']" in problem
 
 
 def test_a_wrong_header_is_named_once_with_the_keys_that_map_it(write_rows) -> None:

@@ -9,6 +9,7 @@ before an answer.
 
 import json
 import re
+from collections.abc import Iterable
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -179,8 +180,7 @@ def turn_format(tokenizer: Tokenizer, template: str) -> TurnFormat:
         tokenizer: whose special tokens the template writes.
         template: its `chat_template`; part of the cache's key.
     """
-    known = sorted(map(str, tokenizer.get_added_vocab()), key=len, reverse=True)
-    special = re.compile("|".join(map(re.escape, known)) or "(?!)")
+    special = _any_of(map(str, tokenizer.get_added_vocab()))
     question, mark = {"role": "user", "content": "?"}, _mark(1)
     asked, prompted = (chat_text(tokenizer, [question], prompt) for prompt in (False, True))
     answer = {"role": "assistant", "content": mark}
@@ -200,11 +200,9 @@ def turn_format(tokenizer: Tokenizer, template: str) -> TurnFormat:
         prints_tools = chat_text(tokenizer, [question], True, [TOOL]) != prompted
     except Rejected:  # a template without tools
         calls, prints_tools = set(), False
-    ends = (answers, calls or answers)
-    of_answer, of_calls = (re.compile("|".join(map(re.escape, tokens))) for tokens in ends)
     return TurnFormat(
-        special, prompted[len(_shared(asked, prompted)) :], of_answer, of_calls, appended,
-        tuple(sorted(answers | calls)), prints_tools,
+        special, prompted[len(_shared(asked, prompted)) :], _any_of(answers),
+        _any_of(calls or answers), appended, tuple(sorted(answers | calls)), prints_tools,
     )  # fmt: skip
 
 
@@ -296,6 +294,11 @@ def _parts(message: Message) -> tuple[str, str, str]:
         reasoning, end, rest = rest.rpartition("</think>")
     blanks, said, more = rest.partition(rest.strip() or "\0")
     return reasoning + end + blanks, said, more
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of these tokens, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def _mark(number: int) -> str:

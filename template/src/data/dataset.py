@@ -243,8 +243,7 @@ def _notes(row: Row, rendered: Rendered, tokenizer: Tokenizer) -> Iterator[str]:
     if "text" in row:
         return
     turns = turn_format(tokenizer, str(tokenizer.chat_template))
-    said = [message["content"] for message in row["messages"]]
-    if any(token in content for content in said for token in turns.end_tokens):
+    if any(token in m["content"] for m in row["messages"] for token in turns.end_tokens):
         yield "with a token of the chat template as text: it ends a turn there"
     if row["tools"] and not turns.prints_tools:
         yield "with tools, which the chat template does not print"

@@ -157,10 +157,8 @@ def _read(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
     if not isinstance(raw, dict):
         raise Rejected(f"a row must be an object, not {type(raw).__name__}")
     columns = {k: v for k, v in (data.columns or {}).items() if needs_answer or k not in ANSWERS}
-    for ours, theirs in columns.items():
-        if theirs not in raw:
-            missing = f"no column `{theirs}` in {[*raw]}"
-            raise Rejected(f"data.columns.{ours}: {missing} (data.columns=null maps none)")
+    if missing := sorted({*columns.values()} - raw.keys()):
+        raise Rejected(f"data.columns: no {missing} in {[*raw]} (data.columns=null maps none)")
     try:
         row = _present(adapt(raw | {ours: raw[theirs] for ours, theirs in columns.items()}))
     except Exception as error:  # noqa: BLE001 - the user's code, on this row

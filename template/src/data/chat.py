@@ -248,7 +248,7 @@ def _locate(
     at = len(first)
     for number, literal in zip(map(int, rest[::2]), rest[1::2], strict=True):
         end = at + len(contents[number])
-        if not (text.startswith(contents[number], at) and text.startswith(literal, end)):
+        if not text.startswith(contents[number] + literal, at):
             if messages[number]["role"] == "assistant":
                 raise Rejected(f"the chat template changes what message {number + 1} says")
             end = text.find(literal, at) if literal else -1  # a tool's result as JSON, for example

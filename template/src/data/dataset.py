@@ -231,6 +231,7 @@ def _documents(
 def _rendered(
     rows: Iterable[Row], tokenizer: Tokenizer, left_out: list[LeftOut]
 ) -> Iterator[tuple[Row, Rendered]]:
+    """Yield each row with its text; those that the chat template cannot write are left out."""
     for row in rows:
         try:
             yield row, render_row(row, tokenizer)

@@ -10,7 +10,7 @@ from src.data.dataset import Document, TokenDataset
 
 
 def data_lines(dataset: TokenDataset) -> Iterator[str]:
-    """Say how many rows were read, and how; changed, left out or suspicious; what is not read."""
+    """Say how large a dataset is, how its rows were read or left out, and what was not read."""
     facts, tokens = dataset.facts, int(dataset.lengths.sum())
     share = f"of which {facts.labelled_tokens:,} labelled ({facts.labelled_tokens / tokens:.0%})"
     yield f"documents: {len(dataset):,}, tokens: {tokens:,}, {share}"

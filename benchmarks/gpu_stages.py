@@ -355,6 +355,8 @@ def run_qlora(c: Campaign) -> None:
 
 def run_plan(c: Campaign) -> None:
     """The peak that `plan` tells beforehand, against the one that steps have."""
+    import torch
+
     from src.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
     from src.training.plan import plan
 
@@ -377,6 +379,7 @@ def run_plan(c: Campaign) -> None:
                 data=DataConfig(train="unused", max_length=c.longest),
                 training=TrainingConfig(batch_size=2),
             )
+            _register_llama(torch.device("meta"), in_4bit=False)  # the plan quantizes itself
             planned = plan(config)
             peak = planned.peak_gib - planned.overhead
             what = f"plan of {name}{', checkpointing' * checkpointing}"

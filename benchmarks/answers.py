@@ -79,11 +79,12 @@ def file_of(folder: Path, rows: int) -> float:
             file.write(json.dumps({"prompt": f"row {n} " + "word " * 100}) + "\n")
     code = (
         "import resource, sys; from pathlib import Path\n"
+        "from src.config import DataConfig\n"
         "from src.data.answers import answer_rows, check_answers\n"
-        "source, output = sys.argv[1], Path(sys.argv[2])\n"
-        "done, total = check_answers(source, output)\n"
-        "answer_rows(source, output, done, total, lambda asked: ['answer ' * 100 for _ in asked])\n"
-        "check_answers(source, output)\n"
+        "file = sys.argv[1], Path(sys.argv[2]), DataConfig(train='-'), 'nobody'\n"
+        "done, total = check_answers(*file)\n"
+        "answer_rows(*file, done, total, lambda asked: ['answer ' * 100 for _ in asked])\n"
+        "check_answers(*file)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
     )
     return float(peak(code, source, folder / f"{rows}.out"))

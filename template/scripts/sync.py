@@ -22,10 +22,10 @@ def main(arguments: list[str]) -> None:
     for folder in folders:
         with only_run_in(folder):
             record = Record(folder)
-            # Nobody holds the folder, so a run that still says that it is running was killed.
-            status = record.facts["status"].replace("RUNNING", "KILLED")
+            if record.facts["status"] == "RUNNING":  # nobody holds the folder: it was killed
+                record.update(status="KILLED")
             try:
-                sent = Sender(record).send(status)
+                sent = Sender(record).send()
             except Exception as error:  # noqa: BLE001 - what MLflow, a server or a disk raises
                 raise RunError(f"{folder}: MLflow failed ({explain(error)})") from None
         print(f"{folder}: MLflow has all of it; {sent} lines of metrics were missing")

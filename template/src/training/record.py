@@ -1,6 +1,6 @@
-"""What a run's folder says of the run: `record.json` (where it comes from), and lines of JSON.
+"""What a run's folder says of the run: its configuration, where it comes from, how it ended.
 
-Secrets are hidden before anything is written to `record.json` or `uncommitted.diff`.
+Secrets are hidden before anything is written, so that the folder and its result can be shared.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import yaml
+from omegaconf import OmegaConf
 
 from src.utils.environment import PROJECT_ROOT
 from src.utils.errors import UserError
@@ -71,7 +72,7 @@ class Record:
 
         Args:
             folder: the run's.
-            written: its config as plain data.
+            written: its config as plain data, for `config.yaml`.
             read: what became of the rows of `train` and `eval`.
             step: where it begins.
         """
@@ -85,8 +86,9 @@ class Record:
         tags = provenance() | fingerprints
         if "mlflow.source.git.commit" not in tags and (PROJECT_ROOT / ".git").exists():
             print(f"warning: {RECORD} has no commit, because git fails here: see `git status`")
-        record = cls(folder, facts)
-        data = {part: _describe(written["data"], part, rows) for part, rows in read.items()}
+        record, written = cls(folder, facts), hide(written)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(written))
+        data = {part: _describe(written, part, rows) for part, rows in read.items()}
         record.update(status="RUNNING", tags=tags, data=data)
         if changes := git(PROJECT_ROOT, "diff", "HEAD"):
             write_text(folder / "uncommitted.diff", hide(changes[:MAX_DIFF]))
@@ -99,22 +101,34 @@ class Record:
             write_text(self.folder / RECORD, json.dumps(self.facts, indent=1) + "\n")
 
 
-def _describe(data: dict[str, Any], part: str, rows: Facts) -> dict[str, Any]:
+def _describe(written: dict[str, Any], part: str, rows: Facts) -> dict[str, Any]:
     """The files and counts of the rows of `train` or `eval`."""
-    # A share of the training rows, or a run that overfits, has no file of its own.
-    source = data[part] if isinstance(data[part], str | list) else data["train"]
+    source = written["data"][part]
+    # A share of the training rows has no file of its own, and a run that overfits reads no other.
+    if written["training"]["overfit"] or not isinstance(source, str | list):
+        source = written["data"]["train"]
     return {
-        "source": hide(source if isinstance(source, str) else ", ".join(source)),
+        "source": source if isinstance(source, str) else ", ".join(source),
         "counts": {"num_rows": sum(rows.read_as.values()), "labelled": rows.labelled_tokens},
     }
 
 
-def hide(text: str) -> str:
-    """Replace the environment's secrets, and what looks like a token or a login, by ***."""
-    for name, value in os.environ.items():
-        if SECRET_NAMES.search(name) and len(value) >= 8:
-            text = text.replace(value, "***")
-    return SECRET_SHAPES.sub("***", text)
+def hide(value: Any) -> Any:
+    """Replace the environment's secrets, and what looks like a token or a login, by ***.
+
+    Args:
+        value: a text; or a dict or list, for a copy with all its texts so.
+    """
+    if isinstance(value, dict):
+        return {key: hide(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [hide(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    for name, secret in os.environ.items():
+        if SECRET_NAMES.search(name) and len(secret) >= 8:
+            value = value.replace(secret, "***")
+    return SECRET_SHAPES.sub("***", value)
 
 
 def provenance() -> dict[str, str]:
@@ -139,7 +153,7 @@ def provenance() -> dict[str, str]:
 
     if torch.cuda.is_available():
         tags["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return {key: hide(value)[:500] for key, value in tags.items() if value}
+    return hide({key: value for key, value in tags.items() if value})
 
 
 def git(root: Path, *words: str) -> str | None:

@@ -5,12 +5,10 @@ import math
 import shlex
 import time
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from omegaconf import OmegaConf
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -23,7 +21,7 @@ from src.models.adapters import adapted_names, frozen_experts
 from src.training.checkpoint import TrainState
 from src.training.metrics import rewind_metrics
 from src.training.optimizer import rate_factor
-from src.training.record import Record
+from src.training.record import Record, hide
 from src.training.speed import Speed
 from src.training.tracking import Tracker, where_to_look
 from src.training.trainer import StepResult
@@ -182,13 +180,15 @@ class Recorder:
 
         Args:
             config: of the run.
-            written: the same as plain data without secrets.
+            written: the same as plain data.
             state: where the run stands; it is updated in place.
             total_steps: of the whole run.
             documents: to train on, and to evaluate on if there are any.
         """
         self._config, self._written, self._state = config, written, state
-        self._total_steps, self._documents = total_steps, documents
+        parts = zip(("train", "eval"), documents, strict=True)
+        self._datasets = {part: data for part, data in parts if data is not None}
+        self._total_steps = total_steps
         self._record: Record | None = None
         self._tracker: Tracker | None = None
         self._folder = from_root(config.output_dir)
@@ -208,18 +208,16 @@ class Recorder:
     def _start(self) -> Record:
         folder, step = self._folder, self._state.step
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(self._written))
         for name in (METRICS, "samples.jsonl"):
             rewind_metrics(folder / name, step)
         for path in sorted(self.checkpoints.glob(STEPS)):  # damaged, or of steps taken again
             if int(path.name[-8:]) > step:
                 path.rename(free_name(path))
-        parts = zip(("train", "eval"), self._documents, strict=True)
-        datasets = {part: data for part, data in parts if data is not None}
-        files = (data.left_out.read_bytes().splitlines(keepends=True) for data in datasets.values())
-        if left_out := dict.fromkeys(chain.from_iterable(files)):  # once, if both sets have a row
-            (folder / "left_out.jsonl").write_bytes(b"".join(left_out))
-        facts = {part: data.facts for part, data in datasets.items()}
+        texts = (data.left_out.read_text("utf-8") for data in self._datasets.values())
+        lines = dict.fromkeys("".join(texts).split("\n"))  # once, if both sets have a row
+        if left_out := "\n".join(filter(None, lines)):
+            write_text(folder / "left_out.jsonl", hide(left_out) + "\n")
+        facts = {part: data.facts for part, data in self._datasets.items()}
         return Record.start(folder, self._written, facts, step)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -229,7 +227,7 @@ class Recorder:
         if self._record:
             self._record.update(status=status, ended=int(time.time() * 1000))
         if self._tracker:
-            self._tracker.close(status)
+            self._tracker.close()
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Write one line everywhere; keys as in `metrics.jsonl`."""
@@ -260,11 +258,6 @@ class Recorder:
         if self._record:
             self._record.update(final=self._result, final_step=step)
 
-    @property
-    def final_step(self) -> int:
-        """The step of which `final/` is, as far as the record says; 0: it does not."""
-        return self._record.facts.get("final_step", 0) if self._record else 0
-
     def summarise(self) -> None:
         """Print where the result is, and what to do next."""
         here = shlex.quote(self._config.output_dir)
@@ -273,6 +266,6 @@ class Recorder:
         if self._tracker and self._record:
             say(f"runs       {where_to_look(self._record)}")
         # A model that was trained on plain text alone is asked without a chat template.
-        only_text = self._documents[0].facts.read_as.keys() == {"text"}
+        only_text = self._datasets["train"].facts.read_as.keys() == {"text"}
         question = '--raw "a beginning"' if only_text else '"your question"'
         say(f"next       uv run scripts/inference.py {here}/final {question}")

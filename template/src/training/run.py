@@ -22,6 +22,7 @@ from src.training.checkpoint import Training, explain_failed_write, save_checkpo
 from src.training.fit import check_feasible, choose_strategy, explain_out_of_memory
 from src.training.metrics import draw_curves
 from src.training.optimizer import count_steps, make_optimizer, make_scheduler
+from src.training.record import Record
 from src.training.samples import check_overfit, make_sampler
 from src.training.signals import StopSignal
 from src.training.speed import Speed, count_flops, matmul_rate
@@ -211,13 +212,13 @@ def _save_result(run: Run) -> None:
 
 
 def _write_final(run: Run, weights: dict[str, Tensor], step: int) -> None:
-    output, earlier = run.recorder.checkpoints.parent, run.recorder.final_step
-    final = output / "final"
+    output = run.recorder.checkpoints.parent
+    final, earlier = output / "final", Record(output).facts.get("final_step", "unknown")
     draw_curves([output], output / "loss.png")
     if final.exists():  # of a finished run that was continued
         if earlier == step:
             return
-        final.rename(free_name(output / f"final-step-{earlier or 'unknown'}"))
+        final.rename(free_name(output / f"final-step-{earlier}"))
     with new_folder(final) as folder:
         save_model(run.training.model, run.tokenizer, folder, run.dtype, weights)
         shutil.copy(output / "config.yaml", folder / RECIPE)

@@ -15,6 +15,7 @@ from src.data.encoding import stop_token_ids
 from src.data.rows import Row, carries_loss
 from src.models.generation import Prompt, generate
 from src.training.checkpoint import TrainState
+from src.training.record import hide
 from src.training.report import say
 from src.training.strategy import within
 from src.utils.distributed import is_main
@@ -83,7 +84,7 @@ def make_sampler(
             return
         if is_main():
             pairs = [{"prompt": p, "answer": a} for p, a in zip(asked, answers, strict=True)]
-            line = json.dumps({"step": state.step, "samples": pairs}, ensure_ascii=False)
+            line = hide(json.dumps({"step": state.step, "samples": pairs}, ensure_ascii=False))
             with path.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
         when = " (before training)" * (state.step == 0)

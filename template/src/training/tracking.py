@@ -11,12 +11,11 @@ import json
 import logging
 import os
 import shlex
-import tempfile
-import threading
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import batched
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
@@ -44,31 +43,31 @@ FILES = ("config.yaml", "samples.jsonl", "left_out.jsonl", "loss.png", "uncommit
 CONTEXT = "mlflow.data.context"  # the tag that says what data was used for
 
 
-class Tracker:
+class Tracker(Thread):
     """A thread that sends what a run has written, every two seconds."""
 
     def __init__(self, record: Record, warn: Callable[[str], None]) -> None:
         """Begin to send the run of this record; `warn` is called once if MLflow fails."""
-        self._record, self._warn, self._warned = record, warn, False
-        self._end, self._status = threading.Event(), ""
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
+        super().__init__(daemon=True)
+        self._record, self._warn, self._warned, self._end = record, warn, False, Event()
+        self.start()
 
-    def close(self, status: str) -> None:
-        """Send all that is left, and that the run is FINISHED, FAILED or KILLED."""
-        self._status = status
+    def close(self) -> None:
+        """Send all that is left of a run whose record says how it ended."""
         self._end.set()
-        self._thread.join(UPLOAD_SECONDS if status == "FINISHED" else CLOSE_SECONDS)
-        if self._thread.is_alive():
+        finished = self._record.facts["status"] == "FINISHED"
+        self.join(UPLOAD_SECONDS if finished else CLOSE_SECONDS)
+        if self.is_alive():
             self._complain("did not answer in time")
 
-    def _work(self) -> None:
-        sender, status = None, ""
-        while not status:
-            status, pause = self._status, PAUSE_SECONDS
+    def run(self) -> None:
+        """Send until the run has ended, and once more then."""
+        sender, ended = None, False
+        while not ended:
+            ended, pause = self._end.is_set(), PAUSE_SECONDS
             try:
                 sender = sender or Sender(self._record)
-                sender.send(status)
+                sender.send()
             except Exception as error:  # noqa: BLE001 - tracking must never stop a training
                 sender = None  # the next one looks at what has arrived
                 self._complain(f"failed ({explain(error)})")
@@ -114,20 +113,19 @@ class Sender:
         points = client.get_metric_history(self.run_id, "learning_rate")
         self._steps, self._offset = {point.step for point in points}, 0
 
-    def send(self, status: str = "") -> int:
-        """Send what is missing; with a status also files and the model, and end the run.
+    def send(self) -> int:
+        """Send what is missing; of a run that has ended also its files, model and status.
 
         Returns:
             How many lines of numbers MLflow did not have.
         """
-        sent = self._send_lines()
-        if status:
-            with _without_secrets(self._folder / name for name in FILES) as copies:
-                self._client.log_artifacts(self.run_id, copies)
+        facts, sent = self._record.facts, self._send_lines()
+        if facts["status"] != "RUNNING":
+            for file in filter(Path.is_file, (self._folder / name for name in FILES)):
+                self._client.log_artifact(self.run_id, str(file))
             self._send_model()
-            facts = self._record.facts
             self._client.set_tag(self.run_id, "final", facts.get("final", "nothing"))
-            self._client.set_terminated(self.run_id, status, facts.get("ended"))
+            self._client.set_terminated(self.run_id, facts["status"], facts.get("ended"))
         return sent
 
     def _find_experiment(self) -> str:
@@ -138,9 +136,10 @@ class Sender:
             return self._client.create_experiment(name, own.as_uri() if local else None)
         files = Path(unquote(urlsplit(experiment.artifact_location).path))
         if local and files.name == own.name and files.resolve() != own.resolve():
+            link = shlex.join(["ln", "-s", str(PROJECT_ROOT), str(files.parent)])
             raise RunError(
                 f"the experiment {name} has its files in {files}, as this project has moved or is "
-                f"a copy: ln -s {PROJECT_ROOT} {files.parent}, or another tracking.experiment"
+                f"a copy: {link}, or another tracking.experiment"
             )
         return experiment.experiment_id
 
@@ -150,7 +149,7 @@ class Sender:
 
         facts, inputs = self._record.facts, []
         new = [
-            Param(key, hide(str(value))[:MAX_VALUE])
+            Param(key, str(value)[:MAX_VALUE])
             for key, value in flatten(config).items()
             if key not in known
         ]
@@ -194,25 +193,11 @@ class Sender:
         model = models[0].model_id
         size = sum(file.stat().st_size for file in final.iterdir())
         if size <= self._settings.max_model_gib * GIB:
-            with _without_secrets(final.iterdir()) as copies:
-                client.log_model_artifacts(model, copies)
+            client.log_model_artifacts(model, str(final))
         for line in read_metrics(self._folder / METRICS):
             if line["step"] == step:
                 client.log_batch(run_id, metrics=_points(line, model_id=model))
         client.finalize_logged_model(model, "READY")
-
-
-@contextmanager
-def _without_secrets(paths: Iterable[Path]) -> Generator[str]:
-    """A folder of the files that are there: links, and copies of texts that may hold secrets."""
-    with tempfile.TemporaryDirectory() as folder:
-        for path in filter(Path.is_file, paths):
-            copy = Path(folder, path.name)
-            if path.suffix in {".yaml", ".jsonl", ".diff"}:
-                copy.write_text(hide(path.read_text("utf-8")), encoding="utf-8")
-            else:
-                copy.symlink_to(path.resolve())
-        yield folder
 
 
 def explain(error: Exception) -> str:

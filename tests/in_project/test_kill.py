@@ -88,14 +88,15 @@ def train_child(model: LlamaForCausalLM, ids: torch.Tensor, output: Path) -> Non
     run.training_steps = watched
     data: Any = SimpleNamespace(left_out=Path(os.devnull), facts=Facts())
     loader: Any = Batches(ids)
+    loader.dataset = data
     objective = as_objective(model, torch.device("cpu"), torch.float32)
-    with Recorder(config, written, training.state, STEPS, (data, None)) as recorder:
+    with Recorder(config, written, training.state, STEPS, loader, None) as recorder:
         parts = run.Run(
             config=config, tokenizer=data, objective=objective, training=training, train=loader, evaluation=None,
-            dtype=torch.float32, speed=Speed(1, 1, 1), total_steps=STEPS, recorder=recorder,
+            dtype=torch.float32, speed=Speed(1, 1, 1), total_steps=STEPS,
         )  # fmt: skip
         with StopSignal() as stop:
-            run._train(parts, stop, lambda: None)
+            run._train(parts, recorder, stop, lambda: None)
 
 
 def crash_harness(folder: Path) -> None:

@@ -22,13 +22,9 @@ def test_a_run_on_tools_is_proved_by_the_call_itself(train, write_rows) -> None:
 def test_what_is_seldom_meant_is_said_before_the_first_step(train, write_rows, capsys) -> None:
     rows = write_rows(*[chat("q " * 400, "a") for _ in range(3)])
     train = partial(train, f"data.train={rows}", "data.max_length=1024", "training.batch_size=1")
-    train("data.eval=null", "training.epochs=1", "training.warmup_steps=100")
-    said = capsys.readouterr().out
-    assert "but the model has 512 positions" in said
-    assert "training.warmup_steps=100: the rate never reaches 0.003" in said
-    train(f"data.eval={rows}", "training.max_steps=1", output="few")
-    assert "chosen by few documents: data.eval has 3" in capsys.readouterr().out
-    train(f"data.eval={rows}", "training.max_steps=1", "training.resume=auto", output="few")
+    train("data.eval=null", "training.max_steps=1")
+    assert "but the model has 512 positions" in capsys.readouterr().out
+    train("data.eval=null", "training.max_steps=1", "training.resume=auto")
     assert "finished   nothing is left to train; a larger" in capsys.readouterr().out
 
 

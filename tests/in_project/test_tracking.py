@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler
@@ -27,7 +26,6 @@ import scripts.sync
 import scripts.train
 from conftest import ROOT, SMOKE, metrics
 from src.config import load_config
-from src.data.dataset import Facts
 from src.trained import find_trained
 from src.training import tracking
 from src.training.record import Record
@@ -35,7 +33,6 @@ from src.training.tracking import Sender, Tracker, connect
 from src.utils.errors import Interrupted, RunError
 
 QUESTION = "What does LoRA train?"
-SAMPLE = ROOT / "data/sample.jsonl"
 ANSWER = "Two small matrices per layer, whose product is added to the frozen weight."
 
 
@@ -73,10 +70,7 @@ def begin(folder: Path, step: int = 0, **tracking: object) -> Record:
     """A run's folder and record, as Recorder makes them."""
     _, written = load_config(SMOKE, [f"tracking.{k}={v}" for k, v in tracking.items()])
     folder.mkdir(exist_ok=True)
-    read = Facts(
-        Counter({"prompt and completion": 3}), unread=Counter(["id"]), fingerprint="0" * 64
-    )
-    return Record.start(folder, written, {"train": read}, step)
+    return Record.start(folder, written, {"fingerprint.train": "0" * 16}, step)
 
 
 def add(record: Record, *steps: int) -> None:
@@ -100,7 +94,7 @@ def send_later(folder: Path) -> int:
     return Sender(Record(folder)).send()
 
 
-def test_mlflow_has_the_parameters_metrics_tags_and_data_of_the_run(seen: Path) -> None:
+def test_mlflow_has_the_parameters_metrics_and_tags_of_the_run(seen: Path) -> None:
     client, (run,) = connect(), runs()
     assert run.info.status == "FINISHED"
     assert run.data.params["training.learning_rate"] == "0.003"
@@ -108,9 +102,6 @@ def test_mlflow_has_the_parameters_metrics_tags_and_data_of_the_run(seen: Path) 
     history = client.get_metric_history(run.info.run_id, "loss")
     logged = [(m["step"], m["loss"], int(m["time"] * 1000)) for m in metrics(seen)]
     assert [(p.step, p.value, p.timestamp) for p in history] == logged
-    data = [each.dataset for each in run.inputs.dataset_inputs]
-    assert {each.name for each in data} == {"data/sample.jsonl"}
-    assert json.loads(data[0].profile)["num_rows"] == len(SAMPLE.read_text().splitlines())
 
 
 def test_the_result_is_a_model_that_answers_by_its_uri_with_its_evaluation(seen, capfd) -> None:
@@ -303,13 +294,6 @@ def test_what_mlflow_refuses_for_ever_is_said_in_its_words(tmp_path, store, monk
     warnings.clear()
     end(record, track(record, warnings.append))
     assert "'sqlite:///mlflow.db'" in warnings[0]
-
-
-def test_names_of_thousands_of_files_are_cut_to_what_mlflow_holds(tmp_path, store) -> None:
-    record, long = begin(tmp_path / "run"), "x" * 70_000
-    record.update(data={"train": record.facts["data"]["train"] | {"source": long}})
-    Sender(record)
-    assert [len(each.dataset.name) for each in runs()[0].inputs.dataset_inputs] == [250]
 
 
 def test_a_project_is_tracked_in_any_folder_and_says_what_to_do_after_a_move(

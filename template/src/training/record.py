@@ -19,7 +19,7 @@ import uuid
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import yaml
 from omegaconf import OmegaConf
@@ -27,9 +27,6 @@ from omegaconf import OmegaConf
 from src.utils.environment import PROJECT_ROOT
 from src.utils.errors import UserError
 from src.utils.files import RECORD, write_text
-
-if TYPE_CHECKING:
-    from src.data.dataset import Facts
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "torchao", "datasets")
 MAX_DIFF = 1_000_000  # characters of uncommitted changes that are kept
@@ -45,8 +42,8 @@ class Record:
     Attributes:
         folder: the run's.
         facts: key (identifies the run), started (ms since 1970), status (RUNNING, FINISHED, FAILED
-            or KILLED), tags (see `provenance`), data (source and counts of train and eval), and
-            what `update` adds: ended, final, final_step, mlflow and mlflow_experiment (ids).
+            or KILLED), tags (see `provenance`; and the fingerprints of the data), and what
+            `update` adds: ended, final, final_step, mlflow and mlflow_experiment (ids).
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
@@ -66,14 +63,14 @@ class Record:
 
     @classmethod
     def start(
-        cls, folder: Path, written: dict[str, Any], read: dict[str, Facts], step: int
+        cls, folder: Path, written: dict[str, Any], fingerprints: dict[str, str], step: int
     ) -> Self:
         """Write the record of a run that begins; from a step above 0 it continues the earlier one.
 
         Args:
             folder: the run's.
             written: its config as plain data, for `config.yaml`.
-            read: what became of the rows of `train` and `eval`.
+            fingerprints: tags that say which data it has.
             step: where it begins.
         """
         facts: dict[str, Any] = {"key": uuid.uuid4().hex, "started": int(time.time() * 1000)}
@@ -82,14 +79,12 @@ class Record:
             held = earlier.facts.get("final_step")
             if held and held <= step:  # else that step is taken again
                 facts["final_step"] = held
-        fingerprints = {f"fingerprint.{part}": rows.fingerprint[:16] for part, rows in read.items()}
         tags = provenance() | fingerprints
         if "mlflow.source.git.commit" not in tags and (PROJECT_ROOT / ".git").exists():
             print(f"warning: {RECORD} has no commit, because git fails here: see `git status`")
-        record, written = cls(folder, facts), hide(written)
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(written))
-        data = {part: _describe(written, part, rows) for part, rows in read.items()}
-        record.update(status="RUNNING", tags=tags, data=data)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(hide(written)))
+        record = cls(folder, facts)
+        record.update(status="RUNNING", tags=tags)
         if changes := git(PROJECT_ROOT, "diff", "HEAD"):
             write_text(folder / "uncommitted.diff", hide(changes[:MAX_DIFF]))
         return record
@@ -99,18 +94,6 @@ class Record:
         with self._lock:
             self.facts |= facts
             write_text(self.folder / RECORD, json.dumps(self.facts, indent=1) + "\n")
-
-
-def _describe(written: dict[str, Any], part: str, rows: Facts) -> dict[str, Any]:
-    """The files and counts of the rows of `train` or `eval`."""
-    source = written["data"][part]
-    # A share of the training rows has no file of its own, and a run that overfits reads no other.
-    if written["training"]["overfit"] or not isinstance(source, str | list):
-        source = written["data"]["train"]
-    return {
-        "source": source if isinstance(source, str) else ", ".join(source),
-        "counts": {"num_rows": sum(rows.read_as.values()), "labelled": rows.labelled_tokens},
-    }
 
 
 def hide(value: Any) -> Any:

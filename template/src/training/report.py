@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,8 +30,6 @@ from src.utils.environment import from_root
 from src.utils.errors import Interrupted
 from src.utils.files import METRICS, STEPS, free_name, write_text
 from src.utils.memory import GIB
-
-FEW = 10  # documents: a loss on fewer says little
 
 
 def say(text: str) -> None:
@@ -68,7 +66,7 @@ def describe(
         f"schedule   steps: {total_steps:,}, an epoch: {-(-len(train.sampler) // window):,}; "
         f"{settings.scheduler} from {settings.learning_rate:g}, {settings.warmup_steps} warm-up"
     )
-    for warning in _warnings(config, model, train, evaluation, total_steps):
+    for warning in _warnings(config, model, train):
         say(f"warning: {warning}")
     # As the model reads it; tokens with loss are between [ and ].
     say(f"example    {show_document(data[[0]][0], tokenizer)[:300]!r}")
@@ -85,11 +83,9 @@ def _model_lines(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> 
         yield f"LoRA r={made.r} alpha={made.lora_alpha} on {', '.join(adapted_names(model))}"
 
 
-def _warnings(
-    config: Config, model: Any, train: TokenLoader, evaluation: TokenLoader | None, total_steps: int
-) -> Iterator[str]:
+def _warnings(config: Config, model: Any, train: TokenLoader) -> Iterator[str]:
     """Settings that are allowed but rarely intended."""
-    settings, rate = config.training, config.training.learning_rate
+    rate = config.training.learning_rate
     if config.data.packing and not train.packing:
         yield f"not packed: {model.config.model_type} would let packed documents see each other"
     if config.lora is None and config.model.init == "pretrained" and rate > 1e-4:
@@ -99,11 +95,6 @@ def _warnings(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and (longest := int(train.dataset.lengths.max())) > limit:
         yield f"a document has {longest:,} tokens, but the model has {limit:,} positions"
-    if settings.warmup_steps > total_steps:
-        yield f"training.warmup_steps={settings.warmup_steps}: the rate never reaches {rate:g}"
-    if evaluation and len(evaluation.dataset) < FEW and not settings.overfit:
-        few = len(evaluation.dataset)
-        yield f"the best checkpoint is chosen by few documents: data.eval has {few}"
 
 
 def describe_resume(path: Path | None, state: TrainState, config: Config, total_steps: int) -> None:
@@ -163,49 +154,50 @@ def measure(
 class Recorder:
     """Writes lines of numbers everywhere: `metrics.jsonl` first, then the terminal and MLflow.
 
-    A context manager around everything that writes into the run's folder. It starts the record and
-    the tracker, and in the end writes whether the run finished, failed or was stopped. Processes
-    other than the main one write nothing.
+    A context manager around everything that writes into the run's folder. In the end it writes
+    whether the run finished, failed or was stopped. Processes other than the main one write
+    nothing.
 
     Attributes:
         checkpoints: the folder of the run's checkpoints.
         bar: a progress bar of steps.
     """
 
+    _record: Record | None = None
+    _tracker: Tracker | None = None
+
     def __init__(
         self, config: Config, written: dict[str, Any], state: TrainState, total_steps: int,
-        documents: tuple[TokenDataset, TokenDataset | None],
+        train: TokenLoader, evaluation: TokenLoader | None,
     ) -> None:  # fmt: skip
-        """Prepare; nothing is written yet.
+        """Prepare the folder for the steps after this one; start the record and the tracker.
 
         Args:
             config: of the run.
             written: the same as plain data.
             state: where the run stands; it is updated in place.
             total_steps: of the whole run.
-            documents: to train on, and to evaluate on if there are any.
+            train: the rows to train on.
+            evaluation: those to evaluate on, if there are any.
         """
-        self._config, self._written, self._state = config, written, state
-        parts = zip(("train", "eval"), documents, strict=True)
-        self._datasets = {part: data for part, data in parts if data is not None}
-        self._total_steps = total_steps
-        self._record: Record | None = None
-        self._tracker: Tracker | None = None
-        self._folder = from_root(config.output_dir)
+        self._config, self._state, self._total_steps = config, state, total_steps
+        self._train, self._folder = train.dataset, from_root(config.output_dir)
         self.checkpoints = self._folder / "checkpoints"
-
-    def __enter__(self) -> Self:
         self.bar = tqdm(
-            total=self._total_steps, initial=self._state.step, unit="step", dynamic_ncols=True,
+            total=total_steps, initial=state.step, unit="step", dynamic_ncols=True,
             disable=None if distributed.is_main() else True,  # None: off where it is no terminal
         )  # fmt: skip
         if distributed.is_main():
-            self._record = self._start()
-            if self._config.tracking.enabled:
+            loaders = {"train": train, "eval": evaluation}
+            data = {part: loader.dataset for part, loader in loaders.items() if loader is not None}
+            self._prepare_folder(data.values())
+            tags = {f"fingerprint.{part}": d.facts.fingerprint[:16] for part, d in data.items()}
+            self._record = Record.start(self._folder, written, tags, state.step)
+            if config.tracking.enabled:
                 self._tracker = Tracker(self._record, say)
-        return self
 
-    def _start(self) -> Record:
+    def _prepare_folder(self, data: Iterable[TokenDataset]) -> None:
+        """Write which rows were left out, and put aside what an earlier run has of later steps."""
         folder, step = self._folder, self._state.step
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, "samples.jsonl"):
@@ -213,12 +205,13 @@ class Recorder:
         for path in sorted(self.checkpoints.glob(STEPS)):  # damaged, or of steps taken again
             if int(path.name[-8:]) > step:
                 path.rename(free_name(path))
-        texts = (data.left_out.read_text("utf-8") for data in self._datasets.values())
-        lines = dict.fromkeys("".join(texts).split("\n"))  # once, if both sets have a row
-        if left_out := "\n".join(filter(None, lines)):
-            write_text(folder / "left_out.jsonl", hide(left_out) + "\n")
-        facts = {part: data.facts for part, data in self._datasets.items()}
-        return Record.start(folder, self._written, facts, step)
+        lines = "".join(part.left_out.read_text("utf-8") for part in data).splitlines(keepends=True)
+        if lines:
+            unique = dict.fromkeys(lines)  # once, if both sets have a row
+            write_text(folder / "left_out.jsonl", hide("".join(unique)))
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.close()
@@ -237,20 +230,7 @@ class Recorder:
             line["time"] = round(time.time(), 3)
             with (self._folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        say(self._line(metrics))
-
-    def _line(self, m: dict[str, Any]) -> str:
-        total = self._total_steps
-        line = (
-            f"step {m['step']:>{len(str(total))}}/{total} · epoch {m['epoch']:.2f} · loss "
-            f"{m['loss']:.4f} · lr {m['learning_rate']:.2e} · grad {m['grad_norm']:.2f} · "
-            f"{m['tokens_per_second']:,.0f} tok/s · mfu {m['mfu']:.0%}"
-        )
-        if "peak_memory_gib" in m:
-            line += f" · {m['peak_memory_gib']:.1f} GiB"
-        if "eval_loss" in m:
-            line += f" · eval loss {m['eval_loss']:.4f}, perplexity {m['perplexity']:.2f}"
-        return line
+        say(_line(metrics, self._total_steps))
 
     def record_result(self, step: int, reason: str) -> None:
         """Record that `final/` holds the weights of this step, and why."""
@@ -266,6 +246,19 @@ class Recorder:
         if self._tracker and self._record:
             say(f"runs       {where_to_look(self._record)}")
         # A model that was trained on plain text alone is asked without a chat template.
-        only_text = self._datasets["train"].facts.read_as.keys() == {"text"}
+        only_text = self._train.facts.read_as.keys() == {"text"}
         question = '--raw "a beginning"' if only_text else '"your question"'
         say(f"next       uv run scripts/inference.py {here}/final {question}")
+
+
+def _line(m: dict[str, Any], total_steps: int) -> str:
+    line = (
+        f"step {m['step']:>{len(str(total_steps))}}/{total_steps} · epoch {m['epoch']:.2f} · loss "
+        f"{m['loss']:.4f} · lr {m['learning_rate']:.2e} · grad {m['grad_norm']:.2f} · "
+        f"{m['tokens_per_second']:,.0f} tok/s · mfu {m['mfu']:.0%}"
+    )
+    if "peak_memory_gib" in m:
+        line += f" · {m['peak_memory_gib']:.1f} GiB"
+    if "eval_loss" in m:
+        line += f" · eval loss {m['eval_loss']:.4f}, perplexity {m['perplexity']:.2f}"
+    return line

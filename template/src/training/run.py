@@ -49,7 +49,6 @@ class Run:
     dtype: torch.dtype  # of matmuls
     speed: Speed
     total_steps: int
-    recorder: report.Recorder
 
 
 def run(config: Config, plain: dict[str, Any]) -> Path:
@@ -68,29 +67,34 @@ def run(config: Config, plain: dict[str, Any]) -> Path:
     device = pick_device(config.device)
     dtype, output = pick_dtype(config.model.dtype, device), from_root(config.output_dir)
     with distributed.process_group(device, config.training.timeout), only_run_in(output):
-        prepared = _prepare(config, plain, device, dtype)
+        prepared = _prepare(config, device, dtype)
         objective, training = prepared.objective, prepared.training
         # From here on a signal waits for the end of a step, so that no training is lost.
         with (
             explain_failed_write(output),
             StopSignal() as stop,
-            prepared.recorder,
+            report.Recorder(
+                config,
+                plain,
+                training.state,
+                prepared.total_steps,
+                prepared.train,
+                prepared.evaluation,
+            ) as recorder,
             explain_out_of_memory(config, training),
         ):
             steps_left = prepared.total_steps - training.state.step
             prepare_layers(config, objective, training, prepared.train.packing, steps_left)
             sample = make_sampler(objective, prepared.tokenizer, config, training.state, dtype)
-            _train(prepared, stop, sample)
-            _save_result(prepared)
+            _train(prepared, recorder, stop, sample)
+            _save_result(prepared, recorder)
         if config.training.overfit:
             check_overfit(objective, config, prepared.tokenizer, dtype)
-        prepared.recorder.summarise()
+        recorder.summarise()
     return output / "final"
 
 
-def _prepare(
-    config: Config, plain: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> Run:
+def _prepare(config: Config, device: torch.device, dtype: torch.dtype) -> Run:
     """Make everything that training needs, and describe it; nothing is written to `output_dir`."""
     settings = config.training
     chosen, reason = choose_strategy(config, device, dtype)
@@ -115,20 +119,18 @@ def _prepare(
     total_steps = count_steps(settings, len(train.sampler))
     if RANK:  # the weights are the same on all ranks; dropout must differ
         set_seed(config.seed + RANK, config.deterministic)
-    recorder = report.Recorder(config, plain, training.state, total_steps, documents)
-    resumed = checkpoint.resume(training, settings, recorder.checkpoints)
+    resumed = checkpoint.resume(training, settings, from_root(config.output_dir) / "checkpoints")
     report.describe_resume(resumed, training.state, config, total_steps)
     speed = Speed(*count_flops(model, train.dataset.lengths), matmul_rate(device, dtype))
     report.describe(config, model, tokenizer, dtype, train, evaluation, total_steps)
-    return Run(
-        config, tokenizer, objective, training, train, evaluation, dtype, speed, total_steps,
-        recorder,
-    )  # fmt: skip
+    return Run(config, tokenizer, objective, training, train, evaluation, dtype, speed, total_steps)
 
 
-def _train(run: Run, stop: StopSignal, sample: Callable[[], None]) -> None:
+def _train(
+    run: Run, recorder: report.Recorder, stop: StopSignal, sample: Callable[[], None]
+) -> None:
     """Train to the last step, early stopping or a signal; decide when to log, evaluate and save."""
-    state, settings, recorder = run.training.state, run.config.training, run.recorder
+    state, settings = run.training.state, run.config.training
     steps, started = [], time.perf_counter()
     for step in _steps_of_all_epochs(run):
         state.step += 1
@@ -196,9 +198,9 @@ def _check_finite(run: Run, steps: list[StepResult]) -> None:
             )
 
 
-def _save_result(run: Run) -> None:
+def _save_result(run: Run, recorder: report.Recorder) -> None:
     """Save the weights of the best evaluation as `final/`; without evaluations, the last ones."""
-    training, checkpoints = run.training, run.recorder.checkpoints
+    training, checkpoints = run.training, recorder.checkpoints
     step, best, reason = training.state.step, training.state.best_step, "the last step"
     if best is not None:
         path = checkpoints / f"step-{best:08d}"
@@ -207,12 +209,12 @@ def _save_result(run: Run) -> None:
             step = best
         gone = f"the last step, as {path.name}, the best one, is gone or damaged"
         reason = "the best evaluation" if step == best else gone
-    distributed.on_main(_write_final, run, strategy.gathered(training.model), step)
-    run.recorder.record_result(step, reason)
+    output, weights = checkpoints.parent, strategy.gathered(training.model)
+    distributed.on_main(_write_final, run, output, weights, step)
+    recorder.record_result(step, reason)
 
 
-def _write_final(run: Run, weights: dict[str, Tensor], step: int) -> None:
-    output = run.recorder.checkpoints.parent
+def _write_final(run: Run, output: Path, weights: dict[str, Tensor], step: int) -> None:
     final, earlier = output / "final", Record(output).facts.get("final_step", "unknown")
     draw_curves([output], output / "loss.png")
     if final.exists():  # of a finished run that was continued

@@ -38,9 +38,7 @@ RETRY_SECONDS = 30.0  # after a failure, until MLflow is tried again
 CLOSE_SECONDS = 20.0  # how long the end of a run waits for a server that may be gone
 UPLOAD_SECONDS = 1800.0  # and for one that answers, as models may be large
 MAX_VALUE = 500  # characters of a parameter's value, which every MLflow store takes
-MAX_NAME = 250  # and of a name
 FILES = ("config.yaml", "samples.jsonl", "left_out.jsonl", "loss.png", "uncommitted.diff")
-CONTEXT = "mlflow.data.context"  # the tag that says what data was used for
 
 
 class Tracker(Thread):
@@ -102,14 +100,20 @@ class Sender:
         with FileLock(PROJECT_ROOT / "mlflow.db.lock") if "sqlite" in uri else nullcontext():
             self._client = client = connect()
             self._experiment = experiment = self._find_experiment()
+        from mlflow.entities import Param, RunTag
+
         key, started = record.facts["key"], record.facts["started"]
-        name = hide(self._settings.run_name or self._folder.name)[:MAX_NAME]
+        name = hide(self._settings.run_name or self._folder.name)[:250]  # that a name may have
         runs: list[Any] = list(client.search_runs([experiment], f"tags.run_key = '{key}'"))
         runs = runs or [client.create_run(experiment, started, {"run_key": key}, run_name=name)]
         self.run_id = runs[0].info.run_id
         record.update(mlflow=self.run_id, mlflow_experiment=experiment)
         client.update_run(self.run_id, status="RUNNING")  # again, where it was stopped
-        self._describe(written, known=runs[0].data.params)
+        values = {key: str(value)[:MAX_VALUE] for key, value in flatten(written).items()}
+        new = values.keys() - runs[0].data.params  # MLflow's are final: the first value stays
+        params = [Param(key, values[key]) for key in new]
+        tags = [RunTag(*tag) for tag in record.facts["tags"].items()]
+        client.log_batch(self.run_id, params=params, tags=tags)
         points = client.get_metric_history(self.run_id, "learning_rate")
         self._steps, self._offset = {point.step for point in points}, 0
 
@@ -142,25 +146,6 @@ class Sender:
                 f"a copy: {link}, or another tracking.experiment"
             )
         return experiment.experiment_id
-
-    def _describe(self, config: dict[str, Any], known: dict[str, str]) -> None:
-        """Parameters, tags and data. MLflow's parameters are final: the first value stays."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
-
-        facts, inputs = self._record.facts, []
-        new = [
-            Param(key, str(value)[:MAX_VALUE])
-            for key, value in flatten(config).items()
-            if key not in known
-        ]
-        tags = [RunTag(*tag) for tag in facts["tags"].items()]
-        self._client.log_batch(self.run_id, params=new, tags=tags)
-        for part, rows in facts["data"].items():
-            name, digest = rows["source"][:MAX_NAME], facts["tags"][f"fingerprint.{part}"]
-            source, counts = json.dumps({"uri": name}), json.dumps(rows["counts"])
-            data = Dataset(name, digest, "local", source, profile=counts)
-            inputs.append(DatasetInput(data, [InputTag(CONTEXT, part)]))
-        self._client.log_inputs(self.run_id, inputs)  # those that it has are passed over
 
     def _send_lines(self) -> int:
         """The whole lines of `metrics.jsonl` that are new."""

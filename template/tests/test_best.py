@@ -70,7 +70,8 @@ def test_answers_before_and_during_training_are_kept_beside_the_numbers(train, s
     )  # fmt: skip
     assert [row["step"] for row in samples(folder)] == [0, 2, 4]
     for row in samples(folder):
-        assert row["samples"][1] == {"prompt": "Say hello.", "answer": KNOWN}
+        assert row["samples"][1]["prompt"] == [{"role": "user", "content": "Say hello."}]
+        assert row["samples"][1]["answer"] == KNOWN
     assert "sample     'What does LoRA train?' → 'Two small matrices" in capsys.readouterr().out
 
 

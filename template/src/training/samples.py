@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from textwrap import shorten
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from src.data.chat import render
 from src.data.dataset import read_part
 from src.data.encoding import stop_token_ids
 from src.data.rows import Row, carries_loss
-from src.models.generation import Prompt, generate
+from src.models.generation import generate
 from src.training.checkpoint import TrainState
 from src.training.record import hide
 from src.training.report import say
@@ -23,12 +23,12 @@ from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError
 
 
-def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
+def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[Row]:
     """The prompts of `evaluation`: those that it names, or of the first rows to evaluate on."""
     data, overfit = config.data, config.training.overfit
-    if config.evaluation.prompts:
-        return list(config.evaluation.prompts)
-    share = isinstance(data.eval, float) and overfit is None
+    if texts := config.evaluation.prompts:
+        return [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    share = isinstance(data.eval, float) and not overfit
     sources = data.train if share or overfit else data.eval
     if not isinstance(sources, str | list):
         return []
@@ -71,7 +71,7 @@ def make_sampler(
 ) -> Callable[[], None]:  # fmt: skip
     """Return what appends answers to `samples.jsonl` and prints the first; called before step 1."""
     prompts = sample_prompts(config, tokenizer)
-    asked = [row["messages"] if isinstance(row, dict) else row for row in prompts]
+    asked = [row["messages"] for row in prompts]
     length, path = config.evaluation.max_length, from_root(config.output_dir) / "samples.jsonl"
 
     def sample() -> None:
@@ -88,7 +88,7 @@ def make_sampler(
             with path.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
         when = " (before training)" * (state.step == 0)
-        say(f"sample     {_short(asked[0])} → {_short(answers[0])}{when}")
+        say(f"sample     {_short(asked[0][-1]['content'])} → {_short(answers[0])}{when}")
 
     if state.step == 0:
         sample()
@@ -115,6 +115,5 @@ def check_overfit(
         say("overfit    passed: the first row's answer comes back word for word, and ends")
 
 
-def _short(said: Any) -> str:
-    text = " ".join((said if isinstance(said, str) else said[-1]["content"]).split())
-    return repr(text if len(text) <= 60 else f"{text[:60]} …")
+def _short(text: str) -> str:
+    return repr(shorten(text, 62, placeholder=" …"))

@@ -19,7 +19,6 @@ from src.utils.environment import PROJECT_ROOT
 from src.utils.errors import UserError, first_line
 
 NotEmpty = Annotated[str, Field(min_length=1)]
-MlflowName = Annotated[str, Field(min_length=1, max_length=250)]  # of a database's column
 Names = Annotated[list[NotEmpty], Field(min_length=1)]
 Sources = NotEmpty | Names
 ColumnName = Literal[
@@ -181,9 +180,9 @@ class TrackingConfig(Section):
     """MLflow; `metrics.jsonl` is written in any case."""
 
     enabled: bool = True
-    experiment: MlflowName = PROJECT_ROOT.name[:250]
+    experiment: NotEmpty = PROJECT_ROOT.name
     # null: the name of output_dir.
-    run_name: MlflowName | None = None
+    run_name: NotEmpty | None = None
     # The result is stored as a model in MLflow, with its evaluation. Of a larger one MLflow only
     # learns which folder it is in.
     max_model_gib: Annotated[float, Field(ge=0)] = 1.0
@@ -231,6 +230,10 @@ class Config(Section):
             yield "training.strategy: quantized weights and 8-bit moments are not sharded; use ddp"
         if training.patience and not (self.data.eval or training.overfit):
             yield "training.patience: needs data.eval to measure progress on"
+
+
+# What a key means that nobody gives; of those that must be given, nothing.
+DEFAULTS = Config(output_dir="-", model=ModelConfig(name="-"), data=DataConfig(train="-"))
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, dict]:
@@ -306,8 +309,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[Any, dict[str, str]]:
     """A YAML file's content, and the place of each key: `file:line`."""
-    if path.suffix not in {".yaml", ".yml"}:
-        raise UserError(f"{path}: not a .yaml file; rows are named by data.train={path}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows leave a byte order mark
         read, lines = OmegaConf.create(text or "{}"), _lines(yaml.compose(text))
@@ -373,8 +374,7 @@ def _problems(error: ValidationError) -> Iterable[str]:
 
 def _nearest(key: str) -> str:
     """The key that was meant: its last word or initials (lr), or a similar one; "": none."""
-    any_run = Config(output_dir="-", model=ModelConfig(name="-"), data=DataConfig(train="-"))
-    known, leaf = list(flatten(any_run.model_dump())), key.rpartition(".")[2]
+    known, leaf = list(flatten(DEFAULTS.model_dump())), key.rpartition(".")[2]
     ends = [(name, name.rpartition(".")[2]) for name in known]
     best = [n for n, end in ends if leaf in {end, "".join(w[0] for w in end.split("_"))}]
     return next(iter(best + difflib.get_close_matches(key, known, n=1)), "")

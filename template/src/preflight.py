@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +89,6 @@ def _damage(file: Path) -> str:
             json.loads(file.read_bytes())
     except (OSError, ValueError, SafetensorError) as error:
         return f"cannot be read ({error}): fetch it again"
-    unread = file.name == "tokenizer.model" and not file.with_name("tokenizer.json").is_file()
-    if unread and find_spec("sentencepiece") is None:
-        return "is read by a package that is not installed: uv add sentencepiece"
     return ""
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.config import Config, DataConfig, ModelConfig, load_config
+from src.config import DEFAULTS, Config, load_config
 from src.preflight import folder_problems, is_local, read_json
 from src.utils.environment import from_root
 from src.utils.errors import UserError
@@ -18,8 +18,6 @@ if TYPE_CHECKING:  # only loading needs torch
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 KINDS = {CHECKPOINT: "checkpoint", ADAPTER: "adapter", "config.json": "model"}
-# Of a model that no run of this project made: the defaults.
-FOREIGN = Config(output_dir="-", model=ModelConfig(name="-"), data=DataConfig(train="-"))
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Trained:
     name: str  # its folder, or its hub id
     kind: str  # checkpoint, adapter or model
     base: str  # the model whose weights are read first: of a checkpoint or an adapter, or itself
-    config: Config  # what it was trained with, or FOREIGN
+    config: Config  # what it was trained with; DEFAULTS: no run of this project made it
 
 
 def make_model_parser(description: str) -> argparse.ArgumentParser:
@@ -57,7 +55,7 @@ def find_trained(name: str, base: str | None = None) -> Trained:
     """
     if name.startswith(("models:/", "runs:/")):
         name = _from_mlflow(name)
-    found = Trained(name, "model", name, FOREIGN)
+    found = Trained(name, "model", name, DEFAULTS)
     if from_root(name).is_dir():
         found = _in_folder(from_root(name), base)
     elif is_local(name):
@@ -84,7 +82,7 @@ def _in_folder(folder: Path, base: str | None) -> Trained:
     if kind == "checkpoint":
         config = load_config(folder.parent.parent / "config.yaml")[0]
         return Trained(str(folder), kind, base or config.model.name, config)
-    config = load_config(folder / RECIPE)[0] if (folder / RECIPE).is_file() else FOREIGN
+    config = load_config(folder / RECIPE)[0] if (folder / RECIPE).is_file() else DEFAULTS
     own = read_json(folder / ADAPTER).get("base_model_name_or_path") or str(folder)
     return Trained(str(folder), kind, base or own, config)
 

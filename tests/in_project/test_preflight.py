@@ -132,7 +132,7 @@ def test_a_tokenizer_that_this_library_cannot_read_says_what_helps(
     with pytest.raises(UserError, match=r"cannot be used: .* untagged enum"):
         train_on(folder)
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
-    with pytest.raises(UserError, match=r"tokenizer.model: .*: uv add sentencepiece"):
+    with pytest.raises(UserError, match=r"has no tokenizer.json: .* uv add sentencepiece"):
         train_on(folder)
 
 

@@ -25,6 +25,7 @@ ADVICE = {
     "not a valid model": ABSENT,
     "can't find 'adapter_config.json'": ABSENT,
     "the backend tokenizer": "has no tokenizer.json: fetch it",
+    "`tiktoken` is required": "has no tokenizer.json: fetch it, or uv add sentencepiece",
     "size mismatch": ANOTHER,
     "not found in the base model": ANOTHER,
 }

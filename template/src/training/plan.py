@@ -7,6 +7,7 @@ that a GPU would use, and every live storage is counted. So the plan cannot drif
 Layers repeat. So models of a few layers are measured, and the figures are extrapolated.
 """
 
+import copy
 import weakref
 from collections import defaultdict
 from collections.abc import Collection
@@ -166,15 +167,15 @@ def layers_of(model: Any) -> Any:
 
 def measure_step(model: Any, config: Config, attention: str) -> np.ndarray:
     """Run a step on fake tensors: bytes of weights, gradients and moments, and two peaks."""
-    model.set_attn_implementation(attention)
     mode, counter = FakeTensorMode(allow_non_fake_inputs=True), ByteCounter()
     settings = config.training
     batch = full_batch(settings.batch_size, config.data.max_length, packing=True, labelled=0.5)
     batch = tree_map_only(Tensor, mode.from_tensor, batch)
-    for layer in layers_of(model)[-1:]:
-        layer.register_forward_pre_hook(counter.watch)
     with mode, counter:
-        _make_fake(model)
+        model = _with_fakes(model)
+        model.set_attn_implementation(attention)
+        for layer in layers_of(model)[-1:]:
+            layer.register_forward_pre_hook(counter.watch)
         weights, counter.peaks = counter.now, [0, 0]  # of the step, not of making the weights
         head, backbone = head_of(model), base_of(model).base_model
         plain = type(head) is nn.Linear and head.bias is None
@@ -292,20 +293,14 @@ def build(config: Config, dropped: Collection[int] = ()) -> nn.Module:
     return model.train()
 
 
-def _make_fake(model: nn.Module) -> None:
-    """Replace every tensor by a fake one; tied weights stay tied."""
-    fakes: dict[Tensor | None, Tensor | None] = {None: None}  # tensors hash by identity
-    for module in model.modules():
-        tables: Any = (module._parameters, module._buffers)
-        for table in tables:
-            for name, real in table.items():
-                if real not in fakes:
-                    new = torch.empty(real.shape, dtype=real.dtype, device=CPU)
-                    weight = isinstance(real, nn.Parameter)
-                    fakes[real] = nn.Parameter(new, real.requires_grad) if weight else new
-                table[name] = fakes[real]
-    quantized: list[Any] = [m for m in model.modules() if hasattr(m, "quant_state")]
-    for layer in quantized:
+def _with_fakes(model: nn.Module) -> Any:
+    """Copy a model with a new tensor for each of its tensors; tied weights stay tied."""
+    new: dict[int, Any] = {id(b): torch.empty_like(b, device=CPU) for b in model.buffers()}
+    for weight in model.parameters():
+        fake = torch.empty(weight.shape, dtype=weight.dtype, device=CPU)
+        new[id(weight)] = nn.Parameter(fake, weight.requires_grad)
+    copied: Any = copy.deepcopy(model, new)
+    for layer in (m for m in copied.modules() if hasattr(m, "quant_state")):
         from bitsandbytes.functional import quantize_4bit
 
         weight = torch.empty(layer.weight.shape, dtype=layer.compute_dtype)
@@ -313,3 +308,4 @@ def _make_fake(model: nn.Module) -> None:
         frozen: Any = nn.Parameter(packed, False)
         frozen.quant_state = layer.quant_state = state
         layer.weight = frozen
+    return copied

@@ -64,7 +64,7 @@ def test_any_row_is_read_or_named_in_one_line(row: Any, tmp_path: Path) -> None:
     from src.config import DataConfig
     from src.data import Rejected
     from src.data.encoding import encode, render_row
-    from src.data.rows import check_source, read_question, read_rows
+    from src.data.rows import check_sources, read_question, read_rows
     from src.utils.errors import UserError
 
     path = tmp_path / "rows.jsonl"
@@ -78,7 +78,7 @@ def test_any_row_is_read_or_named_in_one_line(row: Any, tmp_path: Path) -> None:
     json.dumps([each._asdict() for each in left_out])
     if not read:
         with pytest.raises(UserError) as error:
-            check_source(str(path), DataConfig(train=str(path)))
+            check_sources(str(path), DataConfig(train=str(path)))
         (problem,) = error.value.problems
         assert problem.startswith(f"{path}:")
         assert len(problem.splitlines()) == 1

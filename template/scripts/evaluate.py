@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 from src.config import change_data
-from src.data.rows import check_source
-from src.data.sources import expand
+from src.data.rows import check_sources
 from src.trained import Trained, find_trained, load_trained, make_model_parser
 from src.utils.environment import from_root
 from src.utils.files import RECORD
@@ -29,8 +28,7 @@ def main(arguments: list[str]) -> None:
         print(f"warning: {options.data} is what the model was trained on", file=sys.stderr)
     data = found.config.data.model_copy(update={"train": options.data})
     data = change_data(data, options.keys)
-    for source in expand(options.data):
-        check_source(source, data)
+    check_sources(options.data, data)
     folder, config = _folder_for(found), found.config.model_copy(update={"data": data})
 
     from src.tools.evaluate import compare_with_base, write_evaluation

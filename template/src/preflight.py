@@ -9,8 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from src.config import Config, ModelConfig
-from src.data.rows import check_source
-from src.data.sources import expand
+from src.data.rows import check_sources
 from src.utils.environment import PROJECT_ROOT, from_root, hf_home
 from src.utils.errors import UserError
 from src.utils.files import ADAPTER, CHECKPOINT, METRICS, STEPS, write_problem
@@ -35,8 +34,8 @@ def check_run(config: Config, output: bool = True) -> None:
         problems += _adapter_problems(config.lora.adapter)
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         try:
-            for source in expand(sources) if isinstance(sources, str | list) else ():
-                check_source(source, config.data)
+            if isinstance(sources, str | list):
+                check_sources(sources, config.data)
         except UserError as error:
             problems += [f"{key}: {problem}" for problem in error.problems]
     if problem := write_problem(hf_home()):  # the tokens of rows are kept there

@@ -14,7 +14,7 @@ from src.config import DataConfig
 from src.data import dataset
 from src.data.dataset import load_tokens, read_part
 from src.data.describe import data_lines
-from src.data.rows import FIRST_ROWS, check_source
+from src.data.rows import FIRST_ROWS, check_sources
 from src.utils.errors import UserError
 
 
@@ -39,7 +39,9 @@ def test_longer_conversations_are_cut_or_left_out_and_counted(
     kept = [json.loads(line) for line in data.left_out.read_text().splitlines()]
     assert [row["place"] for row in kept] == [f"{source}:{n}" for n in left_out]
     reason = note.partition("left out: ")[2]
-    with pytest.raises(UserError, match=rf"no row can be used; {long}:1: {reason} \(\d+ tokens"):
+    with pytest.raises(
+        UserError, match=rf"all rows: no row can be used; {long}:1: {reason} \(\d+ tokens"
+    ):
         tokens(long, tokenizer, max_length=64, too_long=too_long)
 
 
@@ -64,7 +66,7 @@ def test_a_share_for_evaluation_is_chosen_by_content(tokenizer, write_rows) -> N
     assert 25 < len(evaluation) < 75
     assert evaluation.facts.read_as == {"messages": len(evaluation)}, "not the rows of both parts"
     alone = write_rows(chat("q", "a"), name="alone.jsonl")
-    with pytest.raises(UserError, match=r"data.eval=0.2 leaves too few rows"):
+    with pytest.raises(UserError, match=r"alone\.jsonl, eval rows: no rows; at least one"):
         [load_tokens(alone, tokenizer, data, part=part) for part in ("train", "eval")]
 
 
@@ -155,7 +157,7 @@ def test_a_bad_row_that_no_early_check_reads_is_named_when_it_is_tokenised(
     tokenizer, write_rows
 ) -> None:
     file = write_rows(*[chat("q", "a")] * FIRST_ROWS, {"text": 5}, chat("q", "a"), "{not json")
-    check_source(file, DataConfig(train=file))
+    check_sources(file, DataConfig(train=file))
     with pytest.raises(UserError) as error:
         tokens(file, tokenizer, max_length=64)
     number, text = FIRST_ROWS + 1, "`text` must be text, not int"

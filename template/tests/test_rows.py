@@ -12,7 +12,7 @@ import pytest
 from conftest import chat
 from src.config import DataConfig
 from src.data import rows
-from src.data.rows import FIRST_ROWS, MAX_PROBLEMS, LeftOut, carries_loss, check_source, read_rows
+from src.data.rows import FIRST_ROWS, MAX_PROBLEMS, LeftOut, carries_loss, check_sources, read_rows
 from src.data.sources import expand
 from src.utils.errors import UserError
 
@@ -33,7 +33,7 @@ def messages(source: object) -> list:
 def problems(source: object, **data) -> tuple[str, ...]:
     """The lines that name what is wrong with the first rows of a source."""
     with pytest.raises(UserError) as error:
-        check_source(str(source), DataConfig(train=str(source), **data))
+        check_sources(str(source), DataConfig(train=str(source), **data))
     return error.value.problems
 
 
@@ -111,7 +111,8 @@ def test_columns_of_other_names_are_mapped_and_a_wrong_name_is_named(write_rows)
     columns = {"prompt": "my answer", "completion": "prompt"}  # also crosswise
     assert [m["content"] for m in read(file, columns=columns)[0]["messages"]] == ["y", "x"]
     (problem,) = problems(file, columns={"prompt": "q"})
-    assert ":1: data.columns: no ['q'] in ['prompt', 'my answer']" in problem
+    assert ":1: data.columns, or adapt() in src/data/rows.py: KeyError: 'q'" in problem
+    assert problem.endswith("the row has ['prompt', 'my answer']")
 
 
 def test_a_wrong_header_is_named_once_with_the_keys_that_map_it(write_rows) -> None:
@@ -128,7 +129,9 @@ def test_a_shape_of_ones_own_goes_through_adapt_whose_errors_name_the_row(
     monkeypatch.setattr(rows, "adapt", lambda raw: {"prompt": raw["frage"], "completion": "y"})
     source = write_rows({"frage": "x"}, {"text": "b"})
     assert messages(write_rows({"frage": "x"}, name="b.jsonl")) == [chat("x", "y")["messages"]]
-    assert ":2: adapt() in src/data/rows.py: KeyError: 'frage'" in problems(source)[0]
+    assert (
+        ":2: data.columns, or adapt() in src/data/rows.py: KeyError: 'frage'" in problems(source)[0]
+    )
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,9 @@ def calling(*calls: object) -> dict:
         (calling(None), "message 2: the `name` of a called tool must be text, not NoneType"),
         (calling({}), "message 2: the `name` of a called tool must be text, not NoneType"),
         (calling("x"), "message 2: a call of a tool: not valid JSON"),
-        (calling({"name": "f", "arguments": "[" * 9999}), "message 2: the arguments of `f`: not valid JSON: maximum recursion depth"),
-        (calling({"name": "f", "arguments": "{"}), "message 2: the arguments of `f`: not valid JSON"),
-        (calling({"name": "f", "arguments": [1]}), "message 2: the arguments of `f` must be an object, not list"),
+        (calling({"name": "f", "arguments": "[" * 9999}), "message 2: `arguments`: not valid JSON: maximum recursion depth"),
+        (calling({"name": "f", "arguments": "{"}), "message 2: `arguments`: not valid JSON"),
+        (calling({"name": "f", "arguments": [1]}), "message 2: `arguments` must be an object, not list"),
     ],
 )  # fmt: skip
 def test_an_odd_row_is_named_by_file_line_and_reason(write_rows, bad, reason: str) -> None:
@@ -69,7 +69,7 @@ def test_an_empty_argument_leaves_the_other_calls_as_they_are(write_rows) -> Non
         ("r.csv", b'prompt,completion\nc,"d\ne,f\n', ":2: not valid CSV from this line on"),
         ("r.csv", b'prompt,completion\na,b\nc,"d\ne,f\n', ":3: not valid CSV from this line on"),
         ("r.csv", b'prompt,"completion\na,b\n', ":1: not valid CSV from this line on"),
-        ("r.csv", b"prompt,completion,prompt\na,b,c\n", ":1: two columns have the same name: ['prompt', 'completion', 'prompt']"),
+        ("r.csv", b"prompt,completion,prompt\na,b,c\n", ":1: not valid CSV from this line on: two columns have the same name: ['prompt', 'completion', 'prompt']"),
         ("r.csv", b"prompt,completion\na,b\na,b,c\n", ":3: more cells than the header has"),
         ("r.csv", b"", ": no rows; at least one is needed"),
     ],

@@ -66,10 +66,10 @@ def _rows(source: str, data: DataConfig, by: str) -> Iterator[tuple[str, Row]]:
     """Yield the line of each row, up to where its answer goes, and its question."""
     for place, raw in raw_rows(source):
         try:
-            question = read_question(raw, data) | {"place": f"{source}{place}"}
+            question = read_question(raw, data) | {"place": place}
             row = {name: value for name, value in raw.items() if name not in {ANSWER, BY}}
             line = json.dumps(row | {BY: by, ANSWER: ""}, ensure_ascii=False, default=str)
             line.encode()
         except ValueError as error:  # Rejected, or half of a character
-            raise UserError(f"{source}{place}: {error}") from None
+            raise UserError(f"{place}: {error}") from None
         yield line.removesuffix('""}'), question

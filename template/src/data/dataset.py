@@ -77,8 +77,7 @@ class TokenDataset:
 
     def __getitem__(self, rows: list[int]) -> list[Document]:
         """A whole batch at a time, as the sampler asks for it."""
-        tokens = [self._tokens[self._bounds[row] : self._bounds[row + 1]] for row in rows]
-        pairs = zip(rows, tokens, strict=True)
+        pairs = ((row, self._tokens[self._bounds[row] : self._bounds[row + 1]]) for row in rows)
         return [Document(row, some["input_ids"], some["labels"]) for row, some in pairs]
 
 
@@ -130,15 +129,14 @@ def load_tokens(
     for name in names:
         digest.update(fingerprint(name))
     folder = hf_home() / "tokens" / digest.hexdigest()[:32]
-    if not folder.exists():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f".{folder.name}.lock")):
-                if not folder.exists():
-                    _tokenise(folder, names, tokenizer, data, limit, part)
-        except OSError as error:
-            reason = f"{error.strerror or error}; HF_HOME in .env can name another disk"
-            raise RunError(f"{folder}: tokens cannot be written: {reason}") from None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.exists():
+                _tokenise(folder, names, tokenizer, data, limit, part)
+    except OSError as error:
+        reason = f"{error.strerror or error}; HF_HOME in .env can name another disk"
+        raise RunError(f"{folder}: tokens cannot be written: {reason}") from None
     return TokenDataset(folder)
 
 
@@ -188,8 +186,7 @@ def _tokenise(
                 facts.labelled_tokens += int((document["labels"] != IGNORE).sum())
         check(left_out, data)
         if not lengths:
-            few = f"data.eval={data.eval} leaves too few rows for one of the two parts"
-            raise UserError(f"{', '.join(names)}: {no_rows(left_out) if part == 'all' else few}")
+            raise UserError(f"{', '.join(names)}, {part} rows: {no_rows(left_out)}")
         (folder / LENGTHS).write_bytes(lengths)
         digest.update(lengths)
         facts.fingerprint = digest.hexdigest()[:32]
@@ -208,14 +205,10 @@ def _documents(
     encoded = (zip(some, encode([r for _, r in some], tokenizer), strict=True) for some in batches)
     for (row, rendered), tokens in chain.from_iterable(encoded):
         size, is_text = len(tokens), "text" in row
-        # All of a text is worth reading; of a conversation, its beginning.
-        starts = range(0, size if is_text else 1, length)
-        pieces = [tokens[start : start + length] for start in starts]
-        documents = [piece for piece in pieces if (piece["labels"] != IGNORE).any()]
-        too_long = f"longer than data.max_length={length}"
-        reason = "" if documents else f"no answer within data.max_length={length}"
-        if size > length and data.too_long == "drop" and not is_text:
-            reason = too_long
+        too_long = f"longer than data.max_length={length}" * (size > length)
+        reason = "" if is_text or data.too_long == "cut" else too_long
+        if (tokens["labels"][:length] == IGNORE).all():
+            reason = reason or f"no answer within data.max_length={length}"
         if reason:
             more = f"{reason} ({size:,} tokens)"
             left_out.append(LeftOut(f"left out: {reason}", row["place"], more, row))
@@ -223,9 +216,11 @@ def _documents(
         facts.read_as[row["read_as"]] += 1
         facts.unread.update(row["unread"])
         facts.notes.update(_notes(row, rendered, tokenizer))
-        if size > length:
+        if too_long:
             facts.notes[f"{'split' if is_text else 'cut'}: {too_long}"] += 1
-        yield from documents
+        # All of a text is worth reading; of a conversation, its beginning.
+        for start in range(0, size if is_text else 1, length):
+            yield tokens[start : start + length]
 
 
 def _rendered(

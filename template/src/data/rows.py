@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from src.config import DataConfig
 from src.data import EMPTY, UNUSABLE, Rejected
-from src.data.sources import is_file, raw_rows
+from src.data.sources import expand, is_file, raw_rows
 from src.utils.errors import UserError, first_line
 
 MAX_PROBLEMS = 20  # that are printed: enough to see a pattern, few enough to read
@@ -86,17 +86,17 @@ def adapt(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def check_source(source: str, data: DataConfig) -> None:
-    """Look at the first rows of a local file, before anything heavy is imported.
+def check_sources(sources: str | list[str], data: DataConfig) -> None:
+    """Look at the first rows of local files, before anything heavy is imported.
 
     All rows are read when they are tokenised; of a hub dataset only the name is looked at here.
 
     Raises:
-        UserError: the file is missing or empty, or rows cannot be used: file, line and reason.
+        UserError: a file is missing or empty, or rows cannot be used: file, line and reason.
     """
-    left_out: list[LeftOut] = []
-    if is_file(source):
-        rows = list(islice(read_rows(source, data, left_out), FIRST_ROWS))
+    for source in filter(is_file, expand(sources)):
+        left_out: list[LeftOut] = []
+        rows = [*islice(read_rows(source, data, left_out), FIRST_ROWS)]
         check(left_out, data)
         if not rows:
             raise UserError(f"{source}: {no_rows(left_out)}")
@@ -118,9 +118,9 @@ def read_rows(
     left_out = [] if left_out is None else left_out
     for place, raw in raw_rows(source):
         try:
-            yield _read(raw, data) | {"place": f"{source}{place}"}
+            yield _read(raw, data) | {"place": place}
         except Rejected as error:
-            left_out.append(LeftOut(error.count_as, f"{source}{place}", str(error), raw))
+            left_out.append(LeftOut(error.count_as, place, str(error), raw))
             if len(left_out) % MANY_ROWS == 0:
                 check(left_out, data)
     check(left_out, data)
@@ -157,12 +157,11 @@ def _read(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
     if not isinstance(raw, dict):
         raise Rejected(f"a row must be an object, not {type(raw).__name__}")
     columns = {k: v for k, v in (data.columns or {}).items() if needs_answer or k not in ANSWERS}
-    if missing := sorted({*columns.values()} - raw.keys()):
-        raise Rejected(f"data.columns: no {missing} in {[*raw]} (data.columns=null maps none)")
     try:
         row = _present(adapt(raw | {ours: raw[theirs] for ours, theirs in columns.items()}))
     except Exception as error:  # noqa: BLE001 - the user's code, on this row
-        raise Rejected(f"adapt() in src/data/rows.py: {first_line(error)}") from None
+        reason = f"data.columns, or adapt() in src/data/rows.py: {first_line(error)}"
+        raise Rejected(f"{reason}; the row has {[*raw]}") from None
     if row.pop("label", True) is False:  # KTO's
         raise Rejected("`label` is false: an answer that was rejected", EMPTY)
     needed = 1 + needs_answer  # columns of a shape
@@ -259,7 +258,7 @@ def read_message(turn: Any, data: DataConfig) -> dict[str, Any]:
         content = "".join(_of(str, part, "each part of `content`") for part in parts)
     calls = turn.pop("tool_calls", None)
     if function := turn.pop("function_call", None):  # OpenAI's old form
-        calls = [{"function": function}]
+        calls = [function]
     elif name == "function_call":  # ShareGPT's: the call is the message
         calls, content = [content], ""
     if calls:
@@ -275,12 +274,13 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
     """Return calls of tools with their arguments as objects."""
     read = []
     for call in _of(list, calls, "`tool_calls`"):
-        around = _of(dict, call, "a call of a tool")
-        function = _of(dict, around.get("function", around), "a call of a tool")
-        name = _of(str, function.get("name"), "the `name` of a called tool")
-        arguments = _of(dict, function.get("arguments"), f"the arguments of `{name}`")
-        kept = around if "function" in around else {}
-        read.append({"type": "function", **kept, "function": {**function, "arguments": arguments}})
+        whole = _of(dict, call, "a call of a tool")
+        if "function" not in whole:
+            whole = {"function": whole}
+        function = _of(dict, whole["function"], "a call of a tool")
+        _of(str, function.get("name"), "the `name` of a called tool")
+        arguments = {"arguments": _of(dict, function.get("arguments"), "`arguments`")}
+        read.append({"type": "function", **whole, "function": function | arguments})
     return read
 
 

@@ -59,7 +59,8 @@ def raw_rows(source: str) -> Places:
     reader = _reader(source)
     rows = reader(from_root(source)) if reader else _table(_load_hub(source))
     try:
-        yield from rows
+        for place, row in rows:
+            yield f"{source}{place}", row
     except Exception as error:  # noqa: BLE001 - whatever a library raises for a damaged file
         raise UserError(f"{source}: cannot be read: {first_line(error)}") from None
 
@@ -142,8 +143,7 @@ def _csv(path: Path) -> Places:
         try:
             names = [name or f"(column {n})" for n, name in enumerate(reader.fieldnames or (), 1)]
             if len({*names}) < len(names):
-                yield ":1", Rejected(f"two columns have the same name: {names}")
-                return
+                raise csv.Error(f"two columns have the same name: {names}")
             reader.fieldnames, line = names, reader.line_num + 1
             for row in reader:
                 if None in row:
@@ -164,7 +164,7 @@ def _parquet(path: Path) -> Places:
 def _table(rows: Iterable[Any]) -> Places:
     """Yield the rows of a table, without the nulls that Arrow fills in for keys of other rows."""
     for number, row in enumerate(rows, 1):
-        yield f": row {number}", {name: _without_nulls(cell) for name, cell in row.items()}
+        yield f": row {number}", _without_nulls(row)
 
 
 def _without_nulls(value: Any) -> Any:

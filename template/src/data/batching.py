@@ -137,8 +137,8 @@ def collate_packed(
         up to a power of two. max_length_q and _k: the longest document there can be. `tokens`:
         how many are real; `rows`: the documents' indices; and what `with_targets` adds.
     """
-    *starts, tokens = np.cumsum([0, *(len(document.input_ids) for document in documents)]).tolist()
-    starts += range(tokens, budget, max_length)  # filler is documents too, none of them longer
+    *starts, end = np.cumsum([0, *(len(document.input_ids) for document in documents)]).tolist()
+    starts += range(end, budget, max_length)  # filler is documents too, none of them longer
     batch = _lay_out(documents, starts, (1, budget), pad_id)
     positions = np.arange(budget) - np.repeat(starts, np.diff([*starts, budget]))
     # A power of two: few shapes to compile for, few empty documents for the kernel to visit.
@@ -146,8 +146,7 @@ def collate_packed(
     bounds[: len(starts)] = starts
     batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.from_numpy(bounds))
     batch |= dict.fromkeys(("max_length_q", "max_length_k"), max_length)
-    batch |= {"position_ids": torch.from_numpy(positions)[None], "tokens": tokens}
-    return with_targets(batch)
+    return batch | {"position_ids": torch.from_numpy(positions)[None]}
 
 
 def full_batch(rows: int, length: int, packing: bool, labelled: float = 1.0) -> dict[str, Any]:
@@ -198,21 +197,25 @@ def collate_padded(documents: list[Document], max_length: int, pad_id: int) -> d
     """
     lengths = [len(document.input_ids) for document in documents]
     rows, width = max(len(lengths), 1), min(-(-max(lengths, default=1) // 64) * 64, max_length)
-    batch = _lay_out(documents, range(0, rows * width, width), (rows, width), pad_id)
-    return with_targets({**batch, "tokens": sum(lengths)})
+    return _lay_out(documents, range(0, rows * width, width), (rows, width), pad_id)
 
 
 def _lay_out(
     documents: list[Document], starts: Iterable[int], shape: tuple[int, int], pad_id: int
 ) -> dict[str, Any]:
-    ids, labels = np.full(shape, pad_id), np.full(shape, IGNORE)
-    flat_ids, flat_labels = ids.reshape(-1), labels.reshape(-1)  # views
+    ids, labels = np.full(np.prod(shape), pad_id), np.full(np.prod(shape), IGNORE)
     for (_, document_ids, document_labels), at in zip(documents, starts, strict=False):
         place = slice(at, at + len(document_ids))
-        flat_ids[place], flat_labels[place] = document_ids, document_labels
-        flat_labels[at] = IGNORE  # else the last token of the document before would predict it
-    batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
-    return {**batch, "rows": [document.row for document in documents]}
+        ids[place], labels[place] = document_ids, document_labels
+        labels[at] = IGNORE  # else the last token of the document before would predict it
+    return with_targets(
+        {
+            "input_ids": torch.from_numpy(ids).view(shape),
+            "labels": torch.from_numpy(labels).view(shape),
+            "tokens": sum(len(document.input_ids) for document in documents),
+            "rows": [document.row for document in documents],
+        }
+    )
 
 
 def with_targets(batch: dict[str, Any]) -> dict[str, Any]:

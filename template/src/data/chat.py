@@ -9,7 +9,7 @@ before an answer.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -108,7 +108,7 @@ def _beginning(
         start = text.find(role[0] if role else prompt, start, until)
         if start < 0:  # Llama 3.1 with tools gives the first message a user's header
             raise Rejected("the chat template writes an answer without the header of its prompt")
-    shared = len(_shared(text[start:until], prompt))
+    shared = _shared(text[start:until], prompt)
     start += shared
     for token in turns.special.finditer(text, within[0], until):
         if token.start() < start < token.end():  # do not begin inside a special token
@@ -180,7 +180,7 @@ def turn_format(tokenizer: Tokenizer, template: str) -> TurnFormat:
         tokenizer: whose special tokens the template writes.
         template: its `chat_template`; part of the cache's key.
     """
-    special = _any_of(map(str, tokenizer.get_added_vocab()))
+    special = _any_of(tokenizer.get_added_vocab())
     question, mark = {"role": "user", "content": "?"}, _mark(1)
     asked, prompted = (chat_text(tokenizer, [question], prompt) for prompt in (False, True))
     answer = {"role": "assistant", "content": mark}
@@ -189,7 +189,7 @@ def turn_format(tokenizer: Tokenizer, template: str) -> TurnFormat:
     answers, appended = _end_tokens(special, last, inner, own), ""
     if answers and not own:
         (token,) = answers
-        appended = inner[len(_shared(last, inner)) : inner.index(token)] + token
+        appended = inner[_shared(last, inner) : inner.index(token)] + token
     elif not answers:
         answers, appended = {str(tokenizer.eos_token)}, str(tokenizer.eos_token)
     function = {"name": "look", "arguments": {"at": mark}}
@@ -201,7 +201,7 @@ def turn_format(tokenizer: Tokenizer, template: str) -> TurnFormat:
     except Rejected:  # a template without tools
         calls, prints_tools = set(), False
     return TurnFormat(
-        special, prompted[len(_shared(asked, prompted)) :], _any_of(answers),
+        special, prompted[_shared(asked, prompted) :], _any_of(answers),
         _any_of(calls or answers), appended, tuple(sorted(answers | calls)), prints_tools,
     )  # fmt: skip
 
@@ -224,9 +224,9 @@ def _end_tokens(special: re.Pattern[str], last: str, inner: str, own: bool) -> s
     final, following = special.findall(last), special.findall(inner)
     shared = _shared(final, following)
     if not own:  # GLM: the next turn's first token
-        return {*following[len(shared) :][:1]}
+        return {*following[shared : shared + 1]}
     if shared:
-        return {shared[-1]}
+        return {final[shared - 1]}
     return {*final[:1], *following[:1]}  # gpt-oss: <|return|> at the end, <|end|> elsewhere
 
 
@@ -305,7 +305,7 @@ def _mark(number: int) -> str:
     return f"Qzx{number}xzQ"  # see MARK
 
 
-def _shared[Sequence: (str, list[str])](one: Sequence, other: Sequence) -> Sequence:
-    """Return the longest common beginning."""
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return the length of the longest common beginning."""
     pairs = enumerate(zip(one, other, strict=False))
-    return one[: next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))]
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))

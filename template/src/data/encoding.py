@@ -1,11 +1,13 @@
 """A row becomes token ids and labels: what the assistant says carries loss, and nothing else."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from src.data import IGNORE
+from src.data import IGNORE, Rejected
 from src.data.chat import Rendered, render, turn_format
 from src.data.rows import Row
 
@@ -37,8 +39,8 @@ def encode(rows: Sequence[Rendered], tokenizer: Tokenizer) -> Iterator[np.ndarra
     # The template has written BOS and EOS already: a second BOS is the classic mistake.
     texts = [row.text for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    for row, (ids, offsets) in zip(rows, pairs, strict=True):
+    tokenised = zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    for row, ids, offsets in tokenised:
         spoken = bytearray(len(row.text) + 1)  # 1 where a character is the assistant's
         for start, end in row.spans:
             spoken[start:end] = b"\1" * (end - start)
@@ -56,11 +58,8 @@ def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
     They often differ: Qwen's base tokenizers carry a chat template that closes turns with
     <|im_end|> while their EOS is <|endoftext|>, and a model trained so never stops.
     """
-    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if tokenizer.chat_template:
-        try:
-            tokens = turn_format(tokenizer, str(tokenizer.chat_template)).end_tokens
-        except ValueError:
-            return ids
-        ids += [i for i in map(tokenizer.convert_tokens_to_ids, tokens) if i not in ids]
+    tokens = [tokenizer.eos_token] if tokenizer.eos_token else []
+    with suppress(Rejected):  # a model without a chat template, or with one that refuses
+        tokens += turn_format(tokenizer, str(tokenizer.chat_template)).end_tokens
+    ids: Any = tokenizer.convert_tokens_to_ids([*dict.fromkeys(tokens)])
     return ids

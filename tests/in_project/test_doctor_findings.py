@@ -63,7 +63,7 @@ def test_a_plan_that_does_not_fit_names_the_cheapest_change(monkeypatch) -> None
     monkeypatch.setattr(doctor, "cheapest_that_fits", lambda *_: ("data.max_length=64", 8.0))
 
     def check(plan: Plan, total: float) -> Finding:
-        return doctor._check_memory(config, plan, {"total": total})
+        return doctor._check_memory(config, plan, total)
 
     assert check(planned, 10.1).verdict == "OK"
     small = ("FAIL", "a step needs 10.00 of 8.0 GiB here", "data.max_length=64: 8.0 GiB")

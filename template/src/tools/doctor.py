@@ -71,7 +71,7 @@ def _check_machine(config: Config) -> Iterator[Finding]:
 
 def _gpus_to_share(config: Config) -> int:
     """Return the number of GPUs that torchrun would divide the model among, if one is too small."""
-    shards = config.training.strategy != "ddp" and may_shard(config)
+    shards = config.device != "cpu" and config.training.strategy != "ddp" and may_shard(config)
     return max(torch.cuda.device_count(), 1) if shards else 1
 
 
@@ -156,27 +156,27 @@ def _check_tokens(documents: list[Document], tokenizer: Tokenizer) -> Iterator[F
 def _check_plan(config: Config) -> Iterator[Finding]:
     """Compare the plan with this GPU, or without one with this machine's memory; then the disk."""
     gpu = gpu_memory() if config.device != "cpu" else {}
+    total = gpu["total"] if gpu else psutil.virtual_memory().total / GIB
     try:
-        config, planned = plan_for(config, gpu.get("total", float("inf")))
+        config, planned = plan_for(config, total if gpu else float("inf"))
     except CannotPlan as error:
         yield Finding("WARN", f"no plan: {error}")
         return
-    yield _check_memory(config, planned, gpu)
+    yield _check_memory(config, planned, total)
     yield _check_disk(config, planned)
 
 
-def _check_memory(config: Config, planned: Plan, gpu: dict[str, float]) -> Finding:
-    total = gpu["total"] if gpu else psutil.virtual_memory().total / GIB
+def _check_memory(config: Config, planned: Plan, total: float) -> Finding:
     peak, gpus, where = planned.peak_gib, _gpus_to_share(config), "here"
-    if gpu and peak > total and gpus > 1:
+    if peak > total and gpus > 1:
         peak -= (planned.weights + planned.gradients + planned.moments) * (1 - 1 / gpus)
         where = f"on each GPU, with torchrun --nproc-per-node={gpus}"
     text = f"a step needs {peak:.2f} of {total:.1f} GiB {where}"
-    if peak > total:
-        change = cheapest_that_fits(config, total)
-        fix = f"{change[0]}: {change[1]:.1f} GiB" if change else "a larger GPU or a smaller model"
-        return Finding("FAIL", text, fix)
-    return Finding("OK", text)
+    if peak <= total:
+        return Finding("OK", text)
+    change = cheapest_that_fits(config, total)
+    fix = f"{change[0]}: {change[1]:.1f} GiB" if change else "a larger GPU or a smaller model"
+    return Finding("FAIL", text, fix)
 
 
 def _check_disk(config: Config, planned: Plan) -> Finding:

@@ -124,12 +124,15 @@ def provenance() -> dict[str, str]:
         "git.dirty": str(bool(changed)).lower() if changed is not None else None,
         "command": shlex.join(["uv", "run", *sys.argv]),
         "python": sys.version.split()[0],
-        "template": _template_version(),
         "uv.lock": hashlib.sha256(lock.read_bytes()).hexdigest()[:16] if lock.is_file() else None,
     }
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
             tags[name] = version(name)
+    # The template's version; no such file, or one with conflict markers or without this answer.
+    with suppress(OSError, yaml.YAMLError, KeyError, TypeError):
+        answers = yaml.safe_load((PROJECT_ROOT / ".copier-answers.yml").read_text("utf-8"))
+        tags["template"] = str(answers["_commit"])
     with suppress(OSError, KeyError):  # no user name in some containers
         tags["mlflow.user"] = getpass.getuser()
     import torch  # here, so that scripts/sync.py starts without it
@@ -146,13 +149,4 @@ def git(root: Path, *words: str) -> str | None:
             ["git", *words], cwd=root, check=True, capture_output=True, text=True, timeout=20
         )
         return done.stdout.strip()
-    return None
-
-
-def _template_version() -> str | None:
-    """The template's version that rendered this project; None where no file says it."""
-    # No such file, or one with conflict markers or without this answer.
-    with suppress(OSError, yaml.YAMLError, KeyError, TypeError):
-        answers = yaml.safe_load((PROJECT_ROOT / ".copier-answers.yml").read_text("utf-8"))
-        return str(answers["_commit"])
     return None

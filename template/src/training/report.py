@@ -5,8 +5,9 @@ import math
 import shlex
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -151,7 +152,7 @@ def measure(
     return metrics
 
 
-class Recorder:
+class Recorder(AbstractContextManager):
     """Writes lines of numbers everywhere: `metrics.jsonl` first, then the terminal and MLflow.
 
     A context manager around everything that writes into the run's folder. In the end it writes
@@ -209,9 +210,6 @@ class Recorder:
         if lines:
             unique = dict.fromkeys(lines)  # once, if both sets have a row
             write_text(folder / "left_out.jsonl", hide("".join(unique)))
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.close()

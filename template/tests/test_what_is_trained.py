@@ -20,7 +20,7 @@ def test_samples_and_proofs_ask_with_system_and_tools_for_what_was_trained(
         SMOKE, [f"data.train={write_rows({'messages': messages, 'tools': [TOOL]})}"]
     )[0]
     rows = read_part([str(config.data.train)], config.data)
-    ((asked, answer),) = questions(rows, 5, tokenizer)
+    ((asked, answer),) = questions(rows, tokenizer)
     assert [m["role"] for m in asked["messages"]] == ["system", "user"]
     assert asked["tools"] == [TOOL]
     assert answer == '<tool_call>\n{"name": "look", "arguments": {"at": "home"}}\n</tool_call>'

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -45,7 +46,7 @@ def compare_with_base(
     longest = min(data.max_length, position_limit(model.config) or data.max_length)
     data = data.model_copy(update={"max_length": longest})
     loader = padded_loader(source, tokenizer, config.model_copy(update={"data": data}))
-    asked = questions(read_part(source, data), samples, tokenizer)
+    asked = [*islice(questions(read_part(source, data), tokenizer), samples)]
     rows: list[dict[str, Any]] = [
         {"prompt": row["messages"], "expected": expected} for row, expected in asked
     ]

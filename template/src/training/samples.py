@@ -1,7 +1,8 @@
 """A few answers before the first step and at each evaluation: what a loss cannot say."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from textwrap import shorten
 
 import torch
@@ -33,21 +34,17 @@ def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[Row]:
     if not isinstance(sources, str | list):
         return []
     rows = read_part(sources, data, "eval" if share else "all")
-    return [row for row, _ in questions(rows, config.evaluation.samples, tokenizer)]
+    return [row for row, _ in islice(questions(rows, tokenizer), config.evaluation.samples)]
 
 
-def questions(rows: Iterable[Row], limit: int, tokenizer: Tokenizer) -> list[tuple[Row, str]]:
-    """The first rows that ask something, up to their first answer that trains; and that answer.
+def questions(rows: Iterable[Row], tokenizer: Tokenizer) -> Iterator[tuple[Row, str]]:
+    """The rows that ask something, up to their first answer that trains; and that answer.
 
     Args:
         rows: as `read_part` returns them.
-        limit: rows at most.
         tokenizer: its template says what belongs to an answer, such as calls of tools.
     """
-    asked: list[tuple[Row, str]] = []
     for row in rows:
-        if len(asked) == limit:
-            break
         messages = row.get("messages", [])
         turns = enumerate(messages)
         at = next((n for n, m in turns if n and m["role"] == "assistant" and carries_loss(m)), None)
@@ -61,8 +58,7 @@ def questions(rows: Iterable[Row], limit: int, tokenizer: Tokenizer) -> list[tup
             answer = rendered.text[slice(*rendered.spans[-1])].strip()
             for token in tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)):
                 answer = answer.removesuffix(token)
-            asked.append((row | {"messages": messages[:at]}, answer.strip()))
-    return asked
+            yield row | {"messages": messages[:at]}, answer.strip()
 
 
 def make_sampler(
@@ -104,7 +100,7 @@ def check_overfit(
         RunError: it gives another answer.
     """
     rows = read_part(config.data.train, config.data)
-    for row, expected in questions(rows, 1, tokenizer):
+    for row, expected in islice(questions(rows, tokenizer), 1):
         room = len(tokenizer(expected)["input_ids"]) + 20  # to run on, if nothing stops it
         answer = within(objective, generate, tokenizer, row, max_length=room, dtype=dtype)
         if answer.strip() != expected:

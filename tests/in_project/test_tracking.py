@@ -156,7 +156,6 @@ def test_a_run_is_sent_once_and_whole_over_failures_and_restarts(
 ) -> None:
     from mlflow import MlflowClient
 
-    assert tracking.RETRY_SECONDS > 10, "the end comes before MLflow would be tried again"
     warnings: list[str] = []
     record = begin(tmp_path / "run")
     tracker = track(record, warnings.append)

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 PAUSE_SECONDS = 2.0  # between two sends: many lines cost a training no more than one does
-RETRY_SECONDS = 30.0  # after a failure, until MLflow is tried again
 CLOSE_SECONDS = 20.0  # how long the end of a run waits for a server that may be gone
 UPLOAD_SECONDS = 1800.0  # and for one that answers, as models may be large
 MAX_VALUE = 500  # characters of a parameter's value, which every MLflow store takes
@@ -62,15 +61,14 @@ class Tracker(Thread):
         """Send until the run has ended, and once more then."""
         sender, ended = None, False
         while not ended:
-            ended, pause = self._end.is_set(), PAUSE_SECONDS
+            ended = self._end.is_set()
             try:
                 sender = sender or Sender(self._record)
                 sender.send()
             except Exception as error:  # noqa: BLE001 - tracking must never stop a training
                 sender = None  # the next one looks at what has arrived
                 self._complain(f"failed ({explain(error)})")
-                pause = RETRY_SECONDS
-            self._end.wait(pause)  # so the end of the run is always tried, and at once
+            self._end.wait(PAUSE_SECONDS)  # so the end of the run is always tried, and at once
 
     def _complain(self, problem: str) -> None:
         if not self._warned:

@@ -115,11 +115,11 @@ def test_columns_of_other_names_are_mapped_and_a_wrong_name_is_named(write_rows)
     assert problem.endswith("the row has ['prompt', 'my answer']")
 
 
-def test_a_wrong_header_is_named_once_with_the_keys_that_map_it(write_rows) -> None:
+def test_a_wrong_header_is_named_once_with_the_key_that_maps_it(write_rows) -> None:
     file = write_rows(*[{"id": 5, "Die Frage": "x", "antwort": "y"}] * 50)
     (problem,) = problems(file)
     assert problem.startswith(f"{file}:1: has ['id', 'Die Frage', 'antwort']; a row needs")
-    assert "data.columns.prompt=… reads a column" in problem
+    assert "or `text`; data.columns maps other names" in problem
     assert problem.endswith("(50 rows; data.bad_rows=skip leaves them out)")
 
 

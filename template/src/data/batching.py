@@ -105,8 +105,8 @@ class TokenLoader(DataLoader):
     sampler: TokenBudgetSampler  # ty: ignore[incompatible-mutable-override]
 
     def __init__(
-        self, dataset: TokenDataset, config: Config, pad_id: int, packing: bool, shuffle: bool,
-        pin_memory: bool,
+        self, dataset: TokenDataset, config: Config, pad_id: int, packing: bool = False,
+        shuffle: bool = False, pin_memory: bool = False,
     ) -> None:  # fmt: skip
         data, rows, self.packing = config.data, config.training.batch_size, packing
         collate = collate_padded
@@ -169,9 +169,7 @@ def padded_loader(
 ) -> TokenLoader:
     """Rows in their order, padded, for a model in the attention that transformers picks."""
     rows = load_tokens(sources, tokenizer, config.data, limit)
-    return TokenLoader(
-        rows, config, tokenizer.pad_token_id, packing=False, shuffle=False, pin_memory=False
-    )
+    return TokenLoader(rows, config, tokenizer.pad_token_id)
 
 
 def short_row(*firsts: int) -> dict[str, Any]:

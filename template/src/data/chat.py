@@ -236,11 +236,13 @@ def _locate(
     """Return the text, where each message's content stands in it, and the marked messages."""
     marked, contents = [], []
     for number, message in enumerate(messages):
-        head, content, tail = _parts(message)
+        # Templates drop reasoning, and trim blanks.
+        reasoning, end, rest = message["content"].rpartition("</think>")
+        blanks, content, tail = rest.partition(rest.strip() or "\0")
         contents.append(content)
         # An empty question or result is marked too: what follows it is the prompt of an answer.
         own = content or message["role"] in {"user", "tool"}
-        text = f"{head}{_mark(number)}{tail}" if own else head + tail
+        text = f"{reasoning}{end}{blanks}{_mark(number) if own else ''}{tail}"
         marked.append(message | {"content": text})
     text = chat_text(tokenizer, messages, False, tools)
     first, *rest = _skeleton(marked, tools, tokenizer, prompt=False)
@@ -282,18 +284,6 @@ def _skeleton(
 def _skeleton_of(key: str, tokenizer: Tokenizer, _template: str, prompt: bool) -> tuple[str, ...]:
     marked, tools = json.loads(key)
     return tuple(MARK.split(chat_text(tokenizer, marked, prompt, tools)))
-
-
-def _parts(message: Message) -> tuple[str, str, str]:
-    """Split a message's content: leading blanks and reasoning, the text, trailing blanks.
-
-    Templates trim blanks and drop reasoning.
-    """
-    reasoning, end, rest = "", "", message["content"]
-    if message["role"] == "assistant":
-        reasoning, end, rest = rest.rpartition("</think>")
-    blanks, said, more = rest.partition(rest.strip() or "\0")
-    return reasoning + end + blanks, said, more
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -22,10 +22,10 @@ def render_row(row: Row, tokenizer: Tokenizer) -> Rendered:
     """
     if "text" not in row:
         return render(row["messages"], row.get("tools"), tokenizer)
-    begin, end = str(tokenizer.bos_token or ""), str(tokenizer.eos_token)
     # As the tokenizer would; but never twice, where the row has them already.
-    begin = begin if tokenizer("")["input_ids"] and not row["text"].startswith(begin) else ""
-    text = begin + row["text"] + ("" if row["text"].endswith(end) else end)
+    begin = str(tokenizer.bos_token or "") if tokenizer("")["input_ids"] else ""
+    end = str(tokenizer.eos_token)
+    text = begin + row["text"].removeprefix(begin).removesuffix(end) + end
     return Rendered(text, [(0, len(text))], prompted=True)
 
 

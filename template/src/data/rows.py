@@ -167,8 +167,7 @@ def _read(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
     needed = 1 + needs_answer  # columns of a shape
     shape = next((shape for shape in SHAPES if row.keys() >= {*shape[:needed]}), None)
     if shape is None:
-        other_names = "data.columns.prompt=… reads a column of another name"
-        raise Rejected(f"has {[*row]}; a row needs {EXPECTED}; {other_names}")
+        raise Rejected(f"has {[*row]}; a row needs {EXPECTED}; data.columns maps other names")
     # Columns that are read are popped: the rest is unread.
     if shape == ("text",):
         read = {"text": _text(row, "text")}

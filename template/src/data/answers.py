@@ -36,7 +36,7 @@ def check_answers(source: str, output: Path | None, data: DataConfig, by: str) -
                 place = f"{output}:{total}: not the answer of {by} to row {total} of {source}"
                 raise UserError(f"{place}; give another --output")
             if line.endswith(b"\n"):  # else it was cut off when it was written
-                done, whole = total, whole + len(line)
+                done, whole = total, file.tell()
         if file.readline():
             raise UserError(f"{output}: more lines than {source} has rows; give another --output")
         file.truncate(whole)

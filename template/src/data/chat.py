@@ -70,8 +70,7 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
             prompt = _skeleton(marked[: first + 1], tools, tokenizer, prompt=True)[-1]
         start, whole = _beginning(text, (end, own[0] if own else after), prompt, turns)
         end = own[1] if own else start
-        trained = carries_loss(message)
-        if trained and not all(call["function"]["name"] in text[start:after] for call in calls):
+        if not all(call["function"]["name"] in text[start:after] for call in calls):
             raise Rejected(f"the chat template leaves out the calls of message {number + 1}")
         closing = (turns.end_of_calls if calls else turns.end_of_answer).search(text, end, after)
         if closing:
@@ -79,9 +78,9 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
         elif after == len(text):
             text += turns.appended
             end = len(text)
-        elif trained:
+        else:
             raise Rejected(f"the chat template writes no end of turn after message {number + 1}")
-        if trained:
+        if carries_loss(message):
             spans.append((start, end))
             prompted = prompted and whole
     return Rendered(text, spans, prompted)

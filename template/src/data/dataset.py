@@ -116,18 +116,17 @@ def load_tokens(
         RunError: the tokens cannot be written: no room, or no right to.
     """
     names = expand(sources)
+    code = sorted(Path(__file__).parent.glob("*.py"))  # other code can make other tokens
     made_with = (
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.special_tokens_map,  # which the vocabulary's file does not hold
         tokenizer.chat_template,
         *(limit, part, part != "all" and data.eval),
         data.model_dump(exclude={"train", "eval", "packing", "num_workers"}),
+        *map(Path.read_bytes, code),
+        *map(fingerprint, names),
     )
     digest = hashlib.sha256(repr(made_with).encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):  # other code can make other tokens
-        digest.update(file.read_bytes())
-    for name in names:
-        digest.update(fingerprint(name))
     folder = hf_home() / "tokens" / digest.hexdigest()[:32]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from src.data.dataset import Document, TokenDataset
 
 def data_lines(dataset: TokenDataset) -> Iterator[str]:
     """Say how large a dataset is, how its rows were read or left out, and what was not read."""
-    facts, tokens = dataset.facts, int(dataset.lengths.sum())
+    facts, tokens = dataset.facts, dataset.lengths.sum()
     share = f"of which {facts.labelled_tokens:,} labelled ({facts.labelled_tokens / tokens:.0%})"
     yield f"documents: {len(dataset):,}, tokens: {tokens:,}, {share}"
     yield "read " + ", ".join(f"{count:,} as {shape}" for shape, count in facts.read_as.items())

@@ -265,7 +265,8 @@ def read_message(turn: Any, data: DataConfig) -> dict[str, Any]:
     content = _of(str, content, "`content`")
     if data.thinking == "drop" and role == "assistant":
         content = THINKING.sub("", content)
-        turn = {k: v for k, v in turn.items() if k not in {"reasoning_content", "thinking"}}
+        for key in ("reasoning_content", "thinking"):
+            turn.pop(key, None)
     return turn | _turn(role, content)
 
 

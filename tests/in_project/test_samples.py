@@ -22,8 +22,10 @@ def test_a_run_on_tools_is_proved_by_the_call_itself(train, write_rows) -> None:
 def test_what_is_seldom_meant_is_said_before_the_first_step(train, write_rows, capsys) -> None:
     rows = write_rows(*[chat("q " * 400, "a") for _ in range(3)])
     train = partial(train, f"data.train={rows}", "data.max_length=1024", "training.batch_size=1")
-    train("data.eval=null", "training.max_steps=1")
-    assert "but the model has 512 positions" in capsys.readouterr().out
+    train("data.eval=null", "training.max_steps=1", "training.warmup_steps=2")
+    printed = capsys.readouterr().out
+    assert "but the model has 512 positions" in printed
+    assert "training.warmup_steps=2: training ends before the rate reaches" in printed
     train("data.eval=null", "training.max_steps=1", "training.resume=auto")
     assert "finished   nothing is left to train; a larger" in capsys.readouterr().out
 

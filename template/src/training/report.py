@@ -67,7 +67,7 @@ def describe(
         f"schedule   steps: {total_steps:,}, an epoch: {-(-len(train.sampler) // window):,}; "
         f"{settings.scheduler} from {settings.learning_rate:g}, {settings.warmup_steps} warm-up"
     )
-    for warning in _warnings(config, model, train):
+    for warning in _warnings(config, model, train, total_steps):
         say(f"warning: {warning}")
     # As the model reads it; tokens with loss are between [ and ].
     say(f"example    {show_document(data[[0]][0], tokenizer)[:300]!r}")
@@ -84,7 +84,7 @@ def _model_lines(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> 
         yield f"LoRA r={made.r} alpha={made.lora_alpha} on {', '.join(adapted_names(model))}"
 
 
-def _warnings(config: Config, model: Any, train: TokenLoader) -> Iterator[str]:
+def _warnings(config: Config, model: Any, train: TokenLoader, total_steps: int) -> Iterator[str]:
     """Settings that are allowed but rarely intended."""
     rate = config.training.learning_rate
     if config.data.packing and not train.packing:
@@ -93,6 +93,8 @@ def _warnings(config: Config, model: Any, train: TokenLoader) -> Iterator[str]:
         yield f"training.learning_rate={rate:g} suits LoRA; use about 2e-5 to train all weights"
     if config.lora and (experts := ", ".join(frozen_experts(model))):
         yield f"experts get no adapters; lora.target_parameters=[{experts}] adds some"
+    if (warmup := config.training.warmup_steps) > total_steps:
+        yield f"training.warmup_steps={warmup}: training ends before the rate reaches {rate:g}"
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and (longest := int(train.dataset.lengths.max())) > limit:
         yield f"a document has {longest:,} tokens, but the model has {limit:,} positions"

@@ -4,7 +4,6 @@ Either way gradients are summed over processes and not averaged, because the los
 divided by the labels of all of them. With one process the model is not wrapped.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -87,10 +87,8 @@ def distribute(
 
 def _replicate(module: nn.Module) -> nn.Module:
     """DDP: gradients are summed in buckets during the backward pass."""
-    parameters = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers"  # torch before 2.15 has the older name only
-    buffers: Any = {name if name in parameters else "broadcast_buffers": False}
-    replica = DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)
+    replica = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    replica.broadcast_buffers = False  # not in each forward pass: they are the same
     replica.register_comm_hook(None, _sum_bucket)
     return replica
 
@@ -170,15 +168,11 @@ def local(tensor: Tensor) -> Tensor:
 
 def gathered(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors to save of a model; of a sharded one, in the main process's host memory alone."""
-    tensors = model.state_dict(keep_vars=True)
-    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+    once = dict(model.named_parameters()) | dict(model.named_buffers())  # tied weights are one
+    if not any(isinstance(tensor, DTensor) for tensor in once.values()):
         return model.state_dict()
-    adapted, saved, known = hasattr(model, "peft_config"), {}, {}
-    for name, tensor in tensors.items():
-        if adapted and not tensor.requires_grad:
-            continue
-        if id(tensor) not in known:  # tied weights stay one
-            whole = full(tensor.detach())
-            known[id(tensor)] = whole.cpu() if RANK == 0 else whole.new_empty(0)
-        saved[name] = known[id(tensor)]
-    return saved
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config")
+    )
+    saved: dict[str, Any] = get_model_state_dict(model, options=options)
+    return {name: tensor for name, tensor in saved.items() if name in once}

@@ -9,11 +9,9 @@ from contextlib import contextmanager
 
 import torch
 
-from src.config import Config, changed
+from src.config import Config
 from src.models.model import check_positions, count_before_loading
-from src.training.checkpoint import Training
 from src.training.optimizer import MOMENTS, dtype_of_trained
-from src.training.strategy import local
 from src.utils.device import cudnn_advice
 from src.utils.errors import RunError, UserError
 from src.utils.memory import GIB
@@ -97,8 +95,8 @@ def check_feasible(config: Config, device: torch.device, dtype: torch.dtype, sha
 
 
 @contextmanager
-def explain_out_of_memory(config: Config, training: Training) -> Generator[None]:
-    """Print how many GiB each part took, and three changes in the order in which to try them.
+def explain_out_of_memory(config: Config) -> Generator[None]:
+    """Print the peak, and three changes in the order in which to try them.
 
     Nothing is retried with other settings: that would silently train something else.
 
@@ -108,18 +106,12 @@ def explain_out_of_memory(config: Config, training: Training) -> Generator[None]
     try:
         yield
     except torch.OutOfMemoryError:
-        weights = sum(local(p).nbytes for p in training.model.parameters()) / GIB
-        kept = [*training.trained().values(), *training.moments().values()]
-        others = sum(local(t).nbytes for t in kept) / GIB
         peak = torch.cuda.max_memory_allocated() / GIB
-        if config.model.gradient_checkpointing == "auto":  # it recomputes all layers by now
-            config = changed(config, "model.gradient_checkpointing=true")
         changes = [*next_settings(config), "a smaller model, or a GPU with more memory"]
         advice = "; ".join(f"({n}) {change}" for n, change in enumerate(changes[:3], 1))
         raise RunError(
-            f"out of memory: weights {weights:.1f} GiB, gradients and optimizer {others:.1f} GiB, "
-            f"the rest activations of {config.training.batch_size} x {config.data.max_length} "
-            f"tokens; peak {peak:.1f} GiB. Try, in this order: {advice}"
+            f"out of memory: a microbatch of {config.training.batch_size} x "
+            f"{config.data.max_length} tokens; peak {peak:.1f} GiB. Try, in this order: {advice}"
         ) from None
     except RuntimeError as error:
         if advice := cudnn_advice(error):
@@ -131,7 +123,8 @@ def next_settings(config: Config) -> list[str]:
     """Changes that save memory, as keys for a command line; the one that costs the least first."""
     model, training, full = config.model, config.training, config.lora is None
     size, steps = training.batch_size, training.gradient_accumulation_steps
-    length, recomputes = config.data.max_length, model.gradient_checkpointing is True
+    # `auto` has recomputed every layer by then.
+    length, recomputes = config.data.max_length, model.gradient_checkpointing is not False
     offload = recomputes and size == 1 and not model.gradient_checkpointing_offload
     fewer = f"training.batch_size={size // 2} training.gradient_accumulation_steps={2 * steps}"
     changes = {

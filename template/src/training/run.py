@@ -81,7 +81,7 @@ def run(config: Config, plain: dict[str, Any]) -> Path:
                 prepared.train,
                 prepared.evaluation,
             ) as recorder,
-            explain_out_of_memory(config, training),
+            explain_out_of_memory(config),
         ):
             steps_left = prepared.total_steps - training.state.step
             prepare_layers(config, objective, training, prepared.train.packing, steps_left)

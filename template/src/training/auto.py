@@ -19,7 +19,7 @@ from src.config import Config
 from src.data.batching import full_batch, to_device
 from src.models.model import checkpoint_layers, compile_layers, decoder_layers, recompute_first
 from src.training import strategy
-from src.training.checkpoint import Training
+from src.training.checkpoint import Training, trained_weights
 from src.training.loss import chunk_gradient
 from src.training.optimizer import MOMENTS
 from src.training.report import say
@@ -78,7 +78,10 @@ def prepare_layers(
         clear_memory()
         return
     layers, total = len(decoder_layers(model)), memory_limit(model.device)
-    moments = _gib_of_missing_moments(config, training)
+    moments = 0.0  # GiB that the first step makes
+    if not training.optimizer.state:
+        weights = map(strategy.local, trained_weights(model).values())
+        moments = sum(p.numel() for p in weights) * MOMENTS[config.training.optimizer] / GIB
     recompute = partial(recompute_first, model)
     choose = partial(choose_layers, attempt, recompute, layers, MARGIN * total - moments)
     recomputed, peak = choose()
@@ -187,21 +190,20 @@ def choose_layers(
 def try_microbatches(
     objective: nn.Module, training: Training, batches: list[dict[str, Any]]
 ) -> Trial:
-    """Forward and backward pass of each microbatch, without a step; random states are restored.
+    """Forward and backward pass of each microbatch, without a step.
 
     Given two, the second runs beside gradients, as with accumulation.
     """
-    device, held, seconds = training.model.device, 0.0, 0.0
+    held, seconds = 0.0, 0.0
     clear_memory()
     try:
-        with torch.random.fork_rng([device] * (device.type == "cuda")):
-            for batch in batches:
-                started = time.perf_counter()
-                loss = objective(batch)
-                held = torch.cuda.memory_allocated() / GIB  # 0 where CUDA was not started
-                loss.backward()
-                loss.item()  # waits for the GPU
-                seconds = time.perf_counter() - started
+        for batch in batches:
+            started = time.perf_counter()
+            loss = objective(batch)
+            held = torch.cuda.memory_allocated() / GIB  # 0 where CUDA was not started
+            loss.backward()
+            loss.item()  # waits for the GPU
+            seconds = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated() / GIB
     finally:
         training.optimizer.zero_grad(set_to_none=True)
@@ -212,10 +214,3 @@ def memory_limit(device: torch.device) -> float:
     """GiB that this process may allocate; the minimum of all processes."""
     memory, share = gpu_memory(device), torch.cuda.get_per_process_memory_fraction(device)
     return min(gather(min(memory["free"] + memory["reserved"], share * memory["total"])))
-
-
-def _gib_of_missing_moments(config: Config, training: Training) -> float:
-    """GiB that the optimizer allocates in its first step."""
-    weights = sum(strategy.local(p).numel() for p in training.trained().values())
-    moments = sum(strategy.local(t).nbytes for t in training.moments().values())
-    return max(weights * MOMENTS[config.training.optimizer] - moments, 0) / GIB

@@ -1,17 +1,16 @@
-"""Checkpoints: weights, moments, random states, position; whole or absent, checked when read.
+"""Checkpoints: weights, moments, position; whole or absent, checked when read.
 
 A checkpoint has the same files whatever number of processes and strategy wrote it:
 
     weights/*.safetensors    the weights that train, as torch's distributed checkpoints
     moments/*.safetensors    what the optimizer keeps for them
-    run.json                 position, random states, and what a resumed run must share
+    run.json                 position, and what a resumed run must share
     manifest.json            a checksum of each of these files
 """
 
 import hashlib
 import json
 import math
-import random
 import shutil
 import warnings
 from collections import ChainMap
@@ -21,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -83,7 +81,7 @@ class TrainState:
 
 @dataclass
 class Training:
-    """What a checkpoint saves and restores, besides random states."""
+    """What a checkpoint saves and restores."""
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
@@ -91,14 +89,10 @@ class Training:
     identity: dict[str, Any]  # what a resumed run must share with this one: see `identify`
     state: TrainState = field(default_factory=TrainState)
 
-    def trained(self) -> dict[str, Tensor]:
-        """The weights that train, by name."""
-        return trained_weights(self.model)
-
     def moments(self) -> dict[str, Tensor]:
-        """What the optimizer keeps for each of them, by the weight's name and its own."""
+        """What the optimizer keeps for the weights that train, by a weight's name and its own."""
         moments = {}
-        for weight_name, weight in self.trained().items():
+        for weight_name, weight in trained_weights(self.model).items():
             for key, kept in self.optimizer.state.get(weight, {}).items():
                 name = f"{weight_name}/{key}"
                 # An 8-bit moment is one tensor to the optimizer, and several in a file.
@@ -124,12 +118,12 @@ def identify(config: Config, data: Facts) -> dict[str, Any]:
 def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
     """Write `folder/step-N`, then prune: the newest `keep` stay, and the best one.
 
-    All processes call it: each has random generators of its own, and perhaps shards.
+    All processes call it: each writes its own shards.
     """
     path = folder / f"step-{training.state.step:08d}"
     training.state.learning_rate = float(training.optimizer.param_groups[0]["lr"])
-    with _folder_for_all(path) as temporary:
-        _write(training, temporary)
+    with new_folder(path) if is_main() else nullcontext(path.with_name(f".{path.name}.tmp")) as new:
+        _write(training, new)
     on_main(prune, folder, keep, training.state.best_step)
     return path
 
@@ -146,29 +140,22 @@ def explain_failed_write(output: Path) -> Generator[None]:
     except (OSError, SafetensorError, CheckpointException) as error:
         if isinstance(error, OSError) and error.errno not in FULL:
             raise
-        failures = getattr(error, "failures", {})  # of DCP: the error of each process
-        cause = next((cause for cause, _ in failures.values()), error)
+        # DCP wraps the errors of all processes.
+        cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
         raise RunError(
             f"{output}: could not be written: {first_line(cause)}; earlier checkpoints are whole: "
             "make room, then go on with training.resume=auto"
         ) from error
 
 
-@contextmanager
-def _folder_for_all(path: Path) -> Generator[Path]:
-    """`new_folder`, that all processes write into."""
-    with new_folder(path) if is_main() else nullcontext(path.with_name(f".{path.name}.tmp")) as new:
-        barrier()
-        yield new
-        barrier()
-
-
 def _write(training: Training, folder: Path) -> None:
     """The main process writes everything, but for shards, which each process writes itself."""
+    barrier()  # the folder is made
     # Of the optimizer its moments alone: learning rate and decay are configuration, and the rate
     # follows from the step. Saved, they would overrule the configuration of a resumed run.
-    sharded = _is_sharded(training.trained())
-    for part, tensors in ((WEIGHTS, training.trained()), (MOMENTS, training.moments())):
+    parts = {WEIGHTS: trained_weights(training.model), MOMENTS: training.moments()}
+    sharded = _is_sharded(parts[WEIGHTS])
+    for part, tensors in parts.items():
         files = {name: 1 + number // TENSORS_A_FILE for number, name in enumerate(tensors)}
         writer = HuggingFaceStorageWriter(str(folder / part), files, save_distributed=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -181,12 +168,10 @@ def _write(training: Training, folder: Path) -> None:
         "state": asdict(training.state),
         "identity": training.identity,
         "scaler": training.scaler.state_dict(),
-        "random": gather(_random_state()),
     }
     if is_main():
         mine.append(folder / CHECKPOINT)
-        text = json.dumps(record, default=lambda state: state.tolist())
-        mine[-1].write_text(text, encoding="utf-8")
+        mine[-1].write_text(json.dumps(record), encoding="utf-8")
     checksums = gather({str(file.relative_to(folder)): _sha256(file) for file in mine})
     if is_main():
         manifest = json.dumps(dict(ChainMap(*checksums)), indent=2)
@@ -224,28 +209,23 @@ def _sizes(folder: Path) -> dict[str, torch.Size]:
 
 
 def load_checkpoint(training: Training, path: Path) -> None:
-    """Put everything back in place as `save_checkpoint` found it, random generators included.
+    """Put everything back in place as `save_checkpoint` found it.
 
     It may have been saved by more or fewer processes, and with another strategy.
     """
-    trained, optimizer, record = training.trained(), training.optimizer, _record(path)
+    record, saved = _record(path), _sizes(path / MOMENTS)
     # A step makes the moments, in the optimizer's own form. Then all that it changed is read.
-    for weight in trained.values():
-        weight.grad = torch.zeros_like(weight)
+    for name, weight in trained_weights(training.model).items():
+        if f"{name}/step" in saved:  # else it never had a gradient
+            weight.grad = torch.zeros_like(weight)
     with torch.compiler.set_stance("force_eager"):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
     load_weights(training.model, path)
-    saved = _sizes(path / MOMENTS)
-    for name, weight in trained.items():
-        if f"{name}/step" not in saved:  # it never had a gradient
-            del optimizer.state[weight]
     _load(path / MOMENTS, training.moments())
     if record["scaler"]:  # empty if it was not saved in fp16: the new scaler stays
         training.scaler.load_state_dict(record["scaler"])
     vars(training.state).update(record["state"])
-    if len(record["random"]) > RANK:  # a process that was not there keeps its seed
-        _set_random_state(record["random"][RANK])
 
 
 def resume(training: Training, settings: TrainingConfig, checkpoints: Path) -> Path | None:
@@ -340,24 +320,3 @@ def _record(path: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _random_state() -> dict[str, Any]:
-    """The states of all random generators of this process."""
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),  # noqa: NPY002
-        "torch": torch.get_rng_state(),
-        # This process's GPU alone: asking the others would start a context on each of them.
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _set_random_state(saved: dict[str, Any]) -> None:
-    """Put them back, as they are read from JSON."""
-    version, words, gauss = saved["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(saved["numpy"]))  # noqa: NPY002
-    torch.set_rng_state(torch.tensor(saved["torch"], dtype=torch.uint8))
-    if saved["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(saved["cuda"], dtype=torch.uint8))

@@ -117,8 +117,6 @@ def _prepare(config: Config, device: torch.device, dtype: torch.dtype) -> Run:
     identity = checkpoint.identify(config, train.dataset.facts)
     training = Training(model, make_optimizer(model, settings), scaler, identity)
     total_steps = count_steps(settings, len(train.sampler))
-    if RANK:  # the weights are the same on all ranks; dropout must differ
-        set_seed(config.seed + RANK, config.deterministic)
     resumed = checkpoint.resume(training, settings, from_root(config.output_dir) / "checkpoints")
     report.describe_resume(resumed, training.state, config, total_steps)
     speed = Speed(*count_flops(model, train.dataset.lengths), matmul_rate(device, dtype))
@@ -173,15 +171,24 @@ def _steps_of_all_epochs(run: Run) -> Iterator[StepResult]:
         return
     scheduler = make_scheduler(training.optimizer, settings, run.total_steps, state.step)
     sampler = run.train.sampler
+    _seed_step(run)
     while True:
         sampler.epoch, sampler.position = state.epoch, state.position
-        yield from training_steps(
+        for step in training_steps(
             run.objective, run.train, training.optimizer, training.scaler, training.model.device,
             accumulation=settings.gradient_accumulation_steps, scheduler=scheduler,
             max_grad_norm=settings.max_grad_norm,
             skip_non_finite=settings.on_non_finite == "skip",
-        )  # fmt: skip
+        ):  # fmt: skip
+            yield step
+            _seed_step(run)
         state.epoch, state.position = state.epoch + 1, 0
+
+
+def _seed_step(run: Run) -> None:
+    """Seed the next step, so that a resumed run draws the same dropout; each process its own."""
+    number = run.training.state.step * WORLD_SIZE + RANK + 1  # 0: the model was made with it
+    set_seed((run.config.seed + number) % 2**32)
 
 
 def _check_finite(run: Run, steps: list[StepResult]) -> None:

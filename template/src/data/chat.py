@@ -50,7 +50,8 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
     """
     if MARK.search(str(messages)):
         raise Rejected("the row holds text such as Qzx1xzQ, which is a marker here; change it")
-    turns = turn_format(tokenizer, str(tokenizer.chat_template))
+    template = str(tokenizer.chat_template)
+    turns = turn_format(tokenizer, template)
     text, places, marked = _locate(messages, tools, tokenizer)
     # What a prompt after a message depends on: its role, the blanks at its end, its calls.
     kinds = [(m["role"], MARK.split(m["content"])[-1], m.get("tool_calls") or []) for m in marked]
@@ -67,7 +68,8 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
             # Rendering all that comes before each answer would be quadratic in turns. So it is
             # done for the first message of the previous one's kind.
             first = kinds.index(kinds[number - 1])
-            prompt = _skeleton(marked[: first + 1], tools, tokenizer, prompt=True)[-1]
+            shorter = json.dumps([marked[: first + 1], tools], default=str)
+            prompt = _skeleton(shorter, tokenizer, template, prompt=True)[-1]
         start, whole = _beginning(text, (end, own[0] if own else after), prompt, turns)
         end = own[1] if own else start
         if not all(call["function"]["name"] in text[start:after] for call in calls):
@@ -244,7 +246,8 @@ def _locate(
         text = f"{reasoning}{end}{blanks}{_mark(number) if own else ''}{tail}"
         marked.append(message | {"content": text})
     text = chat_text(tokenizer, messages, False, tools)
-    first, *rest = _skeleton(marked, tools, tokenizer, prompt=False)
+    conversation = json.dumps([marked, tools], default=str)
+    first, *rest = _skeleton(conversation, tokenizer, str(tokenizer.chat_template), prompt=False)
     places: list[Span | None] = [None] * len(messages)
     at = len(first)
     for number, literal in zip(map(int, rest[::2]), rest[1::2], strict=True):
@@ -267,21 +270,22 @@ def _locate(
     return text, places, marked
 
 
+@lru_cache(maxsize=256)
 def _skeleton(
-    marked: list[Message], tools: list[dict] | None, tokenizer: Tokenizer, prompt: bool
+    conversation: str, tokenizer: Tokenizer, template: str, prompt: bool
 ) -> tuple[str, ...]:
     """Return the template's own text around the markers, and their numbers in between.
 
     It is cached, as rendering takes longer than tokenising: conversations with the same roles
     have the same one, unless there is reasoning or a call of a tool.
+
+    Args:
+        conversation: marked messages and tools, as JSON.
+        tokenizer: whose template it is.
+        template: its `chat_template`; part of the cache's key.
+        prompt: whether to write the header of an answer at the end.
     """
-    key = json.dumps([marked, tools], default=str)
-    return _skeleton_of(key, tokenizer, str(tokenizer.chat_template), prompt)
-
-
-@lru_cache(maxsize=256)
-def _skeleton_of(key: str, tokenizer: Tokenizer, _template: str, prompt: bool) -> tuple[str, ...]:
-    marked, tools = json.loads(key)
+    marked, tools = json.loads(conversation)
     return tuple(MARK.split(chat_text(tokenizer, marked, prompt, tools)))
 
 

@@ -73,7 +73,9 @@ def work(name: str) -> None:
     from src.models.attention import set_attention
     from src.models.head import find_plain_head
     from src.training import strategy
-    from src.utils.distributed import barrier, is_main, process_group
+    from src.training.loss import Objective
+    from src.utils.distributed import all_sum, is_main, process_group
+    from src.utils.ranks import WORLD_SIZE
 
     cpu, dtype = torch.device("cpu"), torch.float32
 
@@ -82,8 +84,9 @@ def work(name: str) -> None:
             return LlamaForCausalLM(LlamaConfig(**SIZE, tie_word_embeddings=True, use_cache=False))
 
     with process_group(cpu, 600):
-        shared = name if name in {"ddp", "fsdp"} else ""
-        objective = strategy.distribute(build, shared, cpu, dtype)
+        shards = WORLD_SIZE if name == "fsdp" else 1
+        flat = Objective(build(cpu), dtype) if name == "flat" else None
+        objective = flat or strategy.distribute(build, shards, cpu, dtype)
         strategy.within(objective, set_attention, "auto", True, cpu, dtype)
         bare = strategy.unwrapped(objective)
         bare.head = strategy.within(objective, find_plain_head, cpu, dtype)
@@ -91,7 +94,7 @@ def work(name: str) -> None:
         batch = to_device(with_targets(short_row(3, TOKENS)), cpu)
         seconds, sent = [], []
         for step in range(WARM + STEPS):
-            barrier()
+            all_sum(0)
             began, before = time.perf_counter(), loopback()
             objective(batch).backward()
             if name == "flat":
@@ -100,7 +103,7 @@ def work(name: str) -> None:
                 parts = flat.split([p.numel() for p in parameters])
                 for parameter, part in zip(parameters, parts, strict=True):
                     parameter.grad.copy_(part.view_as(parameter))
-            barrier()
+            all_sum(0)
             if step >= WARM:
                 seconds.append(time.perf_counter() - began)
                 sent.append(loopback() - before)

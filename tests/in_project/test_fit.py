@@ -10,7 +10,7 @@ from conftest import SMOKE
 from src.config import changed, load_config
 from src.models import attention
 from src.training import fit, loss
-from src.training.fit import check_feasible, choose_strategy, next_settings
+from src.training.fit import check_feasible, choose_shards, next_settings
 from src.utils import device
 from src.utils.errors import RunError, UserError
 
@@ -58,29 +58,30 @@ def test_full_fine_tuning_without_the_memory_is_refused(configure) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gib", "overrides", "dtype", "strategy"),
+    ("gib", "overrides", "dtype", "strategy", "shards"),
     [
-        (80, [FULL], torch.bfloat16, "fsdp"),
-        (300, [FULL], torch.bfloat16, "ddp"),
-        (80, [FULL], torch.float16, "ddp"),
-        (80, ["training.optimizer=adamw8bit"], torch.bfloat16, "ddp"),
-        (80, ["lora.r=16"], torch.bfloat16, "ddp"),
-        (16, ["lora.r=16"], torch.bfloat16, "fsdp"),
-        (16, ["lora.r=16", "model.quantization=4bit"], torch.bfloat16, "ddp"),
-        (300, [FULL, "training.strategy=hsdp"], torch.bfloat16, "hsdp"),
+        (80, [FULL], torch.bfloat16, "fsdp", 8),
+        (300, [FULL], torch.bfloat16, "ddp", 1),
+        (80, [FULL], torch.float16, "ddp", 1),
+        (80, ["training.optimizer=adamw8bit"], torch.bfloat16, "ddp", 1),
+        (80, ["lora.r=16"], torch.bfloat16, "ddp", 1),
+        (16, ["lora.r=16"], torch.bfloat16, "fsdp", 8),
+        (16, ["lora.r=16", "model.quantization=4bit"], torch.bfloat16, "ddp", 1),
+        (300, [FULL, "training.strategy=hsdp"], torch.bfloat16, "hsdp", 4),
     ],
 )
 def test_many_processes_share_what_a_gpu_cannot_hold(
-    configure, monkeypatch, gib: int, overrides: list[str], dtype: torch.dtype, strategy: str
+    configure, monkeypatch, capsys, gib, overrides: list[str], dtype, strategy: str, shards: int
 ) -> None:
     config = configure(*overrides, gib=gib)
-    assert choose_strategy(config, GPU, dtype) == ("", "")
+    assert choose_shards(config, GPU, dtype) == 1
+    assert capsys.readouterr().out == ""
     monkeypatch.setattr(fit, "WORLD_SIZE", 8)
-    chosen, reason = choose_strategy(config, GPU, dtype)
-    assert chosen == strategy
-    assert reason
+    monkeypatch.setattr(fit, "LOCAL_WORLD_SIZE", 4)
+    assert choose_shards(config, GPU, dtype) == shards
+    assert f"strategy   {strategy}: " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"training\.strategy: fsdp trains in bf16"):
-        choose_strategy(configure("training.strategy=fsdp"), GPU, torch.float16)
+        choose_shards(configure("training.strategy=fsdp"), GPU, torch.float16)
 
 
 def test_the_size_is_known_before_anything_is_loaded(train, monkeypatch) -> None:

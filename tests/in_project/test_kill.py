@@ -93,7 +93,7 @@ def train_child(model: LlamaForCausalLM, ids: torch.Tensor, output: Path) -> Non
     with Recorder(config, written, training.state, STEPS, loader, None) as recorder:
         parts = run.Run(
             config=config, tokenizer=data, objective=objective, training=training, train=loader, evaluation=None,
-            dtype=torch.float32, speed=Speed(1, 1, 1), total_steps=STEPS,
+            speed=Speed(1, 1, 1), total_steps=STEPS,
         )  # fmt: skip
         with StopSignal() as stop:
             run._train(parts, recorder, stop, lambda: None)

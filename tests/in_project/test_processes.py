@@ -60,7 +60,7 @@ build = partial(build_model, config, None, load_tokenizer(config), dtype=torch.f
 build(torch.device("meta"))  # what importing takes
 with process_group(cpu, 60):
     before = peak()
-    objective = distribute(build, "fsdp", cpu, torch.float32)
+    objective = distribute(build, 4, cpu, torch.float32)
     print(f"peak {os.environ['RANK']} {peak() - before:.0f}", flush=True)
 from src.utils import distributed
 distributed.RESTARTS += 1

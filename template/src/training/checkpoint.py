@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from src.config import Config, TrainingConfig, flatten
 from src.data.dataset import Facts
 from src.models.adapters import base_of
-from src.utils.distributed import RANK, WORLD_SIZE, barrier, gather, is_main, on_main
+from src.utils.distributed import RANK, WORLD_SIZE, gather, is_main, on_main
 from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError, first_line
 from src.utils.files import CHECKPOINT, FULL, STEPS, new_folder
@@ -150,7 +150,7 @@ def explain_failed_write(output: Path) -> Generator[None]:
 
 def _write(training: Training, folder: Path) -> None:
     """The main process writes everything, but for shards, which each process writes itself."""
-    barrier()  # the folder is made
+    gather(None)  # the folder is made
     # Of the optimizer its moments alone: learning rate and decay are configuration, and the rate
     # follows from the step. Saved, they would overrule the configuration of a resumed run.
     parts = {WEIGHTS: trained_weights(training.model), MOMENTS: training.moments()}
@@ -191,7 +191,6 @@ def load_weights(model: PreTrainedModel, path: Path) -> None:
 
 def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Read a folder of shards into these tensors, which must be all that it holds."""
-    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     if _sizes(folder) != {name: tensor.shape for name, tensor in tensors.items()}:
         raise UserError(f"{folder}: has weights of other names or shapes than this run's")
     reader = HuggingFaceStorageReader(str(folder))

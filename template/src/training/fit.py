@@ -13,9 +13,10 @@ from src.config import Config
 from src.models.model import check_positions, count_before_loading
 from src.training.optimizer import MOMENTS, dtype_of_trained
 from src.utils.device import cudnn_advice
+from src.utils.distributed import on_main
 from src.utils.errors import RunError, UserError
 from src.utils.memory import GIB
-from src.utils.ranks import WORLD_SIZE
+from src.utils.ranks import LOCAL_WORLD_SIZE, WORLD_SIZE
 
 MAX_ON_A_CPU = 2e9  # parameters; above, a step takes minutes and an epoch weeks
 ROOM = 0.7  # share of a GPU's memory for what is held, so that activations have the rest
@@ -43,27 +44,33 @@ def may_shard(config: Config) -> bool:
     return config.model.quantization == "none" and config.training.optimizer == "adamw"
 
 
-def choose_strategy(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """`ddp`, `fsdp` or `hsdp` for `training.strategy`, and the reason; empty for one process.
+def choose_shards(config: Config, device: torch.device, dtype: torch.dtype) -> int:
+    """The number of shards of the model, by `training.strategy`; 1: each process has a copy.
+
+    Prints the strategy and its reason where there are several processes.
 
     Raises:
         UserError: FSDP is asked for, together with fp16.
     """
     strategy = config.training.strategy
     if WORLD_SIZE == 1:
-        return "", ""
+        return 1
     if strategy in {"fsdp", "hsdp"} and dtype == torch.float16:
         raise UserError(
             f"training.strategy: {strategy} trains in bf16 or fp32, as fp16's scaler would judge "
             "each shard alone; use ddp"
         )
     if strategy != "auto":
-        return strategy, "as training.strategy says"
-    if not may_shard(config) or device.type == "cpu" or dtype == torch.float16:
-        return "ddp", "what is quantized, in fp16, or on a CPU is not sharded"
-    held, total = gib_held(config, dtype), torch.cuda.get_device_properties(0).total_memory / GIB
-    figures = f"{held:.0f} GiB of weights, gradients and moments, a GPU has {total:.0f}"
-    return ("fsdp" if held > ROOM * total else "ddp"), figures
+        reason = "as training.strategy says"
+    elif not may_shard(config) or device.type == "cpu" or dtype == torch.float16:
+        strategy, reason = "ddp", "what is quantized, in fp16, or on a CPU is not sharded"
+    else:
+        held = gib_held(config, dtype)
+        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        strategy = "fsdp" if held > ROOM * total else "ddp"
+        reason = f"{held:.0f} GiB of weights, gradients and moments, a GPU has {total:.0f}"
+    on_main(print, f"strategy   {strategy}: {reason}")
+    return {"fsdp": WORLD_SIZE, "hsdp": LOCAL_WORLD_SIZE}.get(strategy, 1)
 
 
 def check_feasible(config: Config, device: torch.device, dtype: torch.dtype, shards: int) -> None:

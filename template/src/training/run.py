@@ -19,7 +19,7 @@ from src.models.model import load_tokenizer, save_model, try_saving
 from src.training import checkpoint, report, strategy
 from src.training.auto import prepare_layers
 from src.training.checkpoint import Training, explain_failed_write, save_checkpoint
-from src.training.fit import check_feasible, choose_strategy, explain_out_of_memory
+from src.training.fit import check_feasible, choose_shards, explain_out_of_memory
 from src.training.metrics import draw_curves
 from src.training.optimizer import count_steps, make_optimizer, make_scheduler
 from src.training.record import Record
@@ -46,7 +46,6 @@ class Run:
     training: Training  # the same model, with all that a checkpoint holds
     train: TokenLoader
     evaluation: TokenLoader | None
-    dtype: torch.dtype  # of matmuls
     speed: Speed
     total_steps: int
 
@@ -64,10 +63,9 @@ def run(config: Config, plain: dict[str, Any]) -> Path:
         Interrupted: after a signal; the state is saved.
     """
     set_seed(config.seed, config.deterministic)
-    device = pick_device(config.device)
-    dtype, output = pick_dtype(config.model.dtype, device), from_root(config.output_dir)
+    device, output = pick_device(config.device), from_root(config.output_dir)
     with distributed.process_group(device, config.training.timeout), only_run_in(output):
-        prepared = _prepare(config, device, dtype)
+        prepared = _prepare(config, device)
         objective, training = prepared.objective, prepared.training
         # From here on a signal waits for the end of a step, so that no training is lost.
         with (
@@ -85,25 +83,24 @@ def run(config: Config, plain: dict[str, Any]) -> Path:
         ):
             steps_left = prepared.total_steps - training.state.step
             prepare_layers(config, objective, training, prepared.train.packing, steps_left)
-            sample = make_sampler(objective, prepared.tokenizer, config, training.state, dtype)
+            sample = make_sampler(objective, prepared.tokenizer, config, training.state)
             _train(prepared, recorder, stop, sample)
             _save_result(prepared, recorder)
         if config.training.overfit:
-            check_overfit(objective, config, prepared.tokenizer, dtype)
+            check_overfit(objective, config, prepared.tokenizer)
         recorder.summarise()
     return output / "final"
 
 
-def _prepare(config: Config, device: torch.device, dtype: torch.dtype) -> Run:
+def _prepare(config: Config, device: torch.device) -> Run:
     """Make everything that training needs, and describe it; nothing is written to `output_dir`."""
     settings = config.training
-    chosen, reason = choose_strategy(config, device, dtype)
-    if chosen:
-        report.say(f"strategy   {chosen}: {reason}")
-    check_feasible(config, device, dtype, strategy.shards(chosen))
+    dtype = pick_dtype(config.model.dtype, device)
+    shards = choose_shards(config, device, dtype)
+    check_feasible(config, device, dtype, shards)
     tokenizer = load_tokenizer(config.model)
     documents = load_documents(config, tokenizer)
-    objective, packing = strategy.build_objective(config, tokenizer, chosen, device, dtype)
+    objective, packing = strategy.build_objective(config, tokenizer, shards, device, dtype)
     model = strategy.unwrapped(objective).model
     distributed.on_main(try_saving, model, tokenizer)
     make_loader = partial(
@@ -121,7 +118,7 @@ def _prepare(config: Config, device: torch.device, dtype: torch.dtype) -> Run:
     report.describe_resume(resumed, training.state, config, total_steps)
     speed = Speed(*count_flops(model, train.dataset.lengths), matmul_rate(device, dtype))
     report.describe(config, model, tokenizer, dtype, train, evaluation, total_steps)
-    return Run(config, tokenizer, objective, training, train, evaluation, dtype, speed, total_steps)
+    return Run(config, tokenizer, objective, training, train, evaluation, speed, total_steps)
 
 
 def _train(
@@ -228,6 +225,7 @@ def _write_final(run: Run, output: Path, weights: dict[str, Tensor], step: int) 
         if earlier == step:
             return
         final.rename(free_name(output / f"final-step-{earlier}"))
+    dtype = strategy.unwrapped(run.objective).dtype
     with new_folder(final) as folder:
-        save_model(run.training.model, run.tokenizer, folder, run.dtype, weights)
+        save_model(run.training.model, run.tokenizer, folder, dtype, weights)
         shutil.copy(output / "config.yaml", folder / RECIPE)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from textwrap import shorten
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -18,7 +17,7 @@ from src.models.generation import generate
 from src.training.checkpoint import TrainState
 from src.training.record import hide
 from src.training.report import say
-from src.training.strategy import within
+from src.training.strategy import unwrapped, within
 from src.utils.distributed import is_main
 from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError
@@ -62,12 +61,12 @@ def questions(rows: Iterable[Row], tokenizer: Tokenizer) -> Iterator[tuple[Row, 
 
 
 def make_sampler(
-    objective: nn.Module, tokenizer: Tokenizer, config: Config, state: TrainState,
-    dtype: torch.dtype,
-) -> Callable[[], None]:  # fmt: skip
+    objective: nn.Module, tokenizer: Tokenizer, config: Config, state: TrainState
+) -> Callable[[], None]:
     """Return what appends answers to `samples.jsonl` and prints the first; called before step 1."""
     prompts = sample_prompts(config, tokenizer)
     asked = [row["messages"] for row in prompts]
+    dtype = unwrapped(objective).dtype
     length, path = config.evaluation.max_length, from_root(config.output_dir) / "samples.jsonl"
 
     def sample() -> None:
@@ -91,15 +90,13 @@ def make_sampler(
     return sample
 
 
-def check_overfit(
-    objective: nn.Module, config: Config, tokenizer: Tokenizer, dtype: torch.dtype
-) -> None:
+def check_overfit(objective: nn.Module, config: Config, tokenizer: Tokenizer) -> None:
     """Check that the model gives the first answer that it trained on: mask, template, stop token.
 
     Raises:
         RunError: it gives another answer.
     """
-    rows = read_part(config.data.train, config.data)
+    rows, dtype = read_part(config.data.train, config.data), unwrapped(objective).dtype
     for row, expected in islice(questions(rows, tokenizer), 1):
         room = len(tokenizer(expected)["input_ids"]) + 20  # to run on, if nothing stops it
         answer = within(objective, generate, tokenizer, row, max_length=room, dtype=dtype)

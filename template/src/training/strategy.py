@@ -32,22 +32,22 @@ from src.models.model import build_model, decoder_layers
 from src.training.loss import Objective
 from src.training.optimizer import dtype_of_trained
 from src.utils.errors import UserError
-from src.utils.ranks import LOCAL_WORLD_SIZE, RANK, WORLD_SIZE
+from src.utils.ranks import RANK, WORLD_SIZE
 
 
 def build_objective(
-    config: Config, tokenizer: Tokenizer, strategy: str, device: torch.device, dtype: torch.dtype
+    config: Config, tokenizer: Tokenizer, shards: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, bool]:
     """Build the model with its loss, attention and head, shared among the processes.
 
     Returns:
-        The `Objective`, in DDP or sharded as `strategy` says, and whether rows are packed.
+        The `Objective`, in DDP or in so many shards, and whether rows are packed.
     """
     build = partial(
         build_model, config.model, config.lora, tokenizer,
         dtype=dtype, trained_in=dtype_of_trained(config.training, dtype),
     )  # fmt: skip
-    objective = distribute(build, strategy, device, dtype)
+    objective = distribute(build, shards, device, dtype)
 
     def finish(model: PreTrainedModel) -> tuple[bool, PlainHead | None]:
         packing = set_attention(model, config.model.attention, config.data.packing, device, dtype)
@@ -57,14 +57,9 @@ def build_objective(
     return objective, packing
 
 
-def shards(strategy: str) -> int:
-    """The number of shards of a model; 1: it is not sharded."""
-    return {"fsdp": WORLD_SIZE, "hsdp": LOCAL_WORLD_SIZE}.get(strategy, 1)
-
-
 def distribute(
     build: Callable[[torch.device], PreTrainedModel],
-    strategy: str,
+    shards: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> nn.Module:
@@ -74,12 +69,12 @@ def distribute(
     on the device `meta` and receive their shards one tensor at a time, so memory does not grow
     with the number of ranks.
     """
-    if shards(strategy) == 1:
+    if shards == 1:
         objective = Objective(build(device), dtype)
-        return _replicate(objective) if strategy else objective
+        return _replicate(objective) if WORLD_SIZE > 1 else objective
     with torch.random.fork_rng([]):  # PEFT draws random numbers on `meta` too
         objective = Objective(build(torch.device("meta")), dtype)
-    _shard(objective, shards(strategy), device, dtype)
+    _shard(objective, shards, device, dtype)
     objective.to_empty(device=device)
     _fill(objective.model, build(torch.device("cpu")) if RANK == 0 else None, device)
     return objective
@@ -98,12 +93,12 @@ def _sum_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tens
     return work.get_future().then(lambda future: future.value()[0])
 
 
-def _shard(objective: Objective, parts: int, device: torch.device, dtype: torch.dtype) -> None:
+def _shard(objective: Objective, shards: int, device: torch.device, dtype: torch.dtype) -> None:
     """FSDP2 over a mesh of copies and shards: a layer is whole only while it computes."""
     layers = decoder_layers(objective.model)
     if not layers:
         raise UserError("training.strategy: this architecture does not name its layers; use ddp")
-    axes = {"copies": WORLD_SIZE // parts, "shards": parts}
+    axes = {"copies": WORLD_SIZE // shards, "shards": shards}
     mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     half = None if dtype == torch.float32 else dtype
     # Weights are gathered in half precision, as autocast casts them; gradients summed in fp32.

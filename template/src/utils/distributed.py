@@ -67,16 +67,7 @@ def _ranks_that_hang(store: dist.Store) -> list[int]:
 
 def all_sum(value: float) -> float:
     """The sum of a plain number over all processes."""
-    if WORLD_SIZE == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.item()
-
-
-def barrier() -> None:
-    """Wait until all processes are here."""
-    all_sum(0)
+    return sum_tensor(torch.tensor(value, dtype=torch.float64)).item()
 
 
 def on_main(work: Callable[..., Any], *arguments: object) -> Any:

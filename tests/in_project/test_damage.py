@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from conftest import SMOKE
+from src.config import load_config
 from src.training.checkpoint import (
     MOMENTS,
     WEIGHTS,
-    explain_failed_write,
     find_checkpoint,
     find_damage,
 )
+from src.training.fit import explain_failures
 from src.utils.errors import RunError, UserError
 from test_checkpoint import QUICK, save
 from test_checkpoint import _six_steps as _six_steps
@@ -93,17 +95,17 @@ def small_files(limit: int) -> Iterator[None]:
 
 
 def test_a_write_that_fails_leaves_the_older_checkpoint_and_says_so(training, tmp_path):
-    older = save(training, tmp_path, 5)
+    older, config = save(training, tmp_path, 5), load_config(SMOKE)[0]
     expected = (
         r"^\S+: could not be written: .*; earlier checkpoints are whole: make room, then go on"
     )
     with pytest.raises(RunError, match=expected) as error:  # noqa: SIM117
-        with explain_failed_write(tmp_path), small_files(100_000):
+        with explain_failures(config, tmp_path), small_files(100_000):
             save(training, tmp_path, 10)
     assert "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"], "nothing half-written stays"
     assert find_damage(older) is None
-    with pytest.raises(FileNotFoundError), explain_failed_write(older):
+    with pytest.raises(FileNotFoundError), explain_failures(config, older):
         raise FileNotFoundError(errno.ENOENT, "rows that are gone", "data/rows.jsonl")
 
 

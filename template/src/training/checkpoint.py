@@ -14,18 +14,15 @@ import math
 import shutil
 import warnings
 from collections import ChainMap
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -34,8 +31,8 @@ from src.data.dataset import Facts
 from src.models.adapters import base_of
 from src.utils.distributed import RANK, WORLD_SIZE, gather, is_main, on_main
 from src.utils.environment import from_root
-from src.utils.errors import RunError, UserError, first_line
-from src.utils.files import CHECKPOINT, FULL, STEPS, new_folder
+from src.utils.errors import UserError
+from src.utils.files import CHECKPOINT, STEPS, new_folder
 
 # DCP warns that it assumes one process, even if no_dist says so.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -126,26 +123,6 @@ def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
         _write(training, new)
     on_main(prune, folder, keep, training.state.best_step)
     return path
-
-
-@contextmanager
-def explain_failed_write(output: Path) -> Generator[None]:
-    """Say why a run could not write into its folder, e.g. to a full disk, and how it goes on.
-
-    Raises:
-        RunError: instead of what the operating system and the libraries raise.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, CheckpointException) as error:
-        if isinstance(error, OSError) and error.errno not in FULL:
-            raise
-        # DCP wraps the errors of all processes.
-        cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
-        raise RunError(
-            f"{output}: could not be written: {first_line(cause)}; earlier checkpoints are whole: "
-            "make room, then go on with training.resume=auto"
-        ) from error
 
 
 def _write(training: Training, folder: Path) -> None:

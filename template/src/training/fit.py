@@ -1,4 +1,4 @@
-"""Does a run fit its device? Before it, refuse it or share it among GPUs; after it, advise.
+"""Does a run fit its machine? Before it, refuse it or share it among GPUs; after it, advise.
 
 Before weights are fetched only what is held is known: weights, gradients and moments. `plan.py`
 counts activations too.
@@ -6,15 +6,19 @@ counts activations too.
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from src.config import Config
 from src.models.model import check_positions, count_before_loading
 from src.training.optimizer import MOMENTS, dtype_of_trained
 from src.utils.device import cudnn_advice
 from src.utils.distributed import on_main
-from src.utils.errors import RunError, UserError
+from src.utils.errors import RunError, UserError, first_line
+from src.utils.files import FULL
 from src.utils.memory import GIB
 from src.utils.ranks import LOCAL_WORLD_SIZE, WORLD_SIZE
 
@@ -102,13 +106,15 @@ def check_feasible(config: Config, device: torch.device, dtype: torch.dtype, sha
 
 
 @contextmanager
-def explain_out_of_memory(config: Config) -> Generator[None]:
-    """Print the peak, and three changes in the order in which to try them.
+def explain_failures(config: Config, output: Path) -> Generator[None]:
+    """Say in a line why a run has no memory, or cannot write into its folder, and what to do.
 
-    Nothing is retried with other settings: that would silently train something else.
+    For memory: the peak, and three changes in the order in which to try them. Nothing is retried
+    with other settings: that would silently train something else.
 
     Raises:
-        RunError: instead of torch.OutOfMemoryError, and of cuDNN's where it is too old.
+        RunError: instead of torch.OutOfMemoryError, of cuDNN's error where it is too old, and of
+            what the operating system and the libraries raise on a full disk.
     """
     try:
         yield
@@ -124,6 +130,15 @@ def explain_out_of_memory(config: Config) -> Generator[None]:
         if advice := cudnn_advice(error):
             raise RunError(advice) from None
         raise
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise
+        # DCP wraps the errors of all processes.
+        cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
+        raise RunError(
+            f"{output}: could not be written: {first_line(cause)}; earlier checkpoints are whole: "
+            "make room, then go on with training.resume=auto"
+        ) from error
 
 
 def next_settings(config: Config) -> list[str]:

@@ -114,8 +114,7 @@ def plan(config: Config) -> Plan:
     """
     check_positions(config.model, config.data.max_length)
     if config.model.quantization == "8bit":
-        less = "plan 4bit: 8bit takes 3.2 GiB more for 8B"
-        raise CannotPlan(f"8-bit weights cannot be planned; {less}")
+        raise CannotPlan("8-bit weights cannot be planned; plan 4bit: an 8B takes 3.2 GiB less")
     # In the order of `set_attention`. The kernel has half precision only.
     packs = config.data.packing and _dtype(config) != torch.float32
     names = ["varlen_kernel"] * packs + ["sdpa"]

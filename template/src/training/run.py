@@ -18,8 +18,8 @@ from src.data.dataset import load_documents
 from src.models.model import load_tokenizer, save_model, try_saving
 from src.training import checkpoint, report, strategy
 from src.training.auto import prepare_layers
-from src.training.checkpoint import Training, explain_failed_write, save_checkpoint
-from src.training.fit import check_feasible, choose_shards, explain_out_of_memory
+from src.training.checkpoint import Training, save_checkpoint
+from src.training.fit import check_feasible, choose_shards, explain_failures
 from src.training.metrics import draw_curves
 from src.training.optimizer import count_steps, make_optimizer, make_scheduler
 from src.training.record import Record
@@ -69,7 +69,7 @@ def run(config: Config, plain: dict[str, Any]) -> Path:
         objective, training = prepared.objective, prepared.training
         # From here on a signal waits for the end of a step, so that no training is lost.
         with (
-            explain_failed_write(output),
+            explain_failures(config, output),
             StopSignal() as stop,
             report.Recorder(
                 config,
@@ -79,7 +79,6 @@ def run(config: Config, plain: dict[str, Any]) -> Path:
                 prepared.train,
                 prepared.evaluation,
             ) as recorder,
-            explain_out_of_memory(config),
         ):
             steps_left = prepared.total_steps - training.state.step
             prepare_layers(config, objective, training, prepared.train.packing, steps_left)

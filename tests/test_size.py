@@ -13,8 +13,8 @@ from helpers import ROOT, TEMPLATE, reachable
 FILES = sorted([*(TEMPLATE / "src").rglob("*.py"), *(TEMPLATE / "scripts").rglob("*.py")])
 # What the code may grow to. Raise a number in the commit that needs it, and say there what for.
 # Nodes count because lines can be packed.
-CODE_LINES, REACHABLE, NODES, LINES = 5800, 4510, 62_300, 8750
-TEST_LINES = 5170
+CODE_LINES, REACHABLE, NODES, LINES = 4920, 3840, 52_200, 7690
+TEST_LINES = 4000
 STORY = ("src/training/run.py", "src/training/trainer.py", "src/training/loss.py")
 STORY_CODE_LINES = 420
 FUNCTION_LINES = 50  # with its docstring

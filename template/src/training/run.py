@@ -72,14 +72,10 @@ def run(config: Config, plain: dict[str, Any]) -> Path:
             explain_failures(config, output),
             StopSignal() as stop,
             report.Recorder(
-                config,
-                plain,
-                training.state,
-                prepared.total_steps,
-                prepared.train,
+                config, plain, training.state, prepared.total_steps, prepared.train,
                 prepared.evaluation,
             ) as recorder,
-        ):
+        ):  # fmt: skip
             steps_left = prepared.total_steps - training.state.step
             prepare_layers(config, objective, training, prepared.train.packing, steps_left)
             sample = make_sampler(objective, prepared.tokenizer, config, training.state)

@@ -8,6 +8,7 @@ from src.tools.compare import compare
 from src.trained import find_runs
 from src.training.metrics import draw_curves
 from src.utils.environment import from_root, to_root
+from src.utils.errors import UserError
 from src.utils.script import make_parser, run_script
 
 MAX_WIDTH = 40  # characters of a cell; the rest is cut off
@@ -21,6 +22,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", default=default, help=text)
     options = parser.parse_args(arguments)
     folders, picture = find_runs(options.runs), from_root(options.output)
+    if picture.suffix != ".png":
+        raise UserError(f"--output {options.output}: the picture is a .png")
     names = [to_root(folder) for folder in folders]
     differences, results = compare(folders)
     _print_table({"differs in": names, **(differences or {"nothing": [""] * len(names)})})

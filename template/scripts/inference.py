@@ -91,7 +91,17 @@ def _chat(answer: Callable[..., str], tokenizer: Any, messages: list[dict[str, s
     """Hold a conversation until an empty line or the end of input."""
     from transformers import TextStreamer
 
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    from src.data.encoding import stop_token_ids
+
+    class Streamer(TextStreamer):
+        """Prints an answer as it comes, without the stop token at its end."""
+
+        def put(self, value: Any) -> None:
+            if self.next_tokens_are_prompt or int(value) not in stops:
+                super().put(value)
+
+    stops = stop_token_ids(tokenizer)
+    streamer = Streamer(tokenizer, skip_prompt=True)
     with suppress(EOFError):
         while said := input("you: ").strip():
             messages.append({"role": "user", "content": said})

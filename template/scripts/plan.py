@@ -44,7 +44,11 @@ def main(arguments: list[str]) -> None:
 def size_of_gpu(text: str) -> tuple[float, float | None]:
     """GiB and TFLOP/s of `24GB`, `24` or `h100`; of a size alone the speed is not known."""
     name = text.lower()
-    return GPUS.get(name) or (float(name.removesuffix("gb")), None)
+    if name in GPUS:
+        return GPUS[name]
+    if not 1 <= (gib := float(name.removesuffix("gb"))) < 10_000:  # nan is not
+        raise ValueError
+    return gib, None
 
 
 def _print_memory(config: Config, total: float) -> None:

@@ -338,6 +338,8 @@ def _merge(values: Any, overrides: list[str]) -> Any:
 def _validated[S: Section](section: type[S], values: Any) -> S:
     try:
         return section.model_validate(OmegaConf.to_container(values, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     except ValidationError as error:
         raise UserError(*_problems(error)) from None
 

@@ -14,7 +14,15 @@ from src.utils.environment import PROJECT_ROOT, from_root, hf_home
 from src.utils.errors import UserError
 from src.utils.files import ADAPTER, CHECKPOINT, METRICS, STEPS, write_problem
 
-MODEL_FILES = ("*.json", "*.jinja", "tokenizer.model", "model*.safetensors", "adapter_model.*")
+MODEL_FILES = (
+    "*config.json",
+    "tokenizer.json",
+    "*.index.json",
+    "*.jinja",
+    "tokenizer.model",
+    "model*.safetensors",
+    "adapter_model.*",
+)
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 TRACES = (METRICS, "checkpoints", "final")  # that a run leaves in its folder
 

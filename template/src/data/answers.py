@@ -14,6 +14,7 @@ from tqdm import tqdm
 from src.config import DataConfig
 from src.data.rows import Row, read_question
 from src.data.sources import raw_rows
+from src.utils.environment import from_root
 from src.utils.errors import UserError
 
 ANSWER = "generated"  # the column that answers are written to, beside a row's own
@@ -28,6 +29,9 @@ def check_answers(source: str, output: Path | None, data: DataConfig, by: str) -
         UserError: a row has no question, or the output holds answers to other rows, or those of
             another model or with other options.
     """
+    file = from_root(source)
+    if output and output.exists() and file.exists() and output.samefile(file):
+        raise UserError(f"--output: {output} is the input; give another one")
     done = whole = total = 0
     with output.open("r+b") if output and output.exists() else BytesIO() as file:
         for total, (start, _) in enumerate(_rows(source, data, by), 1):

@@ -158,7 +158,19 @@ def _parquet(path: Path) -> Places:
     import pyarrow.parquet as pq
 
     batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
-    yield from _table(row for batch in batches for row in batch.to_pylist())
+    yield from _table(
+        dict(zip(batch.schema.names, cells, strict=True))
+        for batch in batches
+        for cells in zip(*map(_cells, batch.columns), strict=True)
+    )
+
+
+def _cells(column: Any) -> list[Any]:
+    """Return a column's values; nothing where Python has none for them: a date after 9999."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError, LookupError):
+        return [None] * len(column)
 
 
 def _table(rows: Iterable[Any]) -> Places:

@@ -55,13 +55,13 @@ def _new_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     try:
         with without_warnings():
             return cast(PreTrainedModel, peft.get_peft_model(model, adapter))
-    except (ValueError, TypeError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, re.error) as error:
         key = "parameters" if "target_parameters" in str(error) else "modules"
         raise UserError(f"lora.target_{key}: {str(error).splitlines()[0]}") from None
 
 
 def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
-    """Refuse names that match nothing: PEFT ignores them without a word.
+    """Refuse names that match nothing, or stand in two lists: PEFT ignores them without a word.
 
     Raises:
         UserError: naming the key and the names.
@@ -73,6 +73,9 @@ def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
         names = [] if isinstance(names, str) else names  # a pattern: PEFT refuses it itself
         if missing := [n for n in names if not any(f".{k}".endswith(f".{n}") for k in known)]:
             raise UserError(f"lora.{key}: {type(model).__name__} has no {', '.join(missing)}")
+    whole = {*(lora.modules_to_save or ())}
+    if not isinstance(lora.target_modules, str) and (both := whole & {*lora.target_modules}):
+        raise UserError(f"lora.target_modules: lora.modules_to_save too has {', '.join(both)}")
 
 
 def base_of(model: nn.Module) -> Any:
@@ -142,7 +145,8 @@ def load_adapters(
         config.inference_mode = not is_trainable
         adapted = PeftModelForCausalLM(model, config)
         loaded = adapted.load_adapter(name, "default", is_trainable=is_trainable)
-        if loaded.missing_keys or loaded.unexpected_keys:  # which PEFT only reports
+        others = [*loaded.missing_keys, *loaded.unexpected_keys]  # which PEFT only reports
+        if any("lora_" in key for key in others):
             raise ValueError("size mismatch: a different number of layers")
         check_numbers(adapted, what)
     return cast(PreTrainedModel, adapted)

@@ -26,6 +26,7 @@ ADVICE = {
     "can't find 'adapter_config.json'": ABSENT,
     "the backend tokenizer": "has no tokenizer.json: fetch it",
     "`tiktoken` is required": "has no tokenizer.json: fetch it, or uv add sentencepiece",
+    "ignore_mismatched_sizes": "has weights of other sizes than its config.json: fetch both again",
     "size mismatch": ANOTHER,
     "not found in the base model": ANOTHER,
 }

@@ -29,8 +29,11 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
             its tokens begin in the text.
     """
     tokenizer = _from_pretrained(AutoTokenizer, config)
-    if tokenizer is None or not tokenizer.is_fast or tokenizer.eos_token is None:
-        needed = "a fast tokenizer (a tokenizer.json) with an EOS token to stop at"
+    # Without its files transformers makes a tokenizer that has no words.
+    if tokenizer is None or not (tokenizer.is_fast and tokenizer.vocab_size > 1):
+        raise UserError(f"model.name: {config.name}: needs a fast tokenizer (a tokenizer.json)")
+    if tokenizer.eos_token is None:
+        needed = "a tokenizer with an EOS token to stop at"
         raise UserError(f"model.name: {config.name}: needs {needed}")
     if config.chat_template or tokenizer.chat_template is None:
         template = from_root(config.chat_template or "configs/chat_template.j2")

@@ -27,7 +27,7 @@ def compare(folders: list[Path]) -> tuple[dict[str, list[str]], dict[str, list[s
         try:
             settings.append(_settings(folder))
             results.append(_result(folder))
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             problem = f"a file of this run is damaged: {first_line(error)}"
             raise UserError(f"{folder}: {problem}") from None
     different = {name: row for name, row in _table(settings).items() if len({*row}) > 1}

@@ -63,7 +63,7 @@ def export(found: Trained, out: Path) -> str:
         RunError: merging changed the model by more than rounding does.
     """
     if found.kind == "model":
-        no_recipe = shutil.ignore_patterns(RECIPE)
+        no_recipe = shutil.ignore_patterns(RECIPE, "evaluation*")  # which may hold private rows
         shutil.copytree(found.name, out, ignore=no_recipe, dirs_exist_ok=True)
         return "all weights were trained: there is nothing to merge"
     own = found.config.model

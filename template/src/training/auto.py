@@ -78,10 +78,7 @@ def prepare_layers(
         clear_memory()
         return
     layers, total = len(decoder_layers(model)), memory_limit(model.device)
-    moments = 0.0  # GiB that the first step makes
-    if not training.optimizer.state:
-        weights = map(strategy.local, trained_weights(model).values())
-        moments = sum(p.numel() for p in weights) * MOMENTS[config.training.optimizer] / GIB
+    moments = _gib_of_missing_moments(config, training)
     recompute = partial(recompute_first, model)
     choose = partial(choose_layers, attempt, recompute, layers, MARGIN * total - moments)
     recomputed, peak = choose()
@@ -94,6 +91,14 @@ def prepare_layers(
     figures = f"at most {peak + moments:.1f} of {total:.1f} GiB"
     say(f"memory     {recomputed} of {layers} layers recomputed: {figures}")
     clear_memory()  # the peak that is logged is then that of training
+
+
+def _gib_of_missing_moments(config: Config, training: Training) -> float:
+    """GiB that the optimizer allocates in its first step."""
+    if training.optimizer.state:
+        return 0.0
+    weights = map(strategy.local, trained_weights(training.model).values())
+    return sum(p.numel() for p in weights) * MOMENTS[config.training.optimizer] / GIB
 
 
 def _undecided(config: Config, model: Any, packing: bool) -> tuple[bool, bool]:

@@ -14,8 +14,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     # Not splitlines(): an answer may have a separator that ends a line for Python, not for JSON.
     for line in path.read_text("utf-8").split("\n") if path.exists() else []:
-        with suppress(ValueError):
-            lines.append(json.loads(line))
+        with suppress(ValueError, TypeError, KeyError):
+            read = json.loads(line)
+            lines += [read] * (read["step"] >= 0)
     return lines
 
 

@@ -43,6 +43,7 @@ from src.utils.memory import GIB
 
 CPU = torch.device("cpu")  # device of the fake tensors: autocast works there without a GPU
 BLOCK = 512  # bytes; the CUDA allocator rounds up to it
+MAX_BATCH = 1024  # the largest `training.batch_size` that is tried
 OVERHEAD = 1.0  # GiB: the CUDA context, cuBLAS' workspaces and what fragmentation wastes
 
 
@@ -216,7 +217,7 @@ def plan_for(config: Config, gib: float) -> tuple[Config, Plan]:
 
 
 def largest_batch(config: Config, gib: float) -> int:
-    """The largest `training.batch_size` that fits; 0 if none does."""
+    """The largest `training.batch_size` that fits, up to MAX_BATCH; 0 if none does."""
 
     def peak_of(size: int) -> float:
         return plan(changed(config, f"training.batch_size={size}")).peak_gib
@@ -226,9 +227,10 @@ def largest_batch(config: Config, gib: float) -> int:
     size = config.training.batch_size
     peak = peak_of(size)
     slope = (peak_of(2 * size) - peak) / size
-    guess = max(size + int((gib - peak) // slope), 1)
+    most = max(size, MAX_BATCH)
+    guess = min(max(size + int((gib - peak) // slope), 1), most)
     # Memory is not quite linear in small batches: plan once more, near the answer.
-    return max(guess + int((gib - peak_of(guess)) // slope), 0)
+    return min(max(guess + int((gib - peak_of(guess)) // slope), 0), most)
 
 
 def cheapest_that_fits(config: Config, gib: float) -> tuple[str, float] | None:

@@ -30,7 +30,7 @@ from src.training.trainer import StepResult, evaluate, on_cpu, training_steps
 from src.utils import distributed
 from src.utils.device import pick_device, pick_dtype
 from src.utils.environment import from_root
-from src.utils.errors import RunError
+from src.utils.errors import RunError, UserError
 from src.utils.files import RECIPE, free_name, new_folder, only_run_in
 from src.utils.ranks import RANK, WORLD_SIZE
 from src.utils.seed import set_seed
@@ -110,6 +110,9 @@ def _prepare(config: Config, device: torch.device) -> Run:
     training = Training(model, make_optimizer(model, settings), scaler, identity)
     total_steps = count_steps(settings, len(train.sampler))
     resumed = checkpoint.resume(training, settings, from_root(config.output_dir) / "checkpoints")
+    if training.state.step > total_steps:
+        done = f"{training.state.step} steps are done, and this configuration has {total_steps}"
+        raise UserError(f"training.resume: {done}; a larger training.epochs or max_steps goes on")
     report.describe_resume(resumed, training.state, config, total_steps)
     speed = Speed(*count_flops(model, train.dataset.lengths), matmul_rate(device, dtype))
     report.describe(config, model, tokenizer, dtype, train, evaluation, total_steps)

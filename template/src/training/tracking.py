@@ -136,6 +136,9 @@ class Sender:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             return self._client.create_experiment(name, own.as_uri() if local else None)
+        if experiment.lifecycle_stage == "deleted":
+            restore = f"uv run mlflow experiments restore -x {experiment.experiment_id}"
+            raise RunError(f"the experiment {name} was deleted: {restore}")
         files = Path(unquote(urlsplit(experiment.artifact_location).path))
         if local and files.name == own.name and files.resolve() != own.resolve():
             link = shlex.join(["ln", "-s", str(PROJECT_ROOT), str(files.parent)])

@@ -53,13 +53,8 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
     template = str(tokenizer.chat_template)
     turns = turn_format(tokenizer, template)
     text, places, marked = _locate(messages, tools, tokenizer)
-    # What a prompt after a message depends on: its role, the blanks at its end, its calls.
-    kinds = [
-        (m["role"], MARK.split(m["content"])[-1], m.get("tool_calls") or [])
-        if MARK.search(m["content"])
-        else ()  # the template's text around it cannot be told apart
-        for m in marked
-    ]
+    # What a prompt after a message depends on: its role, the blanks behind its marker, its calls.
+    kinds = [(m["role"], MARK.split(m["content"])[2:], m.get("tool_calls") or []) for m in marked]
     spans, prompted, end = [], True, 0  # end: of the previous message
     for number, message in enumerate(messages):
         own, calls = places[number], message.get("tool_calls") or []
@@ -68,7 +63,7 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
             continue
         after = next((place[0] for place in places[number + 1 :] if place), len(text))
         prompt = None
-        if number and (before := places[number - 1]) and not messages[number - 1].get("tool_calls"):
+        if number and (before := places[number - 1]) and not kinds[number - 1][2]:
             end = before[1]
             # Rendering all that comes before each answer would be quadratic in turns. So it is
             # done for the first message of the previous one's kind.

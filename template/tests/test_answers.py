@@ -96,7 +96,7 @@ def test_an_output_of_other_rows_is_left_as_it_is(write_rows, tmp_path, lines, t
     source, output = write_rows({"prompt": "a"}), tmp_path / "answers.jsonl"
     output.write_text(lines)
     before = output.read_bytes()
-    with pytest.raises(UserError, match="not the answer of me to row 1"):
+    with pytest.raises(UserError, match="is the input"):
         check_answers(source, Path(source), DATA, "me")
     with pytest.raises(UserError, match=told):
         check_answers(source, output, DATA, "me")

@@ -285,7 +285,7 @@ def test_what_mlflow_refuses_for_ever_is_said_in_its_words(tmp_path, store, monk
     experiment = client.get_experiment_by_name(ROOT.name)
     client.delete_experiment(experiment.experiment_id)
     end(record, track(record, warnings.append))
-    assert "must be in the 'active' state" in warnings[0]
+    assert f"uv run mlflow experiments restore -x {experiment.experiment_id}" in warnings[0]
     client.restore_experiment(experiment.experiment_id)
     send_later(record.folder)
     assert runs()[0].info.status == "FINISHED"

@@ -4,6 +4,7 @@
 them every function here does nothing, at no cost.
 """
 
+import re
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def process_group(device: torch.device, timeout: int) -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "imed out" not in str(error) or not (hung := _ranks_that_hang(store)):
+        if not re.search("imed out|timeout", str(error)) or not (hung := _ranks_that_hang(store)):
             raise
         names = ", ".join(map(str, hung))
         late = f"training.timeout: rank {names} did not answer within {timeout} s"

@@ -5,7 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -185,3 +188,14 @@ def test_sigterm_saves_the_step_and_says_how_to_resume(tmp_path: Path) -> None:
     assert "training.resume=auto" in errors
     assert "Traceback" not in errors
     assert [p.name for p in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+
+
+def test_no_two_steps_seeds_or_processes_draw_the_same_numbers(monkeypatch) -> None:
+    drawn = []
+    for seed, step, rank in product((1, 2, 3), range(4), (0, 1)):
+        monkeypatch.setattr(run, "RANK", rank)
+        training = SimpleNamespace(state=SimpleNamespace(step=step))
+        parts: Any = SimpleNamespace(config=SimpleNamespace(seed=seed), training=training)
+        run._seed_step(parts)
+        drawn.append(torch.rand(1).item())
+    assert len({*drawn}) == len(drawn)

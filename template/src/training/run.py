@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -182,8 +183,9 @@ def _steps_of_all_epochs(run: Run) -> Iterator[StepResult]:
 
 def _seed_step(run: Run) -> None:
     """Seed the next step, so that a resumed run draws the same dropout; each process its own."""
-    number = run.training.state.step * WORLD_SIZE + RANK + 1  # 0: the model was made with it
-    set_seed((run.config.seed + number) % 2**32)
+    # Mixed, not added: a run with the next seed would draw the same numbers a step earlier.
+    mixed = np.random.SeedSequence((run.config.seed, run.training.state.step, RANK))
+    set_seed(int(mixed.generate_state(1)[0]))
 
 
 def _check_finite(run: Run, steps: list[StepResult]) -> None:

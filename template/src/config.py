@@ -261,8 +261,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
 
     try:
         config = _validated(Config, merged)
-    except OmegaConfBaseException as error:
-        raise UserError(located(f"{error.full_key}: {str(error).splitlines()[0]}")) from None
     except UserError as error:
         raise UserError(*map(located, error.problems)) from None
     written: Any = OmegaConf.to_container(OmegaConf.merge(config.model_dump(), merged))

@@ -80,8 +80,8 @@ def _in_folder(folder: Path, base: str | None) -> Trained:
         raise UserError(f"{folder}: {problem}; a run that has not finished has its checkpoints")
     folder, kind = there[0], KINDS[there[1]]
     if kind == "checkpoint":
-        places = folder / "config.yaml", folder.parent.parent / "config.yaml"  # a copy has its own
-        config = load_config(places[not places[0].is_file()])[0]
+        own = folder / "config.yaml"  # of a checkpoint that was copied out of its run
+        config = load_config(own if own.is_file() else folder.parent.parent / own.name)[0]
         return Trained(str(folder), kind, base or config.model.name, config)
     config = load_config(folder / RECIPE)[0] if (folder / RECIPE).is_file() else DEFAULTS
     own = read_json(folder / ADAPTER).get("base_model_name_or_path") or str(folder)

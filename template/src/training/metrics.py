@@ -16,7 +16,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text("utf-8").split("\n") if path.exists() else []:
         with suppress(ValueError, TypeError, KeyError):
             read = json.loads(line)
-            lines += [read] * (read["step"] >= 0)
+            if isinstance(read["step"], int):
+                lines.append(read)
     return lines
 
 

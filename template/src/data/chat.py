@@ -1,10 +1,10 @@
 """Render a conversation as one text, and find what the assistant says in it, for any template.
 
 Chat templates trim and rewrite turns, drop earlier reasoning, and differ in how a turn ends. So
-as little as possible is assumed: a conversation is rendered twice, once with a marker in place of
-each message's text. What stands around the markers comes from the template, what stands in their
-place from the row. The generation prompt is rendered once for each kind of message that stands
-before an answer.
+as little as possible is assumed. A conversation is rendered three times:
+1. with a marker in place of each message's text, which shows the template's own text;
+2. as it is: each message stands between the template's texts;
+3. up to each message before an answer, with the generation prompt, which shows where answers begin.
 """
 
 import json
@@ -27,7 +27,7 @@ Span = tuple[int, int]  # of characters: start and end
 MARK = re.compile(r"Qzx(\d+)xzQ")  # letters and digits: templates neither trim nor escape them
 PARAMETERS = {"type": "object", "properties": {"at": {"type": "string"}}}
 LOOK = {"name": "look", "description": "Look something up.", "parameters": PARAMETERS}
-TOOL = {"type": "function", "function": LOOK}  # to see how a template writes one
+TOOL = {"type": "function", "function": LOOK}  # an example, to see how a template writes tools
 
 
 class Rendered(NamedTuple):
@@ -41,12 +41,12 @@ class Rendered(NamedTuple):
 def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokenizer) -> Rendered:
     """Return the conversation as one text, and the spans of it that carry loss.
 
-    A span begins where the generation prompt would end, and ends with the token that ends the
-    turn. It includes the reasoning that the template kept, the answer and tool calls, not headers.
+    A span begins where the generation prompt would end, after the turn's header, and ends with the
+    token that ends the turn. It holds the reasoning that the template kept, the answer and calls.
 
     Raises:
         Rejected: the template refuses the conversation, leaves out or changes what the assistant
-            says, or begins or ends its turn in another way than elsewhere.
+            says, or writes a turn of the assistant without the header or the end of other turns.
     """
     if MARK.search(str(messages)):
         raise Rejected("the row holds text such as Qzx1xzQ, which is a marker here; change it")
@@ -57,27 +57,28 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
     kinds = [(m["role"], MARK.split(m["content"])[2:], m.get("tool_calls") or []) for m in marked]
     spans, prompted, end = [], True, 0  # end: of the previous message
     for number, message in enumerate(messages):
-        own, calls = places[number], message.get("tool_calls") or []
-        if message["role"] != "assistant" or not (own or calls):
-            end = own[1] if own else end
+        place, calls = places[number], message.get("tool_calls") or []
+        if message["role"] != "assistant" or not (place or calls):
+            end = place[1] if place else end
             continue
-        after = next((place[0] for place in places[number + 1 :] if place), len(text))
-        prompt = None
+        next_start = next((later[0] for later in places[number + 1 :] if later), len(text))
+        prompt = None  # after calls of tools: it does not begin where the message's text ends
         if number and (before := places[number - 1]) and not kinds[number - 1][2]:
             end = before[1]
-            # Rendering all that comes before each answer would be quadratic in turns. So it is
-            # done for the first message of the previous one's kind.
+            # To render all that comes before each answer would be quadratic in turns. The prompt
+            # depends on the previous message's kind only: render it after the first of that kind.
             first = kinds.index(kinds[number - 1])
             shorter = json.dumps([marked[: first + 1], tools], default=str)
             prompt = _skeleton(shorter, tokenizer, template, prompt=True)[-1]
-        start, whole = _beginning(text, (end, own[0] if own else after), prompt, turns)
-        end = own[1] if own else start
-        if not all(call["function"]["name"] in text[start:after] for call in calls):
+        start, whole = _beginning(text, (end, place[0] if place else next_start), prompt, turns)
+        end = place[1] if place else start
+        if not all(call["function"]["name"] in text[start:next_start] for call in calls):
             raise Rejected(f"the chat template leaves out the calls of message {number + 1}")
-        closing = (turns.end_of_calls if calls else turns.end_of_answer).search(text, end, after)
+        end_of_turn = turns.end_of_calls if calls else turns.end_of_answer
+        closing = end_of_turn.search(text, end, next_start)
         if closing:
             end = closing.end()
-        elif after == len(text):
+        elif next_start == len(text):
             text += turns.appended
             end = len(text)
         else:
@@ -96,15 +97,15 @@ def _beginning(
     Args:
         text: of the conversation.
         within: where the answer's header and reasoning stand.
-        prompt: what the template writes there before an answer. Before earlier answers its last
-            part, such as <think>, may be missing: templates drop it together with old reasoning.
-            None: the header of an answer is searched for.
+        prompt: the generation prompt at this place. Before earlier answers its last part, such as
+            <think>, may be missing: templates drop it together with old reasoning. None: the
+            template's header of an answer is searched for.
         turns: of the template.
     """
     start, until = within
     if prompt is None:
         prompt = turns.header
-        # At least up to the role's name: less of it could match another role's header.
+        # At least up to the role's name: less than that begins other roles' headers too.
         role = re.match(rf".*?(?:{turns.special.pattern})\w*", prompt, re.DOTALL)
         start = text.find(role[0] if role else prompt, start, until)
         if start < 0:  # Llama 3.1 with tools gives the first message a user's header
@@ -158,8 +159,8 @@ class TurnFormat(NamedTuple):
         special: a pattern of the tokenizer's special tokens.
         header: what the generation prompt adds to a question.
         end_of_answer, end_of_calls: patterns of the tokens that end an answer, and calls of tools.
-        appended: text to add after the last turn: the next turn's first token if that ends a turn
-            (GLM), EOS if the template writes no end, else nothing.
+        appended: text to add after the last turn. Where the next turn's first token ends a turn
+            (GLM), up to that token; where the template writes no end, EOS; else nothing.
         end_tokens: all end tokens, of answers and of calls.
         prints_tools: whether it writes the tools that it is given.
     """
@@ -186,9 +187,9 @@ def turn_format(tokenizer: Tokenizer, template: str) -> TurnFormat:
     asked, prompted = (chat_text(tokenizer, [question], prompt) for prompt in (False, True))
     answer = {"role": "assistant", "content": mark}
     last, inner = _tails(tokenizer, [question, answer], question, None)
-    own = bool(special.search(last))  # the template closes a turn itself
-    answers, appended = _end_tokens(special, last, inner, own), ""
-    if answers and not own:
+    closes = bool(special.search(last))  # else the next turn's first token ends a turn (GLM)
+    answers, appended = _end_tokens(special, last, inner, closes), ""
+    if answers and not closes:
         (token,) = answers
         appended = inner[_shared(last, inner) : inner.index(token)] + token
     elif not answers:
@@ -197,7 +198,7 @@ def turn_format(tokenizer: Tokenizer, template: str) -> TurnFormat:
     call = {"role": "assistant", "content": "", "tool_calls": [TOOL | {"function": function}]}
     result = {"role": "tool", "name": "look", "content": "?"}
     try:
-        calls = _end_tokens(special, *_tails(tokenizer, [question, call], result, [TOOL]), own)
+        calls = _end_tokens(special, *_tails(tokenizer, [question, call], result, [TOOL]), closes)
         prints_tools = chat_text(tokenizer, [question], True, [TOOL]) != prompted
     except Rejected:  # a template without tools
         calls, prints_tools = set(), False
@@ -210,21 +211,21 @@ def turn_format(tokenizer: Tokenizer, template: str) -> TurnFormat:
 def _tails(
     tokenizer: Tokenizer, messages: list[Message], then: Message, tools: list[dict] | None
 ) -> tuple[str, str]:
-    """Return what follows the marker in `messages`: at the end, and before another turn."""
+    """Return the text after the marker: where its turn is the last, and where `then` follows."""
     last, inner = (
         chat_text(tokenizer, [*messages, *more], False, tools).rpartition(_mark(1))
         for more in ([], [then])
     )
     if not last[1]:
         raise Rejected("the chat template leaves out or changes what the assistant says")
-    return last[2], inner[2] if inner[1] else last[2]  # some drop it there
+    return last[2], inner[2] if inner[1] else last[2]  # some drop the marked turn there
 
 
-def _end_tokens(special: re.Pattern[str], last: str, inner: str, own: bool) -> set[str]:
-    """Return what ends a turn, of the text after it at the end, and of that before another turn."""
+def _end_tokens(special: re.Pattern[str], last: str, inner: str, closes: bool) -> set[str]:
+    """Return the tokens that end a turn, given the two texts that `_tails` returns."""
     final, following = special.findall(last), special.findall(inner)
     shared = _shared(final, following)
-    if not own:  # GLM: the next turn's first token
+    if not closes:
         return {*following[shared : shared + 1]}
     if shared:
         return {final[shared - 1]}
@@ -237,25 +238,26 @@ def _locate(
     """Return the text, where each message's content stands in it, and the marked messages."""
     marked, contents = [], []
     for number, message in enumerate(messages):
-        # Templates drop reasoning, and trim blanks.
-        reasoning, end, rest = message["content"].rpartition("</think>")
-        blanks, content, tail = rest.partition(rest.strip() or "\0")
+        # Templates drop reasoning and trim blanks: neither is part of the marked text.
+        reasoning, end, answer = message["content"].rpartition("</think>")
+        blanks, content, tail = answer.partition(answer.strip() or "\0")
         contents.append(content)
         # An empty question or result is marked too: what follows it is the prompt of an answer.
-        own = content or message["role"] in {"user", "tool"}
-        text = f"{reasoning}{end}{blanks}{_mark(number) if own else ''}{tail}"
+        marks = content or message["role"] in {"user", "tool"}
+        text = f"{reasoning}{end}{blanks}{_mark(number) if marks else ''}{tail}"
         marked.append(message | {"content": text})
     text = chat_text(tokenizer, messages, False, tools)
     conversation = json.dumps([marked, tools], default=str)
-    first, *rest = _skeleton(conversation, tokenizer, str(tokenizer.chat_template), prompt=False)
+    first, *pieces = _skeleton(conversation, tokenizer, str(tokenizer.chat_template), prompt=False)
     places: list[Span | None] = [None] * len(messages)
     at = len(first)
-    for number, literal in zip(map(int, rest[::2]), rest[1::2], strict=True):
+    for number, literal in zip(map(int, pieces[::2]), pieces[1::2], strict=True):
         end = at + len(contents[number])
         if not text.startswith(contents[number] + literal, at):
             if messages[number]["role"] == "assistant":
                 raise Rejected(f"the chat template changes what message {number + 1} says")
-            end = text.find(literal, at) if literal else -1  # a tool's result as JSON, for example
+            # The template may rewrite it, such as a tool's result as JSON.
+            end = text.find(literal, at) if literal else -1
         places[number], at = (at, end), end + len(literal)
         if end < 0:
             break
@@ -274,10 +276,10 @@ def _locate(
 def _skeleton(
     conversation: str, tokenizer: Tokenizer, template: str, prompt: bool
 ) -> tuple[str, ...]:
-    """Return the template's own text around the markers, and their numbers in between.
+    """Return the template's own texts and the numbers of the markers between them, alternating.
 
-    It is cached, as rendering takes longer than tokenising: conversations with the same roles
-    have the same one, unless there is reasoning or a call of a tool.
+    It is cached, as rendering takes longer than tokenising: conversations with equal roles share
+    one skeleton, unless there is reasoning or a call of a tool.
 
     Args:
         conversation: marked messages and tools, as JSON.

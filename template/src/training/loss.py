@@ -21,7 +21,7 @@ from src.utils.device import autocast
 
 
 def chunk_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss of a chunk, and its gradient for the logits, in their dtype.
+    """Return the summed loss of a chunk, and its gradient with respect to the logits.
 
     Args:
         logits: of shape (rows, vocabulary).
@@ -89,14 +89,14 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], head: PlainHead | None)
     hidden = head.backbone(**inputs, use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1)[positions]  # (labels, hidden)
     weight = head.linear.weight
-    if not torch.is_grad_enabled():  # else the gradient of a trained weight would be computed here
+    if not torch.is_grad_enabled():  # requires_grad stays set: its gradient would be computed
         weight = weight.detach()
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, head)
 
 
 def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
     """Logits of shape (labels, vocabulary); if the model can, computed at these positions alone."""
-    one_row = inputs["input_ids"].shape[0] == 1  # it takes one set of positions for all rows
+    one_row = inputs["input_ids"].shape[0] == 1  # logits_to_keep has one set for all rows
     if one_row and "logits_to_keep" in inspect.signature(base_of(model).forward).parameters:
         return model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
     return model(**inputs, use_cache=False).logits.flatten(0, 1)[positions]
@@ -129,7 +129,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss, delta = gradient(F.linear(h, weight), target)  # (chunk, vocabulary)
             total += loss
             if grad_hidden is not None:
-                grad_hidden[rows] = delta @ weight  # autocast would cast weight.T each time
+                grad_hidden[rows] = delta @ weight  # of weight.T autocast would keep no cast
             if grad_weight is not None:
                 grad_weight += delta.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -137,10 +137,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * upstreams[0]
+            grad_hidden = grad_hidden * grad_outputs[0]
         if grad_weight is not None:
-            grad_weight = (grad_weight * upstreams[0]).to(ctx.weight_dtype)
+            grad_weight = (grad_weight * grad_outputs[0]).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None

@@ -51,12 +51,12 @@ class Run:
     total_steps: int
 
 
-def run(config: Config, plain: dict[str, Any]) -> Path:
+def run(config: Config, written: dict[str, Any]) -> Path:
     """Train as configured; return the folder of the saved model.
 
     Args:
         config: validated, and checked by `src.preflight.check_run`.
-        plain: the same as plain data without secrets, for `config.yaml` and the tracker.
+        written: `config` as a plain dict, with each `${…}` as it was written.
 
     Raises:
         UserError: bad input that only the libraries could find.
@@ -65,15 +65,18 @@ def run(config: Config, plain: dict[str, Any]) -> Path:
     """
     set_seed(config.seed, config.deterministic)
     device, output = pick_device(config.device), from_root(config.output_dir)
-    with distributed.process_group(device, config.training.timeout), only_run_in(output):
+    with (
+        distributed.process_group(device, config.training.timeout),
+        only_run_in(output),
+        explain_failures(config, output),
+    ):
         prepared = _prepare(config, device)
         objective, training = prepared.objective, prepared.training
         # From here on a signal waits for the end of a step, so that no training is lost.
         with (
-            explain_failures(config, output),
             StopSignal() as stop,
             report.Recorder(
-                config, plain, training.state, prepared.total_steps, prepared.train,
+                config, written, training.state, prepared.total_steps, prepared.train,
                 prepared.evaluation,
             ) as recorder,
         ):  # fmt: skip
@@ -95,16 +98,17 @@ def _prepare(config: Config, device: torch.device) -> Run:
     shards = choose_shards(config, device, dtype)
     check_feasible(config, device, dtype, shards)
     tokenizer = load_tokenizer(config.model)
-    documents = load_documents(config, tokenizer)
+    train_documents, eval_documents = load_documents(config, tokenizer)
     objective, packing = strategy.build_objective(config, tokenizer, shards, device, dtype)
     model = strategy.unwrapped(objective).model
-    distributed.on_main(try_saving, model, tokenizer)
+    distributed.on_main(try_saving, model, tokenizer)  # fails now, not after training
     make_loader = partial(
         TokenLoader, config=config, pad_id=tokenizer.pad_token_id, packing=packing,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
-    train = make_loader(documents[0], shuffle=True)
-    evaluation = None if documents[1] is None else make_loader(documents[1], shuffle=False)
+    train, evaluation = make_loader(train_documents, shuffle=True), None
+    if eval_documents is not None:
+        evaluation = make_loader(eval_documents, shuffle=False)
     # The loss is scaled in fp16 only: bf16 has the range of fp32.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     identity = checkpoint.identify(config, train.dataset.facts)
@@ -113,7 +117,7 @@ def _prepare(config: Config, device: torch.device) -> Run:
     resumed = checkpoint.resume(training, settings, from_root(config.output_dir) / "checkpoints")
     if training.state.step > total_steps:
         done = f"{training.state.step} steps are done, and this configuration has {total_steps}"
-        raise UserError(f"training.resume: {done}; a larger training.epochs or max_steps goes on")
+        raise UserError(f"training.resume: {done}; to go on, raise training.epochs or max_steps")
     report.describe_resume(resumed, training.state, config, total_steps)
     speed = Speed(*count_flops(model, train.dataset.lengths), matmul_rate(device, dtype))
     report.describe(config, model, tokenizer, dtype, train, evaluation, total_steps)
@@ -134,23 +138,25 @@ def _train(
         recorder.bar.update()
         last, best = state.step >= run.total_steps, False
         stopping = stop.requested() and not last
-        due = not stopping and (last or state.is_due(settings.eval_every))
-        evaluation = run.evaluation if due else None
+        evaluating = not stopping and (last or state.is_due(settings.eval_every))
+        eval_loader = run.evaluation if evaluating else None
         saving = stopping or last or state.is_due(settings.save_every)
-        if evaluation is None and not saving and not state.is_due(settings.log_every):
+        if eval_loader is None and not saving and not state.is_due(settings.log_every):
             continue
         steps = on_cpu(steps)  # waits for the GPU
         _check_finite(run, steps)
         seconds = time.perf_counter() - started
         metrics = report.measure(steps, state, run.train.sampler.batches, run.speed, seconds)
-        if evaluation is not None:
-            result = evaluate(run.objective, evaluation, run.training.model.device)
+        if eval_loader is not None:
+            result = evaluate(run.objective, eval_loader, run.training.model.device)
             metrics |= {"eval_loss": result.loss, "perplexity": result.perplexity}
             best = state.record_evaluation(result.loss)
             last = last or state.is_out_of_patience(settings)
         recorder.log(metrics)  # before saving: metrics.jsonl has every line up to a checkpoint
-        if evaluation is not None:
+        if eval_loader is not None:
             sample()
+        # At a signal; where save_every is set, when due and at the end; at a new best loss, but
+        # for the last one, which `final/` holds.
         if stopping or (settings.save_every and (saving or last)) or (best and not last):
             save_checkpoint(run.training, recorder.checkpoints, settings.keep_checkpoints)
         if stopping:
@@ -183,7 +189,7 @@ def _steps_of_all_epochs(run: Run) -> Iterator[StepResult]:
 
 def _seed_step(run: Run) -> None:
     """Seed the next step, so that a resumed run draws the same dropout; each process its own."""
-    # Mixed, not added: a run with the next seed would draw the same numbers a step earlier.
+    # Not seed + step: then seed 43 at step 0 would draw what seed 42 draws at step 1.
     mixed = np.random.SeedSequence((run.config.seed, run.training.state.step, RANK))
     set_seed(int(mixed.generate_state(1)[0]))
 
@@ -206,25 +212,29 @@ def _save_result(run: Run, recorder: report.Recorder) -> None:
     """Save the weights of the best evaluation as `final/`; without evaluations, the last ones."""
     training, checkpoints = run.training, recorder.checkpoints
     step, best, reason = training.state.step, training.state.best_step, "the last step"
-    if best is not None:
+    if best == step:
+        reason = "the best evaluation"
+    elif best is not None:
         path = checkpoints / f"step-{best:08d}"
-        if best != step and distributed.on_main(checkpoint.find_damage, path) is None:
+        if distributed.on_main(checkpoint.find_damage, path) is None:
             checkpoint.load_weights(training.model, path)
-            step = best
-        gone = f"the last step, as {path.name}, the best one, is gone or damaged"
-        reason = "the best evaluation" if step == best else gone
-    output, weights = checkpoints.parent, strategy.gathered(training.model)
+            step, reason = best, "the best evaluation"
+        else:
+            reason = f"the last step, as {path.name}, the best one, is gone or damaged"
+    output, weights = from_root(run.config.output_dir), strategy.gathered(training.model)
     distributed.on_main(_write_final, run, output, weights, step)
     recorder.record_result(step, reason)
 
 
 def _write_final(run: Run, output: Path, weights: dict[str, Tensor], step: int) -> None:
-    final, earlier = output / "final", Record(output).facts.get("final_step", "unknown")
+    """Write `final/`, and the curve; keep the result of an earlier step as `final-step-N`."""
     draw_curves([output], output / "loss.png")
+    final = output / "final"
     if final.exists():  # of a finished run that was continued
-        if earlier == step:
+        held = Record(output).facts.get("final_step", "unknown")
+        if held == step:
             return
-        final.rename(free_name(output / f"final-step-{earlier}"))
+        final.rename(free_name(output / f"final-step-{held}"))
     dtype = strategy.unwrapped(run.objective).dtype
     with new_folder(final) as folder:
         save_model(run.training.model, run.tokenizer, folder, dtype, weights)

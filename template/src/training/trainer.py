@@ -27,7 +27,8 @@ class StepResult:
 
     loss: Tensor  # fp32 scalar: mean over the labelled tokens of all microbatches and ranks
     grad_norm: Tensor  # before clipping
-    # bool: both are finite (fp16: the loss), and unless steps are skipped, all before were too
+    # bool: loss and gradients are finite (fp16: the loss only). Unless `skip_non_finite` is set,
+    # those of earlier steps were too.
     finite: Tensor
     labelled: int  # tokens with loss, all ranks
     tokens: int  # real tokens, all ranks
@@ -38,7 +39,7 @@ class StepResult:
 
     @property
     def taken(self) -> bool:
-        """False: it was skipped here. A skip by an fp16 scaler is not seen. Waits for the GPU."""
+        """Whether weights were updated. A skip by an fp16 scaler is not seen. Waits for the GPU."""
         return bool(self.finite) and self.labelled > 0
 
 
@@ -94,10 +95,10 @@ def training_steps(
         accumulation: batches per step; the last step of an epoch may have fewer.
         max_grad_norm: gradients above this norm are scaled down to it; None: never.
         scheduler: advances once a step, also after one that was not taken.
-        dtype: of matmuls, by autocast; an `Objective` has its own.
+        dtype: to autocast to; ignored for an `Objective`, which has its own.
         skip_non_finite: go on after a step whose loss or gradient is not finite, without taking
-            it. False: after the first such step no weights change until the epoch ends. So
-            `StepResult.finite` can be read at log time, without waiting at each step.
+            it. False: after the first such step no weights change until the epoch ends. So the
+            caller can check `StepResult.finite` at log time, without waiting at each step.
     """
     device, finite = torch.device(device), None
     objective = as_objective(model, device, dtype).train()
@@ -106,7 +107,7 @@ def training_steps(
         waited = time.perf_counter() - ready
         step = train_step(
             objective, batches, optimizer, scaler, device, max_grad_norm=max_grad_norm,
-            all_finite=None if skip_non_finite else finite,
+            earlier_finite=None if skip_non_finite else finite,
         )  # fmt: skip
         if scheduler is not None:
             scheduler.step()
@@ -116,7 +117,7 @@ def training_steps(
 
 
 def as_objective(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model with its loss as forward pass, unless it is that already, also within DDP."""
+    """Wrap the model in an `Objective`, unless it is one already, also within DDP."""
     ready = isinstance(strategy.unwrapped(model), Objective)
     return model if ready else Objective(model, dtype, find_plain_head(model, device, dtype))
 
@@ -124,11 +125,11 @@ def as_objective(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 def train_step(
     objective: nn.Module, batches: Iterable[dict[str, Any]], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None, device: torch.device, *, max_grad_norm: float | None,
-    all_finite: Tensor | None = None,
+    earlier_finite: Tensor | None = None,
 ) -> StepResult:  # fmt: skip
     """One step: count labels → forward and backward of each microbatch → check → update.
 
-    `all_finite`: False if an earlier step was not finite; then the weights stay as they are.
+    `earlier_finite`: False if an earlier step was not finite; then the weights stay as they are.
 
     The divisor is the number of labels in all microbatches on all ranks, known before the
     first backward pass. Averaging the microbatches' means instead gives tokens in sparsely
@@ -139,22 +140,22 @@ def train_step(
     labelled = int(distributed.all_sum(sum(b["labelled"] for b in batches)))
     loss = torch.zeros((), device=device)
     for number, batch in enumerate(batches, 1):
-        # DDP sums gradients with the last microbatch, FSDP with each: else every process would keep
-        # whole gradients.
+        # DDP sums gradients over processes at the last microbatch only. FSDP ignores this: it sums
+        # at each one, or every process would hold whole gradients.
         vars(objective)["require_backward_grad_sync"] = number == len(batches)
         share = objective(to_device(batch, device)) / max(labelled, 1)
         scaler.scale(share).backward()
         loss += share.detach()
     distributed.sum_tensor(loss)
-    if labelled:  # else the scaler is not updated, and unscale_ may run once an update
+    if labelled:  # a step without labels skips scaler.update(), and unscale_ runs once for each
         scaler.unscale_(optimizer)
-    # None becomes infinity. Clipping uses the norm on the device: the CPU does not wait.
+    # Without a limit the norm is measured only. The CPU does not wait for it.
     norm = nn.utils.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
     norm, finite = strategy.full(norm), torch.isfinite(loss)
     if not scaler.is_enabled():  # fp16 gradients may overflow; then the scaler skips the step
         finite = finite & torch.isfinite(norm)
-    if all_finite is not None:
-        finite = finite & all_finite
+    if earlier_finite is not None:
+        finite = finite & earlier_finite
     if labelled:
         _update(optimizer, scaler, finite)
     optimizer.zero_grad(set_to_none=True)
@@ -167,13 +168,13 @@ def train_step(
 
 
 def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, finite: Tensor) -> None:
-    """Step, unless loss or gradients are not finite; without waiting for the GPU where possible."""
-    # 8-bit AdamW uses torch.compile, for which a machine without a GPU may lack a compiler. On a
-    # GPU the stance stays: it is eager where compiling the layers has failed.
+    """Take the step if `finite`; the CPU waits for the GPU only where it must."""
+    # adamw8bit uses torch.compile. A machine without a GPU may lack a compiler: there it is eager.
+    # On a GPU the stance stays as it is: eager where compiling the layers has failed.
     with nullcontext() if finite.is_cuda else torch.compiler.set_stance("force_eager"):
         if scaler.is_enabled():
-            if finite:  # the loss
-                scaler.step(optimizer)  # skips if gradients overflowed
+            if finite:  # the loss is; scaler.step looks at the gradients
+                scaler.step(optimizer)
             scaler.update()  # halves the scale after an overflow
         elif optimizer.defaults.get("fused"):
             # If found_inf is 1, the kernel changes neither weights nor moments. It reads the flag
@@ -205,7 +206,7 @@ def evaluate(
     total, labelled = torch.zeros((), device=device), 0
     model.eval()
     objective = strategy.unwrapped(as_objective(model, device, dtype))
-    with autocast(device, objective.dtype):  # the casts of weights serve all batches
+    with autocast(device, objective.dtype):  # around all batches: weights are cast once
         for batch in map(with_targets, loader):
             total += objective(to_device(batch, device))
             labelled += batch["labelled"]

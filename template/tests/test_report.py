@@ -70,7 +70,7 @@ def test_a_finished_checkpoint_resumed_in_a_new_folder_ends_with_a_result(train,
     assert 'final "your question"\n' in capsys.readouterr().out
     folder = train(*once, f"training.resume={checkpoint}", output="again")
     printed = capsys.readouterr().out
-    assert "finished   to train on, raise training.epochs" in printed
+    assert "finished   nothing is left to train; to go on, raise" in printed
     assert "final: step 1 of 1, the last step\n" in printed
     assert (folder / "final").is_dir()
 

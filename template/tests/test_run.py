@@ -127,7 +127,7 @@ def test_early_stopping_ends_the_run_and_the_best_checkpoint_stays(train, monkey
     assert kept == ["step-00000004", "step-00000008"], "the best, and the last"
     assert (folder / "final").is_dir()
     train(*options, "training.max_steps=20", "training.resume=auto")
-    assert "finished   nothing is left to train; a larger" in capsys.readouterr().out
+    assert "finished   nothing is left to train; to go on" in capsys.readouterr().out
     # In another folder the best one is the best of that folder, and patience begins anew.
     longer = ["training.max_steps=10", f"training.resume={folder}"]
     train(*options, *longer, output="other")

@@ -27,7 +27,7 @@ def test_what_is_seldom_meant_is_said_before_the_first_step(train, write_rows, c
     assert "but the model has 512 positions" in printed
     assert "training.warmup_steps=2: training ends before the rate reaches" in printed
     train("data.eval=null", "training.max_steps=1", "training.resume=auto")
-    assert "finished   nothing is left to train; a larger" in capsys.readouterr().out
+    assert "finished   nothing is left to train; to go on" in capsys.readouterr().out
 
 
 def test_rows_that_a_template_refuses_are_left_out_of_samples_too(train, write_rows) -> None:

@@ -111,7 +111,8 @@ def describe_resume(path: Path | None, state: TrainState, config: Config, total_
     say(f"resume     {path.name} of {path.parent}")
     rate = settings.learning_rate * rate_factor(settings, total_steps, state.step)
     if state.step >= total_steps or state.is_out_of_patience(settings):
-        say("finished   to train on, raise training.epochs, max_steps or patience")
+        more = "to go on, raise training.epochs, max_steps or patience"
+        say(f"finished   nothing is left to train; {more}")
     elif saved is not None and not math.isclose(saved, rate, rel_tol=0.01):
         say(
             f"warning: after step {state.step} the learning rate jumps from {saved:.2g} to "

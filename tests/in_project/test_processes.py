@@ -1,35 +1,39 @@
-"""Several processes, started by torchrun with gloo, train and fail as one does."""
+"""Several processes train and fail, with gloo, as one does: torchrun's, or forks of one.
 
+A fork has the libraries; a process of torchrun takes ten seconds of CPU to import them.
+"""
+
+import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import bitsandbytes
+import peft
 import pytest
 import torch
+import torchao
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import scripts.train
 from conftest import ROOT, SMOKE, chat, metrics, write_lines
+from test_road import WHOLE, command, walk_from
+from test_road import base as base
 
 pytestmark = pytest.mark.slow  # each start imports torch once a process
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-RUNS = """
-import scripts.train
-from src.utils import distributed
-for arguments in {commands}:
-    scripts.train.main(arguments)
-    distributed.RESTARTS += 1  # the next run's names in the store that all of them share
-"""
 FAIL_ON_RANK_1 = """
 import os, sys
 sys.argv = ["scripts/train.py", *sys.argv[1:]]
@@ -45,42 +49,6 @@ trainer.train_step = fail
 run_script(scripts.train.main)
 """
 
-# Each process prints how much its memory grows while it gets its shard, in MiB; then runs follow.
-LOAD = """
-import os, resource, sys
-from functools import partial
-import torch
-from src.config import ModelConfig
-from src.models.model import build_model, load_tokenizer
-from src.training.strategy import distribute
-from src.utils.distributed import process_group
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-cpu, config = torch.device("cpu"), ModelConfig(name=sys.argv[1])
-build = partial(build_model, config, None, load_tokenizer(config), dtype=torch.float32)
-build(torch.device("meta"))  # what importing takes
-with process_group(cpu, 60):
-    before = peak()
-    objective = distribute(build, 4, cpu, torch.float32)
-    print(f"peak {os.environ['RANK']} {peak() - before:.0f}", flush=True)
-from src.utils import distributed
-distributed.RESTARTS += 1
-"""
-
-
-def train_in_processes(processes: int, *commands: list[str]) -> str:
-    """Train several runs in one start of torchrun, which imports torch in each process."""
-    launcher = [*TORCHRUN, "--standalone", f"--nproc-per-node={processes}"]
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
-        script.write(RUNS.format(commands=commands))
-        script.flush()
-        done = subprocess.run(
-            [*launcher, script.name], cwd=ROOT, capture_output=True, text=True, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 LONG = ["training.epochs=12", "training.save_every=5"]  # long enough to be killed in the middle
 
 
@@ -95,23 +63,82 @@ def options(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def on_two_machines(script: Path, *arguments: Path) -> str:
-    """Run a script in two processes of each of two agents; return what all of them print."""
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        port = some.getsockname()[1]
-    place = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    agents = [
-        subprocess.Popen(
-            [*TORCHRUN, *place, f"--node-rank={n}", script, *arguments], cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for n in (0, 1)
-    ]  # fmt: skip
-    printed = [agent.communicate(timeout=300)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(printed)
-    return "".join(printed)
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+
+
+def in_forks(processes: int, work: Callable[..., None], *arguments: object) -> None:
+    """Call `work` in so many processes, two on a machine, which find each other as torchrun's do."""
+    port, children = str(free_port()), []
+    for rank in range(processes):
+        if pid := os.fork():
+            children.append(pid)
+            continue
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        for name in [*sys.modules]:  # the project's own read them when they are imported
+            if name.partition(".")[0] in {"src", "scripts"}:
+                del sys.modules[name]
+        try:
+            work(*arguments)
+            os._exit(0)
+        finally:  # after an error
+            traceback.print_exc()
+            os._exit(1)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * processes
+
+
+def train(commands: list[list[str]]) -> None:
+    """Train several runs one after another."""
+    import scripts.train
+    from src.utils import distributed
+
+    for arguments in commands:
+        scripts.train.main(arguments)
+        distributed.RESTARTS += 1  # the next run's names in the store that all of them share
+
+
+def load(model: str) -> None:
+    """Print how much a process's memory grows, in MiB, while it gets its shard of a model."""
+    from src.config import ModelConfig
+    from src.models.model import build_model, load_tokenizer
+    from src.training.strategy import distribute
+    from src.utils import distributed
+
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    cpu, config = torch.device("cpu"), ModelConfig(name=model)
+    build = partial(build_model, config, None, load_tokenizer(config), dtype=torch.float32)
+    build(torch.device("meta"))  # what importing takes
+    with distributed.process_group(cpu, 60):
+        before = peak()
+        kept = distribute(build, 4, cpu, torch.float32)
+        print(f"peak {os.environ['RANK']} {peak() - before:.0f}", flush=True)
+        del kept
+    distributed.RESTARTS += 1
+
+
+def load_and_train(model: str, commands: list[list[str]]) -> None:
+    load(model)
+    train(commands)
+
+
+def copy_killed(start: Path, copy: Path) -> None:
+    """Copy a run as if it had been killed after its third step."""
+    shutil.copytree(start, copy)
+    shutil.rmtree(copy / "final")
+    for path in (copy / "checkpoints").glob("step-*"):
+        if path.name > "step-00000003":
+            shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")
@@ -126,49 +153,54 @@ def large_model(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     return folder
 
 
+KINDS = {"lora": [WHOLE, "model.gradient_checkpointing=true"], "full": ["lora=null"]}
+ROADS = [(strategy, kind) for strategy in ("ddp", "fsdp") for kind in KINDS]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, saved_model: Path, large_model: Path) -> Path:
+def runs(tmp_path_factory, saved_model: Path, large_model: Path, base: Callable) -> Path:
     """A folder of runs that all do the same, with one process or several; or end as another one."""
     folder = tmp_path_factory.mktemp("runs")
     pretrained = [f"model.name={saved_model}", "model.init=pretrained"]
     lora = [*pretrained, "lora.r=4", "model.gradient_checkpointing=true"]
 
-    def command(name: str, window: int, *more: str) -> list[str]:
+    def run(name: str, window: int, *more: str) -> list[str]:
         saved = ["training.save_every=3", "training.keep_checkpoints=99"]
         window_size = f"training.gradient_accumulation_steps={window}"
         return [*options(folder / name), *saved, window_size, *more]
 
-    def go_on(name: str, start: str, window: int, *more: str) -> list[str]:
-        """As if the run `start` had been killed after its third step."""
-        shutil.copytree(folder / start, folder / name)
-        shutil.rmtree(folder / name / "final")
-        for path in (folder / name / "checkpoints").glob("step-*"):
-            if path.name > "step-00000003":
-                shutil.rmtree(path)
-        return command(name, window, "training.resume=auto", *more)
+    def road(strategy: str, kind: str, *more: str) -> list[str]:
+        output, rows = folder / f"road-{strategy}-{kind}", str(folder / "road.jsonl")
+        write_lines(Path(rows), *[chat("why? " * (1 + n), "because " * 3) for n in range(6)])
+        strategies = [f"training.strategy={strategy}", *KINDS[kind]]
+        return command(base("untied"), rows, output, *strategies, *more)
 
-    fsdp = "training.strategy=fsdp"
-    scripts.train.main(command("one", 4))
-    scripts.train.main(command("lora", 4, *lora))
-    printed = train_in_processes(
-        2,
-        command("ddp", 2),
-        command("fsdp", 2, fsdp),
-        command("lora-fsdp", 2, fsdp, *lora),
-        go_on("one-to-fsdp", "one", 2, fsdp),
+    fsdp, resume = "training.strategy=fsdp", "training.resume=auto"
+    scripts.train.main(run("one", 4))
+    scripts.train.main(run("lora", 4, *lora))
+    copy_killed(folder / "one", folder / "one-to-fsdp")
+    two = [
+        run("ddp", 2),
+        run("fsdp", 2, fsdp),
+        run("lora-fsdp", 2, fsdp, *lora),
+        run("one-to-fsdp", 2, fsdp, resume),
         [*options(folder / "undisturbed"), *LONG],
-    )
-    assert "strategy   fsdp: as training.strategy says" in printed
-    commands = [
-        go_on("fsdp-to-four", "fsdp", 1, fsdp),
-        command("hsdp", 1, "training.strategy=hsdp"),
+        *(road(*each, "training.max_steps=2") for each in ROADS),
+        *(road(*each, resume) for each in ROADS),
     ]
-    (folder / "four.py").write_text(LOAD + RUNS.format(commands=commands))
-    four = on_two_machines(folder / "four.py", large_model)
-    (folder / "printed").write_text(four)
-    assert (printed + four).count("resume     step-00000003") == 2
-    scripts.train.main(go_on("ddp-to-one", "ddp", 4))
-    scripts.train.main(go_on("fsdp-to-one", "fsdp", 4))
+    four = [run("fsdp-to-four", 1, fsdp, resume), run("hsdp", 1, "training.strategy=hsdp")]
+    work = json.dumps([str(folder), str(large_model), two, four])
+    done = subprocess.run(
+        [sys.executable, __file__, work], cwd=ROOT, env=environment(), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder / "printed").write_text(done.stdout)
+    assert "strategy   fsdp: as training.strategy says" in done.stdout
+    assert done.stdout.count("resume     step-00000003") == 2
+    for start in ("ddp", "fsdp"):
+        copy_killed(folder / start, folder / f"{start}-to-one")
+        scripts.train.main(run(f"{start}-to-one", 4, resume))
     return folder
 
 
@@ -203,6 +235,19 @@ def test_a_sharded_adapter_equals_one_process(runs) -> None:
     assert_same(runs / "lora-fsdp", runs / "lora")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_walk_the_road_in_either_strategy(runs, kind, monkeypatch) -> None:
+    losses = []
+    for strategy in ("ddp", "fsdp"):
+        run = runs / f"road-{strategy}-{kind}"
+        assert [line["step"] for line in metrics(run)] == [1, 2, 3]
+        losses.append([line["loss"] for line in metrics(run)])
+        (runs / f"{run.name}-walked").mkdir()
+        walk_from(run, str(runs / "road.jsonl"), runs / f"{run.name}-walked", monkeypatch)
+    # What is summed in another order is rounded in another way, and no more.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., subprocess.Popen]:
     """Start torchrun: `start(name, launcher, *overrides)`."""
@@ -212,8 +257,7 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen]:
     ) -> subprocess.Popen:
         return subprocess.Popen(
             [*TORCHRUN, *launcher, script, *options(tmp_path / name), *more], cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
     return begin
@@ -277,11 +321,14 @@ def test_a_killed_worker_restarts_the_group_from_the_newest_checkpoint(runs, tmp
     assert all(one[name].equal(two[name]) for name in one)
 
 
-def test_a_signal_to_torchrun_saves_on_all_and_is_told_once(tmp_path, start) -> None:
-    process = start("stopped", TWO, "training.epochs=200", "training.save_every=5")
-    wait_for(tmp_path / "stopped/checkpoints/step-00000005", process)
-    process.terminate()
-    output, _ = process.communicate(timeout=120)
+def test_a_signal_to_torchrun_on_one_machine_saves_on_both_and_is_told_once(tmp_path, start):
+    two = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    two.append(f"--master-port={free_port()}")
+    more = ["training.epochs=200", "training.save_every=5"]
+    agents = [start("stopped", [*two, f"--node-rank={n}"], *more) for n in (0, 1)]
+    wait_for(tmp_path / "stopped/checkpoints/step-00000005", agents[0])
+    agents[1].terminate()
+    output = "".join(agent.communicate(timeout=120)[0] for agent in agents)
     assert output.count("stopped by SIGTERM after step") == 1
     last = metrics(tmp_path / "stopped")[-1]["step"]
     assert (tmp_path / f"stopped/checkpoints/step-{last:08d}/manifest.json").is_file()
@@ -300,3 +347,12 @@ def test_an_error_of_one_process_ends_all_and_is_shown_once(tmp_path, start) -> 
     assert output.count("unknown key; did you mean training.learning_rate?") == 1
     assert "exitcode  : 2" in output
     assert "Traceback" not in output[: output.index("torch/distributed")]
+
+
+if __name__ == "__main__":
+    assert all((bitsandbytes, peft, torchao, LlamaForCausalLM)), "imported once, before the forks"
+    torch.set_num_threads(1)
+    folder, model, two, four = json.loads(sys.argv[1])
+    in_forks(2, train, two)
+    copy_killed(Path(folder, "fsdp"), Path(folder, "fsdp-to-four"))
+    in_forks(4, load_and_train, model, four)

@@ -1,13 +1,12 @@
-"""Roads from rows to an answer that few take: other dtypes and several processes."""
+"""Roads from rows to an answer that few take."""
 
 import pytest
-from test_processes import train_in_processes
 
 import scripts.train
 from conftest import chat, metrics
 from src.training import run as run_module
-from test_road import WHOLE, command, walk_from
 from test_road import base as base
+from test_road import command
 from test_road import rows as rows
 
 
@@ -18,33 +17,6 @@ def test_a_run_goes_on_in_another_dtype(base, rows, tmp_path) -> None:
         options = [f"model.dtype={dtype}", f"training.max_steps={step}", "training.resume=auto"]
         scripts.train.main(command(base("untied"), rows, tmp_path / "run", *options))
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
-
-
-@pytest.mark.slow  # two processes import torch
-def test_two_processes_walk_the_road_in_either_strategy(base, rows, tmp_path, monkeypatch) -> None:
-    kinds = {"lora": [WHOLE, "model.gradient_checkpointing=true"], "full": ["lora=null"]}
-    runs = {
-        tmp_path / f"{strategy}-{name}": [f"training.strategy={strategy}", *options]
-        for strategy in ("ddp", "fsdp")
-        for name, options in kinds.items()
-    }
-    commands = [
-        command(base("untied"), rows, run, *options, f"training.max_steps={steps}", *more)
-        for run, options in runs.items()
-        for steps, more in ((2, []), (3, ["training.resume=auto"]))
-    ]
-    train_in_processes(2, *commands)
-    for run in runs:
-        assert [line["step"] for line in metrics(run)] == [1, 2, 3]
-        folder = tmp_path / f"{run.name}-walked"
-        folder.mkdir()
-        walk_from(run, rows, folder, monkeypatch)
-    for name in kinds:  # what is summed in another order is rounded in another way, and no more
-        losses = [
-            [line["loss"] for line in metrics(tmp_path / f"{strategy}-{name}")]
-            for strategy in ("ddp", "fsdp")
-        ]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_an_epoch_is_logged_as_one_where_processes_outnumber_its_batches(

@@ -125,14 +125,39 @@ ON_A_GPU = [
 ]
 
 
-@pytest.mark.parametrize(("mistake", "guard"), ON_A_GPU, ids=[m.__name__ for m, _ in ON_A_GPU])
-def test_a_mistake_that_only_a_gpu_would_show_is_caught(
-    mistake: Callable[[Path], None], guard: str, tmp_path: Path
-) -> None:
-    repository = shutil.copytree(snapshot().name, tmp_path / "repository")
-    template = repository / "template"
+# Each project's test in a fork of one process, which has imported what takes them longest.
+FORKS = """
+import os, sys
+import bitsandbytes, datasets, peft, pytest, torch, torchao, transformers
+for place, guard in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    if not os.fork():
+        os.chdir(place)
+        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+        os._exit(pytest.main([*options, f"tests/{guard}"]))
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each guard prints in a template with its mistake."""
+    whole = tmp_path_factory.mktemp("whole")
+    repository = Path(snapshot().name)
+    template = shutil.copytree(repository / "template", whole / "template")
     shutil.copytree(repository / "tests/in_project", template / "tests", dirs_exist_ok=True)
-    options = ("-q", "-o", "addopts=", "-p", "no:cacheprovider")
-    mistake(template)
-    command = (sys.executable, "-m", "pytest", *options, f"tests/{guard}")
-    assert "1 failed" in run(*command, cwd=template, code=1).stdout
+    places = {}
+    for mistake, guard in ON_A_GPU:
+        place = shutil.copytree(template, whole / mistake.__name__)
+        mistake(place)
+        places[place] = guard
+    words = [word for pair in places.items() for word in pair]
+    run(sys.executable, "-c", FORKS, *words, cwd=whole, HF_HOME=str(whole))
+    return {place.name: (place / "output.txt").read_text() for place in places}
+
+
+@pytest.mark.parametrize("mistake", [mistake.__name__ for mistake, _ in ON_A_GPU])
+def test_a_mistake_that_only_a_gpu_would_show_is_caught(mistake: str, mistaken) -> None:
+    assert "1 failed" in mistaken[mistake], mistaken[mistake]

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from src.config import change_data
+from src.config import changed
 from src.data.rows import check_sources
 from src.trained import Trained, find_trained, load_trained, make_model_parser
 from src.utils.environment import from_root
@@ -26,8 +26,8 @@ def main(arguments: list[str]) -> None:
     trained_on = found.config.data.train
     if options.data in ([trained_on] if isinstance(trained_on, str) else trained_on):
         print(f"warning: {options.data} is what the model was trained on", file=sys.stderr)
-    data = found.config.data.model_copy(update={"train": options.data})
-    data = change_data(data, options.keys)
+    data = changed(found.config, options.keys, "data.").data
+    data = data.model_copy(update={"train": options.data})
     check_sources(options.data, data)
     folder, config = _folder_for(found), found.config.model_copy(update={"data": data})
 

@@ -20,7 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from src.config import change_data
+from src.config import changed
 from src.data.answers import answer_rows, check_answers
 from src.trained import Trained, find_trained, load_trained, make_model_parser
 from src.utils.environment import to_root
@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> None:
     system = [{"role": "system", "content": options.system}] if options.system else []
     if options.input:
         # Rows are read as the run read its own.
-        data, by = change_data(found.config.data, options.prompt), _describe(found, options)
+        data = changed(found.config, options.prompt, "data.").data
+        by = _describe(found, options)
         done, total = check_answers(options.input, options.output, data, by)
     elif not options.chat:
         prompts = _prompts(options, system)

@@ -7,9 +7,8 @@ differs, and the command line (`key=value`) overrides both.
 import difflib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-import pydantic
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -203,13 +202,8 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    @pydantic.model_validator(mode="after")
-    def _check_contradictions(self) -> Self:
-        if problems := "\n".join(self._contradictions()):
-            raise ValueError(problems)
-        return self
-
-    def _contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[str]:
+        """Yield what is wrong with keys that are right alone."""
         model, lora, training = self.model, self.lora, self.training
         quantized, fresh = model.quantization != "none", model.init == "random"
         if quantized and lora is None:
@@ -260,7 +254,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
         return f"{places.get(key, path)}: {problem}"
 
     try:
-        config = _validated(Config, merged)
+        config = _validated(merged)
     except UserError as error:
         raise UserError(*map(located, error.problems)) from None
     written: Any = OmegaConf.to_container(OmegaConf.merge(config.model_dump(), merged))
@@ -278,22 +272,16 @@ def from_command_line(arguments: list[str]) -> tuple[Config, dict]:
     return load_config(path, arguments[named:])
 
 
-def changed(config: Config, keys: str) -> Config:
-    """The config with these `key=value` instead, several of them apart by spaces."""
-    return _validated(Config, _merge(config.model_dump(), keys.split()))
-
-
-def change_data(data: DataConfig, keys: list[str]) -> DataConfig:
-    """The section with these `data.key=value` instead, as a command line gives them.
+def changed(config: Config, keys: list[str], section: str = "") -> Config:
+    """The config with these `key=value` instead, all of them of one section, such as `data.`.
 
     Raises:
         UserError: with one line per problem.
     """
-    return _validated(_DataAlone, _merge({"data": data.model_dump()}, keys)).data
-
-
-class _DataAlone(Section):
-    data: DataConfig
+    merged = _merge(config.model_dump(), keys)
+    if others := [key for key in keys if not key.startswith(section)]:
+        raise UserError(*(f"command line: {key}: only {section} keys go here" for key in others))
+    return _validated(merged)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -333,13 +321,16 @@ def _merge(values: Any, overrides: list[str]) -> Any:
     return merged
 
 
-def _validated[S: Section](section: type[S], values: Any) -> S:
+def _validated(values: Any) -> Config:
     try:
-        return section.model_validate(OmegaConf.to_container(values, resolve=True))
+        config = Config.model_validate(OmegaConf.to_container(values, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     except ValidationError as error:
         raise UserError(*_problems(error)) from None
+    if problems := [*config.contradictions()]:
+        raise UserError(*problems)
+    return config
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -355,9 +346,7 @@ def _problems(error: ValidationError) -> Iterable[str]:
     for item in error.errors():
         kind, names = item["type"], [str(part) for part in item["loc"]]
         key = ".".join(names)
-        if kind == "value_error":  # our own, one per line
-            problems |= {line: line for line in str(item["ctx"]["error"]).splitlines()}
-        elif kind == "extra_forbidden":
+        if kind == "extra_forbidden":
             nearest = _nearest(key)
             problems[key] = f"{key}: unknown key" + f"; did you mean {nearest}?" * bool(nearest)
         elif kind == "missing":

@@ -83,6 +83,8 @@ def test_bad_rows_and_numbers_are_named_before_anything_is_loaded(
     rows = write_rows(chat("a", "b"), {"prompt": "x"})
     assert ":2: has ['prompt']; a row needs" in refused(scripts.evaluate.main, str(learnt), rows)[0]
     assert "No such file" in refused(scripts.evaluate.main, str(learnt), "nothing.jsonl")[0]
+    only = "command line: training.seed=1: only data. keys go here"
+    assert refused(scripts.evaluate.main, str(learnt), rows, "training.seed=1") == [only]
     with pytest.raises(SystemExit, match="2"):
         evaluate(learnt, rows, "--max-length", "0")
     assert "--max-length: 0 is not from 1 to" in capsys.readouterr().err

@@ -21,6 +21,7 @@ WAYS = "give prompts (--system or --raw), --chat (--system) or --input (--output
             "command line: 'a': options are written key=value, after a config file",
         ),
         (["data.column=a", "--input", "x"], "data.column: unknown key; did you mean data.columns?"),
+        (["training.x=1", "--input", "x"], "command line: training.x=1: only data. keys go here"),
         (["q", "--raw", "--system", "x"], WAYS),
         (["--input", "x", "--system", "x"], WAYS),
         ([" "], "an empty prompt: there is nothing to answer"),

@@ -115,7 +115,7 @@ def test_every_setting_that_is_advised_is_accepted_and_no_longer_advised(configu
     for overrides in (["model.init=random"], [], ["training.batch_size=1", "lora.r=4"]):
         config, done = configure("data.max_length=32", *overrides), []
         while advised := next_settings(config):
-            config = changed(config, advised[0])
+            config = changed(config, advised[0].split())
             done.append(advised[0].partition("=")[0])
         assert "data.max_length" in done
         assert len(done) < 12

@@ -14,7 +14,7 @@ import scripts.compare
 from conftest import chat, turn
 from scripts.inference import _chat
 from scripts.plan import size_of_gpu
-from src.config import DataConfig, LoraConfig, ModelConfig, change_data
+from src.config import DEFAULTS, DataConfig, LoraConfig, ModelConfig, changed
 from src.data.answers import check_answers
 from src.models.adapters import add_adapters
 from src.models.model import load_tokenizer
@@ -64,7 +64,7 @@ def test_a_file_of_rows_is_not_cut_as_the_output_of_itself(tmp_path: Path) -> No
 
 def test_what_is_no_number_or_no_key_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.columns\.prompt"):
-        change_data(DATA, ["data.columns.prompt=${x}"])
+        changed(DEFAULTS, ["data.columns.prompt=${x}"])
     for size in ("nan", "0", "-5"):
         with pytest.raises(ValueError):  # noqa: PT011 - argparse says the rest
             size_of_gpu(size)

@@ -207,7 +207,7 @@ def plan_for(config: Config, gib: float) -> tuple[Config, Plan]:
     try:
         planned = plan(config)
         if planned.peak_gib > gib and config.model.gradient_checkpointing == "auto":
-            config = changed(config, "model.gradient_checkpointing=true")
+            config = changed(config, ["model.gradient_checkpointing=true"])
             planned = plan(config)
     except UserError:
         raise
@@ -220,10 +220,10 @@ def largest_batch(config: Config, gib: float) -> int:
     """The largest `training.batch_size` that fits, up to MAX_BATCH; 0 if none does."""
 
     def peak_of(size: int) -> float:
-        return plan(changed(config, f"training.batch_size={size}")).peak_gib
+        return plan(changed(config, [f"training.batch_size={size}"])).peak_gib
 
     if config.model.gradient_checkpointing == "auto":
-        config = changed(config, "model.gradient_checkpointing=true")
+        config = changed(config, ["model.gradient_checkpointing=true"])
     size = config.training.batch_size
     peak = peak_of(size)
     slope = (peak_of(2 * size) - peak) / size
@@ -241,9 +241,9 @@ def cheapest_that_fits(config: Config, gib: float) -> tuple[str, float] | None:
     """
     changes: dict[str, str] = {}
     while options := next_settings(config):
-        keys = options[0]
+        keys = options[0].split()
         config = changed(config, keys)
-        changes |= dict(pair.split("=") for pair in keys.split())
+        changes |= dict(pair.split("=") for pair in keys)
         if (peak := plan(config).peak_gib) <= gib:
             return " ".join(map("=".join, changes.items())), peak
     return None

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from src.config import changed
 from src.data.rows import check_sources
-from src.trained import Trained, find_trained, load_trained, make_model_parser
+from src.trained import Trained, between, find_trained, load_trained, make_model_parser
 from src.utils.environment import from_root
 from src.utils.files import RECORD
-from src.utils.script import between, run_script
+from src.utils.script import run_script
 
 
 def main(arguments: list[str]) -> None:

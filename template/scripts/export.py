@@ -8,10 +8,10 @@ rounding changed, nothing is written. The folder's README.md is a model card.
 
 from pathlib import Path
 
-from src.trained import find_trained
+from src.trained import find_trained, make_parser
 from src.utils.errors import RunError, UserError, first_line
 from src.utils.files import RECIPE, new_folder
-from src.utils.script import make_parser, run_script
+from src.utils.script import run_script
 
 
 def main(arguments: list[str]) -> None:

@@ -22,10 +22,10 @@ from typing import Any
 
 from src.config import changed
 from src.data.answers import answer_rows, check_answers
-from src.trained import Trained, find_trained, load_trained, make_model_parser
+from src.trained import Trained, between, find_trained, load_trained, make_model_parser
 from src.utils.environment import to_root
 from src.utils.errors import UserError
-from src.utils.script import between, quick_imports, run_script
+from src.utils.script import quick_imports, run_script
 
 WAYS = ({"prompt", "system"}, {"prompt", "raw"}, {"chat", "system"}, {"input", "output", "prompt"})
 

@@ -6,7 +6,8 @@ of scripts/train.py (default: configs/train.yaml).
 """
 
 from src.config import Config, from_command_line
-from src.utils.script import make_parser, run_script
+from src.trained import make_parser
+from src.utils.script import run_script
 
 # GiB that a GPU of this name has, a little less than its makers say, and its dense bf16 TFLOP/s.
 GPUS = {

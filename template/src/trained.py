@@ -1,6 +1,8 @@
-"""Find and load what training made: a run, its result, a checkpoint; or another saved model."""
+"""Find and load what training made, or another saved model; and the command lines that name it."""
 
 import argparse
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,6 @@ from src.preflight import folder_problems, is_local, read_json
 from src.utils.environment import from_root
 from src.utils.errors import UserError
 from src.utils.files import ADAPTER, CHECKPOINT, RECIPE, RECORD
-from src.utils.script import between, make_parser
 
 if TYPE_CHECKING:  # only loading needs torch
     import torch
@@ -28,6 +29,25 @@ class Trained:
     kind: str  # checkpoint, adapter or model
     base: str  # the model whose weights are read first: of a checkpoint or an adapter, or itself
     config: Config  # what it was trained with; DEFAULTS: no run of this project made it
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the script that runs; --help prints the description as it is."""
+    return argparse.ArgumentParser(
+        prog=f"uv run scripts/{Path(sys.argv[0]).name}", description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+
+
+def between(least: float, most: float, kind: type = int) -> Callable[[str], float]:
+    """Return the `type` of an option that is a number from `least` to `most`."""
+
+    def number(text: str) -> float:
+        if not least <= (value := kind(text)) <= most:  # nan is not
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        return value
+
+    return number
 
 
 def make_model_parser(description: str) -> argparse.ArgumentParser:

@@ -1,6 +1,5 @@
 """What all scripts share: `.env`, `--help`, quick imports, and exit codes instead of tracebacks."""
 
-import argparse
 import atexit
 import gc
 import io
@@ -11,7 +10,6 @@ import time
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NoReturn
 
 from src.utils.environment import load_environment
@@ -30,7 +28,7 @@ def run_script(main: Callable[[list[str]], None], help_text: str = "") -> None:
 
     Args:
         main: imports torch inside, after `.env` was read and its own checks have passed.
-        help_text: what --help prints, of a script that has no parser (see `make_parser`).
+        help_text: what --help prints, of a script that has no parser of its own.
     """
     arguments = sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -68,25 +66,6 @@ def run_script(main: Callable[[list[str]], None], help_text: str = "") -> None:
             raise
         lost = any(sign in str(error) for sign in ("gloo", "NCCL", "closed by peer"))
         _leave(traceback.format_exc().splitlines(), EXIT_FAILED, late=lost)
-
-
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser of the script that runs; --help prints the description as it is."""
-    return argparse.ArgumentParser(
-        prog=f"uv run scripts/{Path(sys.argv[0]).name}", description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
-
-
-def between(least: float, most: float, kind: type = int) -> Callable[[str], float]:
-    """Return the `type` of an option that is a number from `least` to `most`."""
-
-    def number(text: str) -> float:
-        if not least <= (value := kind(text)) <= most:  # nan is not
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
-        return value
-
-    return number
 
 
 @contextmanager

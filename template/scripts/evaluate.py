@@ -31,8 +31,7 @@ def main(arguments: list[str]) -> None:
     check_sources(options.data, data)
     folder, config = _folder_for(found), found.config.model_copy(update={"data": data})
 
-    from src.tools.evaluate import compare_with_base, write_evaluation
-    from src.training.tracking import send_evaluation
+    from src.tools.evaluate import compare_with_base, send_evaluation, write_evaluation
     from src.utils.device import pick_device
 
     model, tokenizer = load_trained(found, pick_device(options.device))

@@ -15,7 +15,9 @@ from src.data.batching import padded_loader
 from src.data.dataset import read_part
 from src.models.generation import generate
 from src.models.model import position_limit
+from src.training.record import Record
 from src.training.samples import questions
+from src.training.tracking import connect, explain
 from src.training.trainer import evaluate
 from src.utils.device import pick_dtype
 from src.utils.files import write_text
@@ -82,6 +84,20 @@ def write_evaluation(result: dict[str, Any], folder: Path) -> Path:
     counts = f"Rows in loss: {result['rows']:,}; answered: the first {len(samples):,}.\n"
     write_text(page, "\n".join([f"# Evaluation on {result['data']}\n", *tables, counts]))
     return page
+
+
+def send_evaluation(folder: Path, figures: dict[str, float], page: Path) -> None:
+    """Add figures and a page to the MLflow run that made what is in `folder`, if there is one."""
+    record = Record.find(folder.parent, folder.parent.parent)
+    if record is None or "mlflow" not in record.facts:
+        return
+    try:
+        client, run_id = connect(), record.facts["mlflow"]
+        for name, value in figures.items():
+            client.log_metric(run_id, f"evaluation_{name}", value)
+        client.log_artifact(run_id, str(page))
+    except Exception as error:  # noqa: BLE001 - the files are written in any case
+        print(f"warning: MLflow did not take the evaluation ({explain(error)})")
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -234,17 +234,3 @@ def where_to_look(record: Record) -> str:
     # The address of another database may hold a password: name the variable that has it.
     address = shlex.quote(uri) if uri.startswith("sqlite:///") else '"$MLFLOW_TRACKING_URI"'
     return f"uv run mlflow ui --backend-store-uri {address}"
-
-
-def send_evaluation(folder: Path, figures: dict[str, float], page: Path) -> None:
-    """Add figures and a page to the MLflow run that made what is in `folder`, if there is one."""
-    record = Record.find(folder.parent, folder.parent.parent)
-    if record is None or "mlflow" not in record.facts:
-        return
-    try:
-        client, run_id = connect(), record.facts["mlflow"]
-        for name, value in figures.items():
-            client.log_metric(run_id, f"evaluation_{name}", value)
-        client.log_artifact(run_id, str(page))
-    except Exception as error:  # noqa: BLE001 - the files are written in any case
-        print(f"warning: MLflow did not take the evaluation ({explain(error)})")

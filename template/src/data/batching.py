@@ -10,11 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
 from src.data import IGNORE
-from src.data.dataset import Document, TokenDataset, load_tokens
+from src.data.dataset import Document, TokenDataset
 from src.utils.distributed import RANK, WORLD_SIZE
 
 OPEN_BINS = 256  # how many part-filled rows packing chooses from
@@ -162,14 +161,6 @@ def full_batch(rows: int, length: int, packing: bool, labelled: float = 1.0) -> 
     labels = np.where(np.arange(length) < length * (1 - labelled), IGNORE, 0)
     collate = partial(collate_packed, budget=rows * length) if packing else collate_padded
     return collate([Document(0, ids, labels)] * rows, max_length=length, pad_id=0)
-
-
-def padded_loader(
-    sources: str | list[str], tokenizer: Tokenizer, config: Config, limit: int | None = None
-) -> TokenLoader:
-    """Rows in their order, padded, for a model in the attention that transformers picks."""
-    rows = load_tokens(sources, tokenizer, config.data, limit)
-    return TokenLoader(rows, config, tokenizer.pad_token_id)
 
 
 def short_row(*firsts: int) -> dict[str, Any]:

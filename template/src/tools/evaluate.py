@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
-from src.data.batching import padded_loader
-from src.data.dataset import read_part
+from src.data.batching import TokenLoader
+from src.data.dataset import load_tokens, read_part
 from src.models.generation import generate
 from src.models.model import position_limit
 from src.training.record import Record
@@ -46,8 +46,9 @@ def compare_with_base(
     """
     data, source, dtype = config.data, config.data.train, pick_dtype("auto", model.device)
     longest = min(data.max_length, position_limit(model.config) or data.max_length)
-    data = data.model_copy(update={"max_length": longest})
-    loader = padded_loader(source, tokenizer, config.model_copy(update={"data": data}))
+    config = config.model_copy(update={"data": data.model_copy(update={"max_length": longest})})
+    documents = load_tokens(source, tokenizer, config.data)
+    loader = TokenLoader(documents, config, tokenizer.pad_token_id)
     asked = [*islice(questions(read_part(source, data), tokenizer), samples)]
     rows: list[dict[str, Any]] = [
         {"prompt": row["messages"], "expected": expected} for row, expected in asked

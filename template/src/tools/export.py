@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
 from src.config import Config, ModelConfig
-from src.data.batching import padded_loader, short_row
+from src.data.batching import TokenLoader, short_row
+from src.data.dataset import load_tokens
 from src.models.adapters import load_adapters
 from src.models.model import load_tokenizer, read_config, read_weights, save_model
 from src.preflight import read_json
@@ -98,7 +99,8 @@ def _batches(tokenizer: Tokenizer, config: Config) -> tuple[list[dict[str, Any]]
     data = config.data
     source = data.eval if isinstance(data.eval, str | list) else data.train
     try:
-        return list(padded_loader(source, tokenizer, config, limit=COMPARED_ROWS)), ""
+        documents = load_tokens(source, tokenizer, data, limit=COMPARED_ROWS)
+        return list(TokenLoader(documents, config, tokenizer.pad_token_id)), ""
     except (OSError, UserError):
         return [short_row(*range(0, 64, 8))], f", on made-up tokens as {source} cannot be read"
 

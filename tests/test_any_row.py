@@ -63,8 +63,9 @@ def tokenizer() -> Any:
 def test_any_row_is_read_or_named_in_one_line(row: Any, tmp_path: Path) -> None:
     from src.config import DataConfig
     from src.data import Rejected
+    from src.data.answers import read_question
     from src.data.encoding import encode, render_row
-    from src.data.rows import check_sources, read_question, read_rows
+    from src.data.rows import check_sources, read_rows
     from src.utils.errors import UserError
 
     path = tmp_path / "rows.jsonl"

@@ -162,9 +162,10 @@ def test_what_is_labelled_is_what_the_assistant_says_and_what_is_asked_was_train
 ) -> None:
     from src.config import DataConfig
     from src.data import IGNORE
+    from src.data.answers import read_question
     from src.data.chat import chat_text
     from src.data.encoding import encode, render_row, stop_token_ids
-    from src.data.rows import read_question, read_rows
+    from src.data.rows import read_rows
     from src.data.sources import raw_rows
 
     raw, expected = SHAPES[shape]

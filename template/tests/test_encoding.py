@@ -5,9 +5,10 @@ import pytest
 from conftest import CALL, TOOL, chat, turn
 from src.config import DataConfig
 from src.data import IGNORE
+from src.data.answers import read_question
 from src.data.chat import chat_text
 from src.data.encoding import encode, render_row, stop_token_ids
-from src.data.rows import read_question, read_rows
+from src.data.rows import read_rows
 
 ASKED, SAID = turn("user", "Which one?"), turn("assistant", "The first.")
 CALLED = turn("assistant", tool_calls=[CALL])

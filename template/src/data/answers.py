@@ -12,7 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from src.config import DataConfig
-from src.data.rows import Row, read_question
+from src.data import Rejected
+from src.data.rows import Row, read_row
 from src.data.sources import raw_rows
 from src.utils.environment import from_root
 from src.utils.errors import UserError
@@ -64,6 +65,21 @@ def answer_rows(
                 file.write(f"{start}{json.dumps(text, ensure_ascii=False)}}}\n")
             file.flush()
             bar.update(len(some))
+
+
+def read_question(raw: Any, data: DataConfig) -> Row:
+    """Return a row's question: `messages` without the last answers, and `tools`; or its `text`.
+
+    Raises:
+        Rejected: the row cannot be used, or has no question.
+    """
+    row = read_row(raw, data, needs_answer=False)
+    messages = row.get("messages")
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if messages == []:
+        raise Rejected("has no question")
+    return row
 
 
 def _rows(source: str, data: DataConfig, by: str) -> Iterator[tuple[str, Row]]:

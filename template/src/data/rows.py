@@ -118,7 +118,7 @@ def read_rows(
     left_out = [] if left_out is None else left_out
     for place, raw in raw_rows(source):
         try:
-            yield _read(raw, data) | {"place": place}
+            yield read_row(raw, data) | {"place": place}
         except Rejected as error:
             left_out.append(LeftOut(error.count_as, place, str(error), raw))
             if len(left_out) % MANY_ROWS == 0:
@@ -126,22 +126,7 @@ def read_rows(
     check(left_out, data)
 
 
-def read_question(raw: Any, data: DataConfig) -> Row:
-    """Return a row's question: `messages` without the last answers, and `tools`; or its `text`.
-
-    Raises:
-        Rejected: the row cannot be used, or has no question.
-    """
-    row = _read(raw, data, needs_answer=False)
-    messages = row.get("messages")
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if messages == []:
-        raise Rejected("has no question")
-    return row
-
-
-def _read(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
+def read_row(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
     """Return the row in one of its two forms.
 
     Args:

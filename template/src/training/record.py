@@ -3,8 +3,6 @@
 Secrets are hidden before anything is written, so that the folder and its result can be shared.
 """
 
-from __future__ import annotations
-
 import getpass
 import hashlib
 import json

@@ -5,8 +5,6 @@ did not arrive, `uv run scripts/sync.py FOLDER` sends later. MLflow takes second
 only functions that need it do.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -16,7 +14,7 @@ from contextlib import nullcontext
 from itertools import batched
 from pathlib import Path
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
@@ -28,10 +26,6 @@ from src.utils.environment import PROJECT_ROOT, to_root
 from src.utils.errors import RunError, first_line
 from src.utils.files import METRICS
 from src.utils.memory import GIB
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
 
 PAUSE_SECONDS = 2.0  # between two sends: many lines cost a training no more than one does
 CLOSE_SECONDS = 20.0  # how long the end of a run waits for a server that may be gone
@@ -102,7 +96,7 @@ class Sender:
 
         key, started = record.facts["key"], record.facts["started"]
         name = hide(self._settings.run_name or self._folder.name)[:250]  # that a name may have
-        runs: list[Any] = list(client.search_runs([experiment], f"tags.run_key = '{key}'"))
+        runs = list(client.search_runs([experiment], f"tags.run_key = '{key}'"))
         runs = runs or [client.create_run(experiment, started, {"run_key": key}, run_name=name)]
         self.run_id = runs[0].info.run_id
         record.update(mlflow=self.run_id, mlflow_experiment=experiment)
@@ -172,7 +166,7 @@ class Sender:
             return
         name, tags = f"final-{step}", {"folder": str(final)}
         same = f"source_run_id = '{run_id}' AND name = '{name}'"
-        models: list[Any] = list(client.search_logged_models([self._experiment], same))
+        models = list(client.search_logged_models([self._experiment], same))
         models = models or [client.create_logged_model(self._experiment, name, run_id, tags)]
         if models[0].status == "READY":
             return
@@ -191,8 +185,8 @@ def explain(error: Exception) -> str:
     return hide(first_line(error))
 
 
-def _points(line: dict[str, Any], **options: str) -> list[Metric]:
-    """A line's numbers, at the time when they were measured: MLflow keeps equal points once."""
+def _points(line: dict[str, Any], **options: str) -> list[Any]:
+    """A line as Metrics, at the time when it was measured: MLflow keeps equal points once."""
     from mlflow.entities import Metric
 
     step, time = line["step"], int(line.get("time", 0) * 1000)
@@ -212,8 +206,8 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
 
 
-def connect() -> MlflowClient:
-    """A client that gives up within seconds, and prints no address with a password."""
+def connect() -> Any:
+    """An MlflowClient that gives up within seconds, and prints no address with a password."""
     # MLflow's defaults wait four minutes for a server that refuses, twenty for one that hangs.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

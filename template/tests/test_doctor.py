@@ -12,7 +12,7 @@ from conftest import SMOKE, chat
 from src.config import Config, from_command_line
 from src.tools import doctor
 from src.tools.doctor import Finding
-from src.training import fit
+from src.training import fit, record
 from src.training.plan import CannotPlan
 from src.utils import device
 
@@ -59,7 +59,7 @@ def test_a_project_without_git_or_with_changes_or_a_leaked_secret_is_named(
     def git(*words: str) -> None:
         subprocess.run(["git", *AUTHOR, *words], cwd=tmp_path, check=True, capture_output=True)
 
-    monkeypatch.setattr(doctor, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(record, "PROJECT_ROOT", tmp_path)
     fails = ["WARN `git status` fails: a run cannot record its code"]
     assert problems(doctor._check_project()) == fails, "there is no repository"
     git("init")

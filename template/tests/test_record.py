@@ -32,7 +32,7 @@ def test_a_run_says_who_made_it_of_what_and_holds_no_secret(
         ("status", "--porcelain"): " M src/config.py",
         ("diff", "HEAD"): f"+token = '{SECRETS['HF_TOKEN']}'\n+other = '{LOOSE}'",
     }
-    monkeypatch.setattr(record, "git", lambda _, *words: answers[words])
+    monkeypatch.setattr(record, "git", lambda *words: answers[words])
     monkeypatch.setattr("sys.argv", ["scripts/train.py", f"--x={SECRETS['MY_API_KEY']}"])
     scripts.train.main([
         SMOKE, f"output_dir={tmp_path / 'run'}", "device=cpu", "training.max_steps=2",

@@ -25,7 +25,7 @@ from src.training.fit import check_feasible, may_shard
 from src.training.plan import CannotPlan, Plan, cheapest_that_fits, plan_for
 from src.training.record import git
 from src.utils.device import pick_device, pick_dtype
-from src.utils.environment import PROJECT_ROOT, from_root
+from src.utils.environment import from_root
 from src.utils.errors import UserError, first_line
 from src.utils.memory import GIB, gpu_memory
 
@@ -115,14 +115,14 @@ def _check_operations(config: Config, device: torch.device, dtype: torch.dtype) 
 
 
 def _check_project() -> Iterator[Finding]:
-    status = git(PROJECT_ROOT, "status", "--porcelain")
+    status = git("status", "--porcelain")
     if status is None:
         fix = "git init && git add -A && git commit -m 'Begin'; or what `git status` says"
         yield Finding("WARN", "`git status` fails: a run cannot record its code", fix)
         return
     text = f"uncommitted files: {len(status.splitlines())}; a run records the tracked ones' diff"
     yield Finding("WARN" if status else "OK", text, "git add -A && git commit")
-    if git(PROJECT_ROOT, "log", "--all", "--format=%h", "-1", "--", ".env"):
+    if git("log", "--all", "--format=%h", "-1", "--", ".env"):
         yield Finding("WARN", ".env is in `git log --all -- .env`", "revoke its tokens")
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import uuid
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from subprocess import DEVNULL, SubprocessError, check_output
 from typing import Any, Self
 
 import yaml
@@ -83,7 +83,7 @@ class Record:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(hide(written)))
         record = cls(folder, facts)
         record.update(status="RUNNING", tags=tags)
-        if changes := git(PROJECT_ROOT, "diff", "HEAD"):
+        if changes := git("diff", "HEAD"):
             write_text(folder / "uncommitted.diff", hide(changes[:MAX_DIFF]))
         return record
 
@@ -114,11 +114,11 @@ def hide(value: Any) -> Any:
 
 def provenance() -> dict[str, str]:
     """Code, lock, template, machine and command line of this process, as tags for MLflow."""
-    changed, lock = git(PROJECT_ROOT, "status", "--porcelain"), PROJECT_ROOT / "uv.lock"
+    changed, lock = git("status", "--porcelain"), PROJECT_ROOT / "uv.lock"
     tags = {
         "mlflow.source.name": sys.argv[0],
         "mlflow.source.type": "LOCAL",
-        "mlflow.source.git.commit": git(PROJECT_ROOT, "rev-parse", "HEAD"),
+        "mlflow.source.git.commit": git("rev-parse", "HEAD"),
         "git.dirty": str(bool(changed)).lower() if changed is not None else None,
         "command": shlex.join(["uv", "run", *sys.argv]),
         "python": sys.version.split()[0],
@@ -140,11 +140,9 @@ def provenance() -> dict[str, str]:
     return hide({key: value for key, value in tags.items() if value})
 
 
-def git(root: Path, *words: str) -> str | None:
-    """What a git command prints in a folder; None where it fails, or there is no git."""
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            ["git", *words], cwd=root, check=True, capture_output=True, text=True, timeout=20
-        )
-        return done.stdout.strip()
+def git(*words: str) -> str | None:
+    """What a git command prints in this project; None where it fails, or there is no git."""
+    with suppress(OSError, SubprocessError):
+        command = ["git", "-C", str(PROJECT_ROOT), *words]
+        return check_output(command, stderr=DEVNULL, text=True, timeout=20).strip()
     return None

@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> None:
     """Check the config first, then import torch and print part by part."""
     from src.config import from_command_line
 
-    config, _ = from_command_line(arguments)
+    config = from_command_line(arguments)
 
     from src.tools.doctor import examine
 

@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> None:
     from src.config import from_command_line
     from src.preflight import check_run
 
-    config, _ = from_command_line(arguments)
+    config = from_command_line(arguments)
     check_run(config, output=False)
 
     from src.tools.look import look

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     text = f"the GPU to plan for: its memory, such as {sizes}"
     parser.add_argument("--gpu", type=size_of_gpu, default=(None, None), help=text)
     options, rest = parser.parse_known_args(arguments)
-    config, _ = from_command_line(rest)
+    config = from_command_line(rest)
     total, tflops = options.gpu
 
     import torch

@@ -22,9 +22,9 @@ def main(arguments: list[str]) -> None:
     from src.config import from_command_line
     from src.preflight import check_run
 
-    config, plain = from_command_line(arguments)
+    config = from_command_line(arguments)
     if RESTARTS and config.training.resume == "never":  # torchrun --max-restarts
-        config, plain = from_command_line([*arguments, "training.resume=auto"])
+        config = from_command_line([*arguments, "training.resume=auto"])
     check_run(config)
     if config.deterministic:
         # cuBLAS needs it for equal bits, and reads it when CUDA starts, which importing torch can
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     with quick_imports():
         from src.training.run import run
 
-    run(config, plain)
+    run(config)
 
 
 if __name__ == "__main__":

@@ -190,6 +190,8 @@ class TrackingConfig(Section):
 class Config(Section):
     """One run."""
 
+    _written: dict[str, Any] = {}
+
     seed: Annotated[NonNegativeInt, Field(lt=2**32)] = 42
     # The same bits on the same machine and versions; slower.
     deterministic: bool = False
@@ -201,6 +203,11 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """The same as plain data, each `${…}` as it was written: for `config.yaml` and MLflow."""
+        return self._written
 
     def contradictions(self) -> Iterator[str]:
         """Yield what is wrong with keys that are right alone."""
@@ -230,13 +237,12 @@ class Config(Section):
 DEFAULTS = Config(output_dir="-", model=ModelConfig(name="-"), data=DataConfig(train="-"))
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, dict]:
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `key=value` overrides, and validate everything.
 
     Returns:
-        The typed config, and the same as plain data for `config.yaml` and the tracker. That has
-        every `${…}` as it was written and not what came out of it, so that no secret of the
-        environment is ever written down.
+        The typed config. Its `written` is the same as plain data, with every `${…}` as it was
+        written and not what came out of it, so that no secret of the environment is ever stored.
 
     Raises:
         UserError: with one line per problem, each naming file and line, or the command line.
@@ -258,10 +264,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
     except UserError as error:
         raise UserError(*map(located, error.problems)) from None
     written: Any = OmegaConf.to_container(OmegaConf.merge(config.model_dump(), merged))
-    return config, written
+    config._written = written
+    return config
 
 
-def from_command_line(arguments: list[str]) -> tuple[Config, dict]:
+def from_command_line(arguments: list[str]) -> Config:
     """The config that `[CONFIG] [key=value ...]` means; CONFIG is configs/train.yaml if not given.
 
     Raises:

@@ -101,9 +101,9 @@ def _in_folder(folder: Path, base: str | None) -> Trained:
     folder, kind = there[0], KINDS[there[1]]
     if kind == "checkpoint":
         own = folder / "config.yaml"  # of a checkpoint that was copied out of its run
-        config = load_config(own if own.is_file() else folder.parent.parent / own.name)[0]
+        config = load_config(own if own.is_file() else folder.parent.parent / own.name)
         return Trained(str(folder), kind, base or config.model.name, config)
-    config = load_config(folder / RECIPE)[0] if (folder / RECIPE).is_file() else DEFAULTS
+    config = load_config(folder / RECIPE) if (folder / RECIPE).is_file() else DEFAULTS
     own = read_json(folder / ADAPTER).get("base_model_name_or_path") or str(folder)
     return Trained(str(folder), kind, base or own, config)
 

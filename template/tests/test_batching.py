@@ -101,7 +101,7 @@ def test_labels_shift_by_one() -> None:
 
 
 def make_loader(data, *overrides: str) -> TokenLoader:
-    config, _ = load_config(SMOKE, ["data.max_length=64", *overrides])
+    config = load_config(SMOKE, ["data.max_length=64", *overrides])
     return TokenLoader(data, config, 2, packing=config.data.packing, shuffle=True, pin_memory=False)
 
 

@@ -20,7 +20,7 @@ def runs(tmp_path: Path) -> list[Path]:
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder, lora in zip(folders, (None, {"r": 8}), strict=True):
         folder.mkdir()
-        _, config = load_config(ROOT / "configs/smoke.yaml", [f"output_dir={folder}"])
+        config = load_config(ROOT / "configs/smoke.yaml", [f"output_dir={folder}"]).written
         (folder / "config.yaml").write_text(json.dumps(config | {"lora": lora}))
         numbers = {"learning_rate": 1, "tokens_per_second": 2e3, "eval_loss": 0.25}
         lines = [{"step": step, "loss": 1 / step} | numbers for step in (10, 20, 23, 30)]

@@ -21,7 +21,7 @@ AUTHOR = ("-c", "user.name=a", "-c", "user.email=a@b")
 
 
 def configured(*overrides: str) -> Config:
-    return from_command_line([SMOKE, *overrides])[0]
+    return from_command_line([SMOKE, *overrides])
 
 
 def problems(findings: Iterable[Finding]) -> list[str]:

@@ -28,7 +28,7 @@ def formula(monkeypatch) -> None:
 
 
 def configured(*overrides: str) -> Config:
-    return load_config(SMOKE, [*overrides])[0]
+    return load_config(SMOKE, [*overrides])
 
 
 @pytest.mark.usefixtures("formula")

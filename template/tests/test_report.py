@@ -17,7 +17,7 @@ def test_a_run_leaves_what_it_promises(smoke: Path) -> None:
         "config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "checkpoints", "final",
         "record.json",
     }  # fmt: skip
-    assert load_config(smoke / "config.yaml")[0].output_dir == str(smoke)
+    assert load_config(smoke / "config.yaml").output_dir == str(smoke)
     lines = metrics(smoke)
     always = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
     assert all(always <= line.keys() for line in lines)

@@ -18,7 +18,7 @@ def test_samples_and_proofs_ask_with_system_and_tools_for_what_was_trained(
     messages = [turn("system", "Be brief."), ASKED, CALLED, turn("tool", "At home."), SAID]
     config = load_config(
         SMOKE, [f"data.train={write_rows({'messages': messages, 'tools': [TOOL]})}"]
-    )[0]
+    )
     rows = read_part([str(config.data.train)], config.data)
     ((asked, answer),) = questions(rows, tokenizer)
     assert [m["role"] for m in asked["messages"]] == ["system", "user"]
@@ -28,7 +28,7 @@ def test_samples_and_proofs_ask_with_system_and_tools_for_what_was_trained(
 
 def test_samples_are_rows_that_are_held_out(write_rows, tokenizer) -> None:
     rows = write_rows(*[chat(f"question {n}?", "a") for n in range(40)])
-    share = load_config(SMOKE, [f"data.train={rows}", "data.eval=0.3", "evaluation.samples=4"])[0]
+    share = load_config(SMOKE, [f"data.train={rows}", "data.eval=0.3", "evaluation.samples=4"])
     held = load_tokens(rows, tokenizer, share.data, part="eval")
     texts = [tokenizer.decode(held[[n]][0].input_ids) for n in range(len(held))]
     prompts = sample_prompts(share, tokenizer)

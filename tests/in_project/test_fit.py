@@ -33,7 +33,7 @@ def configure(tmp_path, monkeypatch):
         gpu = SimpleNamespace(total_memory=gib * 2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
         model = [f"model.name={tmp_path}", "model.init=pretrained", "data.max_length=2048"]
-        return load_config(SMOKE, [*model, *overrides])[0]
+        return load_config(SMOKE, [*model, *overrides])
 
     return make
 
@@ -42,7 +42,7 @@ def test_eight_billion_parameters_are_refused_on_a_cpu_that_nobody_asked_for(con
     with pytest.raises(UserError, match=r"no GPU here, and .* 8.0 billion parameters: each step "):
         check_feasible(configure("lora.r=16"), CPU, torch.float32, shards=1)
     check_feasible(configure("lora.r=16", "device=cpu"), CPU, torch.float32, shards=1)
-    check_feasible(load_config(SMOKE)[0], CPU, torch.float32, shards=1)
+    check_feasible(load_config(SMOKE), CPU, torch.float32, shards=1)
 
 
 def test_full_fine_tuning_without_the_memory_is_refused(configure) -> None:

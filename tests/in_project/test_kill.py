@@ -65,7 +65,7 @@ def train_child(model: LlamaForCausalLM, ids: torch.Tensor, output: Path) -> Non
     """Go on from the newest checkpoint to the end; write down how far it came and what it repeats."""
     options = [f"output_dir={output}", f"training.save_every={SAVE_EVERY}"]
     quiet = ["training.log_every=100", "tracking.enabled=false"]
-    config, written = load_config(SMOKE, [*options, *quiet])
+    config = load_config(SMOKE, [*options, *quiet])
     optimizer, scaler = make_optimizer(model, config.training), torch.amp.GradScaler(enabled=False)
     training = Training(model, optimizer, scaler, identify(config, Facts()))
     torch.manual_seed(1)
@@ -90,7 +90,7 @@ def train_child(model: LlamaForCausalLM, ids: torch.Tensor, output: Path) -> Non
     loader: Any = Batches(ids)
     loader.dataset = data
     objective = as_objective(model, torch.device("cpu"), torch.float32)
-    with Recorder(config, written, training.state, STEPS, loader, None) as recorder:
+    with Recorder(config, training.state, STEPS, loader, None) as recorder:
         parts = run.Run(
             config=config, tokenizer=data, objective=objective, training=training, train=loader, evaluation=None,
             speed=Speed(1, 1, 1), total_steps=STEPS,

@@ -39,7 +39,7 @@ def configure(tmp_path: Path):
     def make(sizes: dict, *overrides: str) -> Config:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | SIZES | sizes))
         model = [f"model.name={tmp_path}", "model.init=pretrained", "data.max_length=64"]
-        return load_config(SMOKE, [*model, *overrides])[0]
+        return load_config(SMOKE, [*model, *overrides])
 
     return make
 
@@ -106,7 +106,7 @@ def test_what_is_counted_without_data_is_what_lives_with_it(
     overrides = [f"model.name={saved_model}", "model.init=pretrained", "data.max_length=64"]
     overrides += ["lora.r=4", "lora.alpha=8"] * lora + ["model.attention=sdpa"]
     overrides += [f"model.dtype={dtype}", CHECKPOINTING if checkpointing else NO_CHECKPOINTING]
-    config, _ = load_config(SMOKE, overrides)
+    config = load_config(SMOKE, overrides)
     batch = full_batch(config.training.batch_size, 64, packing=True, labelled=0.5)
     optimizer, tracker = make_optimizer(model, config.training), ByteCounter()
     with tracker:

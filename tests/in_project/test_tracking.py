@@ -68,9 +68,9 @@ def steps(run) -> list[int]:
 
 def begin(folder: Path, step: int = 0, **tracking: object) -> Record:
     """A run's folder and record, as Recorder makes them."""
-    _, written = load_config(SMOKE, [f"tracking.{k}={v}" for k, v in tracking.items()])
+    config = load_config(SMOKE, [f"tracking.{k}={v}" for k, v in tracking.items()])
     folder.mkdir(exist_ok=True)
-    return Record.start(folder, written, {"fingerprint.train": "0" * 16}, step)
+    return Record.start(folder, config.written, {"fingerprint.train": "0" * 16}, step)
 
 
 def add(record: Record, *steps: int) -> None:

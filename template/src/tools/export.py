@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -136,11 +135,11 @@ def write_card(found: Trained, out: Path, name: str, result: str) -> None:
         result: what `export` returned.
     """
     folder = Path(found.name)
-    recipe = yaml.safe_load((folder / RECIPE).read_text("utf-8"))  # as written, without secrets
+    recipe = found.config.written  # so without secrets
     base, sources = _public(recipe["model"]["name"]), recipe["data"]["train"]
     metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation")
     origin = f"Trained from random weights; its architecture is `{base}`'s."
-    if recipe["model"].get("init") != "random":
+    if recipe["model"]["init"] != "random":
         metadata.base_model = base
         origin = f"Fine-tuned from `{base}`; the base model's license applies to it too."
     data = ", ".join(map(_public, [sources] if isinstance(sources, str) else sources))

@@ -170,14 +170,13 @@ class Recorder(AbstractContextManager):
     _tracker: Tracker | None = None
 
     def __init__(
-        self, config: Config, written: dict[str, Any], state: TrainState, total_steps: int,
+        self, config: Config, state: TrainState, total_steps: int,
         train: TokenLoader, evaluation: TokenLoader | None,
     ) -> None:  # fmt: skip
         """Prepare the folder for the steps after this one; start the record and the tracker.
 
         Args:
             config: of the run.
-            written: the same as plain data.
             state: where the run stands; it is updated in place.
             total_steps: of the whole run.
             train: the rows to train on.
@@ -195,7 +194,7 @@ class Recorder(AbstractContextManager):
             data = {part: loader.dataset for part, loader in loaders.items() if loader is not None}
             self._prepare_folder(data.values())
             tags = {f"fingerprint.{part}": d.facts.fingerprint[:16] for part, d in data.items()}
-            self._record = Record.start(self._folder, written, tags, state.step)
+            self._record = Record.start(self._folder, config.written, tags, state.step)
             if config.tracking.enabled:
                 self._tracker = Tracker(self._record, say)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,12 +50,11 @@ class Run:
     total_steps: int
 
 
-def run(config: Config, written: dict[str, Any]) -> Path:
+def run(config: Config) -> Path:
     """Train as configured; return the folder of the saved model.
 
     Args:
         config: validated, and checked by `src.preflight.check_run`.
-        written: `config` as a plain dict, with each `${…}` as it was written.
 
     Raises:
         UserError: bad input that only the libraries could find.
@@ -76,7 +74,7 @@ def run(config: Config, written: dict[str, Any]) -> Path:
         with (
             StopSignal() as stop,
             report.Recorder(
-                config, written, training.state, prepared.total_steps, prepared.train,
+                config, training.state, prepared.total_steps, prepared.train,
                 prepared.evaluation,
             ) as recorder,
         ):  # fmt: skip

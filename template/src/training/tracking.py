@@ -86,7 +86,7 @@ class Sender:
             Exception: whatever MLflow raises, here and in `send`. `explain` makes a line of it.
         """
         self._record, self._folder = record, record.folder
-        config, written = load_config(self._folder / "config.yaml")
+        config = load_config(self._folder / "config.yaml")
         self._settings, uri = config.tracking, tracking_uri()
         # Two starts on a fresh database both create its tables, and one fails.
         with FileLock(PROJECT_ROOT / "mlflow.db.lock") if "sqlite" in uri else nullcontext():
@@ -101,7 +101,7 @@ class Sender:
         self.run_id = runs[0].info.run_id
         record.update(mlflow=self.run_id, mlflow_experiment=experiment)
         client.update_run(self.run_id, status="RUNNING")  # again, where it was stopped
-        values = {key: str(value)[:MAX_VALUE] for key, value in flatten(written).items()}
+        values = {key: str(value)[:MAX_VALUE] for key, value in flatten(config.written).items()}
         new = values.keys() - runs[0].data.params  # MLflow's are final: the first value stays
         params = [Param(key, values[key]) for key in new]
         tags = [RunTag(*tag) for tag in record.facts["tags"].items()]

@@ -15,17 +15,16 @@ def main(arguments: list[str]) -> None:
     if not folders:
         raise UserError("which run? give its output folder, such as outputs/train")
 
-    from src.training.record import Record
+    from src.training.record import read_record, update_record
     from src.training.tracking import Sender, explain
     from src.utils.files import only_run_in
 
     for folder in folders:
         with only_run_in(folder):
-            record = Record(folder)
-            if record.facts["status"] == "RUNNING":  # nobody holds the folder: it was killed
-                record.update(status="KILLED")
+            if read_record(folder)["status"] == "RUNNING":  # nobody holds the folder: it was killed
+                update_record(folder, status="KILLED")
             try:
-                sent = Sender(record).send()
+                sent = Sender(folder).send()
             except Exception as error:  # noqa: BLE001 - what MLflow, a server or a disk raises
                 raise RunError(f"{folder}: MLflow failed ({explain(error)})") from None
         print(f"{folder}: MLflow has all of it; {sent} lines of metrics were missing")

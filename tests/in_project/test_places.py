@@ -14,7 +14,7 @@ from conftest import ROOT, SMOKE
 from src.trained import find_trained
 from src.training import record
 from src.training.metrics import read_metrics
-from src.training.record import Record
+from src.training.record import read_record, start_record
 from src.utils import environment
 from src.utils.errors import UserError
 from src.utils.files import new_folder, write_text
@@ -169,7 +169,7 @@ def test_damaged_files_of_a_run_are_named(tmp_path) -> None:
     for text in ("{", "{}", "[1]", "null"):
         (tmp_path / "record.json").write_text(text)
         with pytest.raises(UserError, match=r"record.json: is damaged"):
-            Record(tmp_path)
+            read_record(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
@@ -187,12 +187,13 @@ def test_outside_of_git_a_run_has_no_commit_and_where_git_fails_it_says_so(
     monkeypatch, tmp_path: Path, capsys
 ) -> None:
     monkeypatch.setattr(record, "PROJECT_ROOT", tmp_path)
-    tags = record.Record.start(tmp_path, {}, {}, 0).facts["tags"]
+    start_record(tmp_path, {}, {}, 0)
+    tags = read_record(tmp_path)["tags"]
     assert not {"mlflow.source.git.commit", "git.dirty"} & tags.keys()
     assert not (tmp_path / "uncommitted.diff").exists()
     assert capsys.readouterr().out == ""
     (tmp_path / ".git").mkdir()  # which git refuses, as it does a folder of another user
-    record.Record.start(tmp_path, {}, {}, 0)
+    start_record(tmp_path, {}, {}, 0)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: record.json has no commit, because git fails here")
 

@@ -28,7 +28,7 @@ from conftest import ROOT, SMOKE, metrics
 from src.config import load_config
 from src.trained import find_trained
 from src.training import tracking
-from src.training.record import Record
+from src.training.record import start_record, update_record
 from src.training.tracking import Sender, Tracker, connect
 from src.utils.errors import Interrupted, RunError
 
@@ -66,32 +66,33 @@ def steps(run) -> list[int]:
     return [p.step for p in connect().get_metric_history(run.info.run_id, "loss")]
 
 
-def begin(folder: Path, step: int = 0, **tracking: object) -> Record:
-    """A run's folder and record, as Recorder makes them."""
+def begin(folder: Path, step: int = 0, **tracking: object) -> Path:
+    """A run's folder with its record, as Recorder makes them."""
     config = load_config(SMOKE, [f"tracking.{k}={v}" for k, v in tracking.items()])
     folder.mkdir(exist_ok=True)
-    return Record.start(folder, config.written, {"fingerprint.train": "0" * 16}, step)
+    start_record(folder, config.written, {"fingerprint.train": "0" * 16}, step)
+    return folder
 
 
-def add(record: Record, *steps: int) -> None:
-    with (record.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+def add(folder: Path, *steps: int) -> None:
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         for step in steps:
             line = {"step": step, "loss": 1 / step, "eval_loss": None, "learning_rate": 0.1}
             file.write(json.dumps(line | {"time": time.time()}) + "\n")
 
 
-def track(record: Record, warn: Callable = pytest.fail) -> Tracker:
-    return Tracker(record, warn)
+def track(folder: Path, warn: Callable = pytest.fail) -> Tracker:
+    return Tracker(folder, warn)
 
 
-def end(record: Record, tracker: Tracker, status: str = "FINISHED") -> None:
-    record.update(status=status, ended=int(time.time() * 1000))
+def end(folder: Path, tracker: Tracker, status: str = "FINISHED") -> None:
+    update_record(folder, status=status, ended=int(time.time() * 1000))
     tracker.close()
 
 
 def send_later(folder: Path) -> int:
     """Send what MLflow lacks of a run that has ended, as scripts/sync.py does."""
-    return Sender(Record(folder)).send()
+    return Sender(folder).send()
 
 
 def test_mlflow_has_the_parameters_metrics_and_tags_of_the_run(seen: Path) -> None:
@@ -157,23 +158,23 @@ def test_a_run_is_sent_once_and_whole_over_failures_and_restarts(
     from mlflow import MlflowClient
 
     warnings: list[str] = []
-    record = begin(tmp_path / "run")
-    tracker = track(record, warnings.append)
-    add(record, 2, 4, 6)
+    folder = begin(tmp_path / "run")
+    tracker = track(folder, warnings.append)
+    add(folder, 2, 4, 6)
     while not (sent := runs()) or steps(sent[0]) != [2, 4, 6]:
         time.sleep(0.05)
     assert sent[0].info.status == "RUNNING"
     with monkeypatch.context() as broken:
         broken.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
-        add(record, 8)
+        add(folder, 8)
         while not warnings:
             time.sleep(0.05)
-    add(record, 10)
-    end(record, tracker, "KILLED")
+    add(folder, 10)
+    end(folder, tracker, "KILLED")
     (run,) = runs()
     assert (run.info.status, steps(run)) == ("KILLED", [2, 4, 6, 8, 10])
     assert len(warnings) == 1
-    (record.folder / "metrics.jsonl").unlink()  # as rewind_metrics would
+    (folder / "metrics.jsonl").unlink()  # as rewind_metrics would
     again = begin(tmp_path / "run", step=2, run_name="other")
     add(again, 2, 4, 6, 8, 10, 12)
     end(again, track(again))
@@ -224,12 +225,12 @@ def test_a_place_that_takes_no_runs_costs_one_warning_and_gets_all_later(
     tmp_path, capfd, monkeypatch, mlflow_database
 ) -> None:
     warnings: list[str] = []
-    record = begin(tmp_path / "run")
+    folder = begin(tmp_path / "run")
     started = time.perf_counter()
-    tracker = track(record, warnings.append)
+    tracker = track(folder, warnings.append)
     assert time.perf_counter() - started < 1, "a start waits for nobody"
-    add(record, *range(1, 21))
-    end(record, tracker, "KILLED")
+    add(folder, *range(1, 21))
+    end(folder, tracker, "KILLED")
     assert time.perf_counter() - started < 10
     (warning,) = warnings
     assert "warning: MLflow " in warning
@@ -259,39 +260,39 @@ def test_lines_that_come_quickly_are_sent_together(tmp_path, store, monkeypatch)
 
     monkeypatch.setattr(MlflowClient, "log_batch", count)
     monkeypatch.setattr(tracking, "PAUSE_SECONDS", 60.0)
-    record = begin(tmp_path / "run")
-    add(record, 1)
-    tracker = track(record)
+    folder = begin(tmp_path / "run")
+    add(folder, 1)
+    tracker = track(folder)
     while not sent:
         time.sleep(0.1)
-    add(record, *range(2, 31))
+    add(folder, *range(2, 31))
     before = time.perf_counter()
-    end(record, tracker)
+    end(folder, tracker)
     assert time.perf_counter() - before < 20, "the end waits for no pause"
     assert len(sent) == 2, sent
     assert steps(runs()[0]) == [*range(1, 31)]
 
 
 def test_where_to_look_is_the_server_even_if_it_knows_nothing_yet(tmp_path, monkeypatch) -> None:
-    record = begin(tmp_path / "run")
+    folder = begin(tmp_path / "run")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:canary@host:5000/")
-    assert tracking.where_to_look(record) == "http://host:5000/"
-    record.update(mlflow="r", mlflow_experiment="1")
-    assert tracking.where_to_look(record) == "http://host:5000/#/experiments/1/runs/r"
+    assert tracking.where_to_look(folder) == "http://host:5000/"
+    update_record(folder, mlflow="r", mlflow_experiment="1")
+    assert tracking.where_to_look(folder) == "http://host:5000/#/experiments/1/runs/r"
 
 
 def test_what_mlflow_refuses_for_ever_is_said_in_its_words(tmp_path, store, monkeypatch) -> None:
-    client, warnings, record = connect(), [], begin(tmp_path / "run")
+    client, warnings, folder = connect(), [], begin(tmp_path / "run")
     experiment = client.get_experiment_by_name(ROOT.name)
     client.delete_experiment(experiment.experiment_id)
-    end(record, track(record, warnings.append))
+    end(folder, track(folder, warnings.append))
     assert f"uv run mlflow experiments restore -x {experiment.experiment_id}" in warnings[0]
     client.restore_experiment(experiment.experiment_id)
-    send_later(record.folder)
+    send_later(folder)
     assert runs()[0].info.status == "FINISHED"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}")
     warnings.clear()
-    end(record, track(record, warnings.append))
+    end(folder, track(folder, warnings.append))
     assert "'sqlite:///mlflow.db'" in warnings[0]
 
 
@@ -303,9 +304,9 @@ def test_a_project_is_tracked_in_any_folder_and_says_what_to_do_after_a_move(
     shutil.copy(mlflow_database, old / "mlflow.db")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(tracking, "PROJECT_ROOT", old)
-    record = begin(old / "run")
-    add(record, 1)
-    end(record, track(record))
+    folder = begin(old / "run")
+    add(folder, 1)
+    end(folder, track(folder))
     kept = list((old / "mlruns").rglob("config.yaml"))
     assert len(kept) == 1
     copy = shutil.copytree(old, tmp_path / "copy")
@@ -332,11 +333,11 @@ import test_tracking as t
 def start(folder):
     if pid := os.fork():
         return pid
-    record = t.begin(folder)
-    t.add(record, 1, 2, 3)
+    t.begin(folder)
+    t.add(folder, 1, 2, 3)
     t.tracking.CLOSE_SECONDS = 120
     warnings = []
-    t.end(record, t.track(record, warnings.append), "KILLED")
+    t.end(folder, t.track(folder, warnings.append), "KILLED")
     os._exit(len(warnings))
 children = [start(Path(sys.argv[1], str(number))) for number in range(4)]
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
@@ -386,19 +387,19 @@ def test_a_real_server_dies_and_comes_back_and_has_all_in_the_end(tmp_path, monk
     monkeypatch.setenv("_MLFLOW_SERVER_SERVE_ARTIFACTS", "true")
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 3.0)
     warnings: list[str] = []
-    record = begin(tmp_path / "run")
+    folder = begin(tmp_path / "run")
     with served(port):
-        tracker = track(record, warnings.append)
-        add(record, 1, 2)
+        tracker = track(folder, warnings.append)
+        add(folder, 1, 2)
         while not runs() or steps(runs()[0]) != [1, 2]:
             time.sleep(0.1)
-    add(record, 3, 4)
-    (record.folder / "loss.png").write_bytes(b"png")
-    end(record, tracker)
+    add(folder, 3, 4)
+    (folder / "loss.png").write_bytes(b"png")
+    end(folder, tracker)
     assert len(warnings) == 1
     with served(port):
         for _ in range(2):
-            send_later(record.folder)
+            send_later(folder)
             (run,) = runs()
             assert run.info.status == "FINISHED"
             assert steps(run) == [1, 2, 3, 4]

@@ -10,7 +10,7 @@ import yaml
 
 from src.config import flatten
 from src.training.metrics import read_metrics
-from src.training.record import Record
+from src.training.record import read_record
 from src.utils.errors import UserError, first_line
 from src.utils.files import METRICS
 
@@ -41,7 +41,7 @@ def _table(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    settings = flatten(config) | Record(folder).facts["tags"]
+    settings = flatten(config) | read_record(folder)["tags"]
     del settings["output_dir"], settings["command"]  # they differ always
     if (changes := folder / "uncommitted.diff").is_file():
         settings["uncommitted.diff"] = sha256(changes.read_bytes()).hexdigest()[:16]
@@ -51,7 +51,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _result(folder: Path) -> dict[str, str]:
     lines = read_metrics(folder / METRICS)
     result = {
-        "status": Record(folder).facts["status"],
+        "status": read_record(folder)["status"],
         "steps": str(lines[-1]["step"] if lines else 0),
     }
     for name, key, summarize in (

@@ -15,12 +15,12 @@ from src.data.batching import TokenLoader
 from src.data.dataset import load_tokens, read_part
 from src.models.generation import generate
 from src.models.model import position_limit
-from src.training.record import Record
+from src.training.record import read_record
 from src.training.samples import questions
 from src.training.tracking import connect, explain
 from src.training.trainer import evaluate
 from src.utils.device import pick_dtype
-from src.utils.files import write_text
+from src.utils.files import RECORD, write_text
 
 MAX_CELL = 200  # characters of a prompt or an answer in a table
 
@@ -89,11 +89,11 @@ def write_evaluation(result: dict[str, Any], folder: Path) -> Path:
 
 def send_evaluation(folder: Path, figures: dict[str, float], page: Path) -> None:
     """Add figures and a page to the MLflow run that made what is in `folder`, if there is one."""
-    record = Record.find(folder.parent, folder.parent.parent)
-    if record is None or "mlflow" not in record.facts:
+    runs = [run for run in (folder.parent, folder.parent.parent) if (run / RECORD).is_file()]
+    if not runs or not (run_id := read_record(runs[0]).get("mlflow")):
         return
     try:
-        client, run_id = connect(), record.facts["mlflow"]
+        client = connect()
         for name, value in figures.items():
             client.log_metric(run_id, f"evaluation_{name}", value)
         client.log_artifact(run_id, str(page))

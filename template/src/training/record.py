@@ -17,7 +17,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from subprocess import DEVNULL, SubprocessError, check_output
-from typing import Any, Self
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -32,66 +32,63 @@ SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACC
 SECRET_SHAPES = re.compile(
     r"\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[pousr]_\w{20,}|\bAKIA[0-9A-Z]{16}\b|(?<=://)[^/\s@]+(?=@)"
 )
+# Of RECORD: the thread that sends to MLflow updates it beside the one that trains.
+LOCK = threading.Lock()
 
 
-class Record:
-    """Facts of one run, on disk as soon as they are known.
+def start_record(
+    folder: Path, written: dict[str, Any], fingerprints: dict[str, str], step: int
+) -> None:
+    """Write the record of a run that begins; from a step above 0 it continues the earlier one.
 
-    Attributes:
+    Args:
         folder: the run's.
-        facts: key (identifies the run), started (ms since 1970), status (RUNNING, FINISHED, FAILED
-            or KILLED), tags (see `provenance`; and the fingerprints of the data), and what
-            `update` adds: ended, final, final_step, mlflow and mlflow_experiment (ids).
+        written: its config as plain data, for `config.yaml`.
+        fingerprints: tags that say which data it has.
+        step: where it begins.
     """
+    facts: dict[str, Any] = {"key": uuid.uuid4().hex, "started": int(time.time() * 1000)}
+    if step and (folder / RECORD).is_file():
+        earlier = read_record(folder)
+        facts = {name: earlier[name] for name in facts}
+        if 0 < earlier.get("final_step", 0) <= step:  # else that step is taken again
+            facts["final_step"] = earlier["final_step"]
+    tags = provenance() | fingerprints
+    if "mlflow.source.git.commit" not in tags and (PROJECT_ROOT / ".git").exists():
+        print(f"warning: {RECORD} has no commit, because git fails here: see `git status`")
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(hide(written)))
+    _write(folder, facts | {"status": "RUNNING", "tags": tags})
+    if changes := git("diff", "HEAD"):
+        write_text(folder / "uncommitted.diff", hide(changes[:MAX_DIFF]))
 
-    def __init__(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
-        """Read the record of a folder; given facts, make a new one, which `update` writes."""
-        text = "" if facts else (folder / RECORD).read_text("utf-8")
-        try:
-            self.folder, self.facts = folder, facts or dict(json.loads(text))
-            self.facts["key"], self.facts["started"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / RECORD}: is damaged: {error}") from None
-        self._lock = threading.Lock()  # the thread that sends to MLflow updates it too
 
-    @classmethod
-    def find(cls, *folders: Path) -> Self | None:
-        """The record in the first of these folders that has one."""
-        return next((cls(folder) for folder in folders if (folder / RECORD).is_file()), None)
+def read_record(folder: Path) -> dict[str, Any]:
+    """The facts of a run.
 
-    @classmethod
-    def start(
-        cls, folder: Path, written: dict[str, Any], fingerprints: dict[str, str], step: int
-    ) -> Self:
-        """Write the record of a run that begins; from a step above 0 it continues the earlier one.
+    Returns:
+        key (identifies the run), started (ms since 1970), status (RUNNING, FINISHED, FAILED or
+        KILLED), tags (see `provenance`; and the fingerprints of the data), and what is known
+        later: ended, final, final_step, mlflow and mlflow_experiment (ids).
 
-        Args:
-            folder: the run's.
-            written: its config as plain data, for `config.yaml`.
-            fingerprints: tags that say which data it has.
-            step: where it begins.
-        """
-        facts: dict[str, Any] = {"key": uuid.uuid4().hex, "started": int(time.time() * 1000)}
-        if step and (earlier := cls.find(folder)):
-            facts = {name: earlier.facts[name] for name in facts}
-            held = earlier.facts.get("final_step")
-            if held and held <= step:  # else that step is taken again
-                facts["final_step"] = held
-        tags = provenance() | fingerprints
-        if "mlflow.source.git.commit" not in tags and (PROJECT_ROOT / ".git").exists():
-            print(f"warning: {RECORD} has no commit, because git fails here: see `git status`")
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(hide(written)))
-        record = cls(folder, facts)
-        record.update(status="RUNNING", tags=tags)
-        if changes := git("diff", "HEAD"):
-            write_text(folder / "uncommitted.diff", hide(changes[:MAX_DIFF]))
-        return record
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        facts = dict(json.loads((folder / RECORD).read_text("utf-8")))
+        facts["key"], facts["started"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / RECORD}: is damaged: {error}") from None
+    return facts
 
-    def update(self, **facts: Any) -> None:
-        """Add or change facts, on disk too."""
-        with self._lock:
-            self.facts |= facts
-            write_text(self.folder / RECORD, json.dumps(self.facts, indent=1) + "\n")
+
+def update_record(folder: Path, **facts: Any) -> None:
+    """Add or change facts of a run."""
+    with LOCK:
+        _write(folder, read_record(folder) | facts)
+
+
+def _write(folder: Path, facts: dict[str, Any]) -> None:
+    write_text(folder / RECORD, json.dumps(facts, indent=1) + "\n")
 
 
 def hide(value: Any) -> Any:

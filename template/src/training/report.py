@@ -22,7 +22,7 @@ from src.models.adapters import adapted_names, frozen_experts
 from src.training.checkpoint import TrainState
 from src.training.metrics import rewind_metrics
 from src.training.optimizer import rate_factor
-from src.training.record import Record, hide
+from src.training.record import hide, start_record, update_record
 from src.training.speed import Speed
 from src.training.tracking import Tracker, where_to_look
 from src.training.trainer import StepResult
@@ -166,7 +166,6 @@ class Recorder(AbstractContextManager):
         bar: a progress bar of steps.
     """
 
-    _record: Record | None = None
     _tracker: Tracker | None = None
 
     def __init__(
@@ -194,9 +193,9 @@ class Recorder(AbstractContextManager):
             data = {part: loader.dataset for part, loader in loaders.items() if loader is not None}
             self._prepare_folder(data.values())
             tags = {f"fingerprint.{part}": d.facts.fingerprint[:16] for part, d in data.items()}
-            self._record = Record.start(self._folder, config.written, tags, state.step)
+            start_record(self._folder, config.written, tags, state.step)
             if config.tracking.enabled:
-                self._tracker = Tracker(self._record, say)
+                self._tracker = Tracker(self._folder, say)
 
     def _prepare_folder(self, data: Iterable[TokenDataset]) -> None:
         """Write which rows were left out, and put aside what an earlier run has of later steps."""
@@ -216,8 +215,8 @@ class Recorder(AbstractContextManager):
         self.bar.close()
         stopped = kind and issubclass(kind, Interrupted | KeyboardInterrupt)
         status = "KILLED" if stopped else "FAILED" if kind else "FINISHED"
-        if self._record:
-            self._record.update(status=status, ended=int(time.time() * 1000))
+        if distributed.is_main():
+            update_record(self._folder, status=status, ended=int(time.time() * 1000))
         if self._tracker:
             self._tracker.close()
 
@@ -234,16 +233,16 @@ class Recorder(AbstractContextManager):
     def record_result(self, step: int, reason: str) -> None:
         """Record that `final/` holds the weights of this step, and why."""
         self._result = f"step {step:,} of {self._state.step:,}, {reason}"
-        if self._record:
-            self._record.update(final=self._result, final_step=step)
+        if distributed.is_main():
+            update_record(self._folder, final=self._result, final_step=step)
 
     def summarise(self) -> None:
         """Print where the result is, and what to do next."""
         here = shlex.quote(self._config.output_dir)
         say(f"\nmodel      {here}/final: {self._result}")
         say(f"curve      {here}/loss.png, numbers in metrics.jsonl beside it")
-        if self._tracker and self._record:
-            say(f"runs       {where_to_look(self._record)}")
+        if self._tracker:
+            say(f"runs       {where_to_look(self._folder)}")
         # A model that was trained on plain text alone is asked without a chat template.
         only_text = self._train.facts.read_as.keys() == {"text"}
         question = '--raw "a beginning"' if only_text else '"your question"'

@@ -22,7 +22,7 @@ from src.training.checkpoint import Training, save_checkpoint
 from src.training.fit import check_feasible, choose_shards, explain_failures
 from src.training.metrics import draw_curves
 from src.training.optimizer import count_steps, make_optimizer, make_scheduler
-from src.training.record import Record
+from src.training.record import read_record
 from src.training.samples import check_overfit, make_sampler
 from src.training.signals import StopSignal
 from src.training.speed import Speed, count_flops, matmul_rate
@@ -229,7 +229,7 @@ def _write_final(run: Run, output: Path, weights: dict[str, Tensor], step: int) 
     draw_curves([output], output / "loss.png")
     final = output / "final"
     if final.exists():  # of a finished run that was continued
-        held = Record(output).facts.get("final_step", "unknown")
+        held = read_record(output).get("final_step", "unknown")
         if held == step:
             return
         final.rename(free_name(output / f"final-step-{held}"))

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from src.config import flatten, load_config
 from src.training.metrics import read_metrics
-from src.training.record import Record, hide
+from src.training.record import hide, read_record, update_record
 from src.utils.environment import PROJECT_ROOT, to_root
 from src.utils.errors import RunError, first_line
 from src.utils.files import METRICS
@@ -37,16 +37,16 @@ FILES = ("config.yaml", "samples.jsonl", "left_out.jsonl", "loss.png", "uncommit
 class Tracker(Thread):
     """A thread that sends what a run has written, every two seconds."""
 
-    def __init__(self, record: Record, warn: Callable[[str], None]) -> None:
-        """Begin to send the run of this record; `warn` is called once if MLflow fails."""
+    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
+        """Begin to send the run in this folder; `warn` is called once if MLflow fails."""
         super().__init__(daemon=True)
-        self._record, self._warn, self._warned, self._end = record, warn, False, Event()
+        self._folder, self._warn, self._warned, self._end = folder, warn, False, Event()
         self.start()
 
     def close(self) -> None:
         """Send all that is left of a run whose record says how it ended."""
         self._end.set()
-        finished = self._record.facts["status"] == "FINISHED"
+        finished = read_record(self._folder)["status"] == "FINISHED"
         self.join(UPLOAD_SECONDS if finished else CLOSE_SECONDS)
         if self.is_alive():
             self._complain("did not answer in time")
@@ -57,7 +57,7 @@ class Tracker(Thread):
         while not ended:
             ended = self._end.is_set()
             try:
-                sender = sender or Sender(self._record)
+                sender = sender or Sender(self._folder)
                 sender.send()
             except Exception as error:  # noqa: BLE001 - tracking must never stop a training
                 sender = None  # the next one looks at what has arrived
@@ -66,7 +66,7 @@ class Tracker(Thread):
 
     def _complain(self, problem: str) -> None:
         if not self._warned:
-            folder = shlex.quote(to_root(self._record.folder))
+            folder = shlex.quote(to_root(self._folder))
             command = f"uv run scripts/sync.py {folder}"
             self._warn(f"warning: MLflow {problem}; later, this sends what is missing: {command}")
         self._warned = True
@@ -79,13 +79,13 @@ class Sender:
         run_id: MLflow's.
     """
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, folder: Path) -> None:
         """Find the run by its key, or create it; and learn which steps it has.
 
         Raises:
             Exception: whatever MLflow raises, here and in `send`. `explain` makes a line of it.
         """
-        self._record, self._folder = record, record.folder
+        self._folder, facts = folder, read_record(folder)
         config = load_config(self._folder / "config.yaml")
         self._settings, uri = config.tracking, tracking_uri()
         # Two starts on a fresh database both create its tables, and one fails.
@@ -94,17 +94,17 @@ class Sender:
             self._experiment = experiment = self._find_experiment()
         from mlflow.entities import Param, RunTag
 
-        key, started = record.facts["key"], record.facts["started"]
+        key, started = facts["key"], facts["started"]
         name = hide(self._settings.run_name or self._folder.name)[:250]  # that a name may have
         runs = list(client.search_runs([experiment], f"tags.run_key = '{key}'"))
         runs = runs or [client.create_run(experiment, started, {"run_key": key}, run_name=name)]
         self.run_id = runs[0].info.run_id
-        record.update(mlflow=self.run_id, mlflow_experiment=experiment)
+        update_record(folder, mlflow=self.run_id, mlflow_experiment=experiment)
         client.update_run(self.run_id, status="RUNNING")  # again, where it was stopped
         values = {key: str(value)[:MAX_VALUE] for key, value in flatten(config.written).items()}
         new = values.keys() - runs[0].data.params  # MLflow's are final: the first value stays
         params = [Param(key, values[key]) for key in new]
-        tags = [RunTag(*tag) for tag in record.facts["tags"].items()]
+        tags = [RunTag(*tag) for tag in facts["tags"].items()]
         client.log_batch(self.run_id, params=params, tags=tags)
         points = client.get_metric_history(self.run_id, "learning_rate")
         self._steps, self._offset = {point.step for point in points}, 0
@@ -115,11 +115,11 @@ class Sender:
         Returns:
             How many lines of numbers MLflow did not have.
         """
-        facts, sent = self._record.facts, self._send_lines()
+        facts, sent = read_record(self._folder), self._send_lines()
         if facts["status"] != "RUNNING":
             for file in filter(Path.is_file, (self._folder / name for name in FILES)):
                 self._client.log_artifact(self.run_id, str(file))
-            self._send_model()
+            self._send_model(facts.get("final_step"))
             self._client.set_tag(self.run_id, "final", facts.get("final", "nothing"))
             self._client.set_terminated(self.run_id, facts["status"], facts.get("ended"))
         return sent
@@ -158,10 +158,9 @@ class Sender:
         self._steps |= {line["step"] for line in new}
         return len(new)
 
-    def _send_model(self) -> None:
+    def _send_model(self, step: int | None) -> None:
         """The result as a model of MLflow's, with the numbers of its step."""
         client, run_id, final = self._client, self.run_id, self._folder / "final"
-        step = self._record.facts.get("final_step")
         if step is None or not final.is_dir():
             return
         name, tags = f"final-{step}", {"folder": str(final)}
@@ -219,9 +218,9 @@ def connect() -> Any:
     return MlflowClient(tracking_uri())
 
 
-def where_to_look(record: Record) -> str:
+def where_to_look(folder: Path) -> str:
     """The run's page on a server, or the command that shows a database in a browser."""
-    facts, uri = record.facts, tracking_uri()
+    facts, uri = read_record(folder), tracking_uri()
     if uri.startswith("http"):
         page = "#/experiments/{mlflow_experiment}/runs/{mlflow}" if "mlflow" in facts else ""
         return f"{hide(uri).replace('***@', '').rstrip('/')}/{page.format_map(facts)}"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from src.config import DataConfig
 from src.data import EMPTY, UNUSABLE, Rejected
-from src.data.sources import expand, is_file, raw_rows
+from src.data.sources import expand, raw_rows, reader_of
 from src.utils.errors import UserError, first_line
 
 MAX_PROBLEMS = 20  # that are printed: enough to see a pattern, few enough to read
@@ -94,7 +94,7 @@ def check_sources(sources: str | list[str], data: DataConfig) -> None:
     Raises:
         UserError: a file is missing or empty, or rows cannot be used: file, line and reason.
     """
-    for source in filter(is_file, expand(sources)):
+    for source in filter(reader_of, expand(sources)):
         left_out: list[LeftOut] = []
         rows = [*islice(read_rows(source, data, left_out), FIRST_ROWS)]
         check(left_out, data)

@@ -41,22 +41,13 @@ def expand(sources: str | list[str]) -> list[str]:
     return names
 
 
-def is_file(source: str) -> bool:
-    """Whether a source names a file rather than a dataset on the hub.
-
-    Raises:
-        UserError: it is neither a file of a known kind nor a hub id.
-    """
-    return _reader(source) is not None
-
-
 def raw_rows(source: str) -> Places:
     """Yield every row of one source with its place, as it stands there, or why it is `Rejected`.
 
     Raises:
         UserError: the whole file cannot be read, or there is no such dataset.
     """
-    reader = _reader(source)
+    reader = reader_of(source)
     rows = reader(from_root(source)) if reader else _table(_load_hub(source))
     try:
         for place, row in rows:
@@ -67,7 +58,7 @@ def raw_rows(source: str) -> Places:
 
 def fingerprint(source: str) -> bytes:
     """Return a hash of what a source holds."""
-    if not is_file(source):
+    if reader_of(source) is None:
         return _load_hub(source)._fingerprint.encode()
     path = from_root(source)
     with path.open("rb") as file:
@@ -92,8 +83,12 @@ def _load_hub(source: str) -> Any:
         raise UserError(f"{source}: {first_line(error)} ({help_text})") from None
 
 
-def _reader(source: str) -> Callable[[Path], Places] | None:
-    """Return what reads a file of this kind; None for a dataset on the hub."""
+def reader_of(source: str) -> Callable[[Path], Places] | None:
+    """Return what reads a file of this kind; None for a dataset on the hub.
+
+    Raises:
+        UserError: the source is neither.
+    """
     path = from_root(source)
     plain = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     reader = READERS.get(plain.suffix.lower())

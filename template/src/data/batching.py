@@ -108,17 +108,16 @@ class TokenLoader(DataLoader):
         shuffle: bool = False, pin_memory: bool = False,
     ) -> None:  # fmt: skip
         data, rows, self.packing = config.data, config.training.batch_size, packing
-        collate = collate_padded
-        if packing:
-            collate = partial(collate_packed, budget=rows * data.max_length)
+        length = data.max_length
+        collate = partial(collate_packed, budget=rows * length) if packing else collate_padded
         super().__init__(
             dataset,  # ty: ignore[invalid-argument-type] - it is indexed by lists
             sampler=TokenBudgetSampler(
-                dataset.lengths, data.max_length, rows, packing, config.seed, shuffle
+                dataset.lengths, length, rows, packing, config.seed, shuffle
             ),
             batch_size=None,  # the sampler's items are batches already
             # No closure: spawned workers get it pickled.
-            collate_fn=partial(collate, max_length=data.max_length, pad_id=pad_id),
+            collate_fn=partial(collate, max_length=length, pad_id=pad_id),
             num_workers=data.num_workers,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # its own: workers' seeds must not shift the run's RNG

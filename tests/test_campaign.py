@@ -42,11 +42,18 @@ def campaign(out: Path, *options: str) -> tuple[int, dict[str, str], list[dict]]
     return done.returncode, {r["stage"]: r["status"] for r in rows if r["name"] == "stage"}, rows
 
 
-def test_a_stage_reports_what_it_measures(tmp_path) -> None:
-    code, stages, rows = campaign(tmp_path, "--only", "smoke")
-    assert (code, stages) == (0, {"smoke": "done"}), rows
-    assert [row["status"] for row in rows] == ["measured", "met", "done"]
-    assert all(row["value"] > 0 for row in rows)
+def test_a_stage_reports_what_it_measures_and_is_judged_by_it(tmp_path, module) -> None:
+    here = module.Campaign(tmp_path, tmp_path, cpu=True, run="", stage="smoke")
+    shutil.copytree(TEMPLATE, here.project)
+    (here.project / "scripts" / "train.py").write_text("")
+    right = module.stages._questions(here)["What does LoRA train?"]
+    for answer, status in ((right, "met"), ("What?", "failed")):
+        (here.project / "scripts" / "inference.py").write_text(f"print({answer!r})")
+        module.stages.run_smoke(here)
+        seconds, judged = here.rows()[-2:]
+        assert (seconds["status"], judged["status"]) == ("measured", status)
+        assert seconds["value"] > 0
+    assert here.wrong == ["the sample's answer comes back"]
 
 
 def test_a_stage_that_fails_is_recorded_and_the_others_run(tmp_path) -> None:

@@ -30,8 +30,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tested(installed: Path) -> Path:
     """The same project, after its own tests have passed."""
-    # The slow ones too.
-    words = ("pytest", "-q", "-m", "not gpu")
+    # The slow ones too; in one process, as this suite has two.
+    words = ("pytest", "-q", "-n", "0", "-m", "not gpu")
     run(*offline(), "uv", "run", "--no-sync", *words, cwd=installed)
     return installed
 

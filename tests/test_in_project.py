@@ -19,4 +19,4 @@ def test_a_rendered_project_passes_the_tests_that_its_owner_does_not_get(tmp_pat
     tests = [f"tests/{file.name}" for file in FOLDER.glob("test_*.py")]
     words = ("pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", *tests)
     # More of the random kills than anybody waits for by hand.
-    run(sys.executable, "-m", *words, cwd=project, PYTHONPATH=str(project), KILLS="60")
+    run(sys.executable, "-m", *words, cwd=project, PYTHONPATH=str(project), KILLS="50")

@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     for part, findings in examine(config):
         print(part)
         for verdict, text, fix in findings:
-            print(f"  {verdict:<4}  {text}", flush=True)
+            print(f"  {verdict:<4}  {text}")
             if fix and verdict != "OK":
                 print(f"        → {fix}")
             verdicts.add(verdict)

@@ -36,8 +36,7 @@ from src.utils.memory import GIB
 def say(text: str) -> None:
     """Print on the main process only, without tearing its progress bar."""
     if distributed.is_main():
-        with tqdm.external_write_mode():
-            print(text, flush=True)
+        tqdm.write(text)
 
 
 def say_lines(name: str, *lines: str) -> None:

@@ -32,7 +32,8 @@ def run_script(main: Callable[[list[str]], None], help_text: str = "") -> None:
     """
     arguments = sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
+        # Where it is not UTF-8; and a line appears at once where it is a pipe, as under torchrun.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         if help_text and {"-h", "--help"} & set(arguments):
             print(help_text.strip())

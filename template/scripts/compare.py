@@ -6,7 +6,7 @@ and draws the loss curves of all of them in one picture.
 
 from src.tools.compare import compare
 from src.trained import find_runs, make_parser
-from src.training.metrics import draw_curves
+from src.training.record import draw_curves
 from src.utils.environment import from_root, to_root
 from src.utils.errors import UserError
 from src.utils.script import run_script

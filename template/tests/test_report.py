@@ -8,7 +8,7 @@ import scripts.inference
 from conftest import chat, metrics
 from src.config import load_config
 from src.training import loss as loss_module
-from src.training.metrics import rewind_metrics
+from src.training.record import rewind_metrics
 
 
 def test_a_run_leaves_what_it_promises(smoke: Path) -> None:

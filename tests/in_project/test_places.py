@@ -13,8 +13,7 @@ import scripts.train
 from conftest import ROOT, SMOKE
 from src.trained import find_trained
 from src.training import record
-from src.training.metrics import read_metrics
-from src.training.record import read_record, start_record
+from src.training.record import read_metrics, read_record, start_record
 from src.utils import environment
 from src.utils.errors import UserError
 from src.utils.files import new_folder, write_text

@@ -19,7 +19,7 @@ from src.data.answers import check_answers
 from src.models.adapters import add_adapters
 from src.models.model import load_tokenizer
 from src.trained import find_trained
-from src.training.metrics import read_metrics
+from src.training.record import read_metrics
 from src.utils.errors import UserError
 from test_chat import said
 from test_rows import read

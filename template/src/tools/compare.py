@@ -9,8 +9,7 @@ from typing import Any
 import yaml
 
 from src.config import flatten
-from src.training.metrics import read_metrics
-from src.training.record import read_record
+from src.training.record import read_metrics, read_record
 from src.utils.errors import UserError, first_line
 from src.utils.files import METRICS
 

@@ -18,7 +18,7 @@ from src.models.adapters import load_adapters
 from src.models.model import load_tokenizer, read_config, read_weights, save_model
 from src.preflight import read_json
 from src.trained import Trained, load_trained
-from src.training.metrics import read_metrics
+from src.training.record import read_metrics
 from src.training.trainer import evaluate
 from src.utils.errors import RunError, UserError
 from src.utils.files import METRICS, RECIPE, RECORD

@@ -1,6 +1,7 @@
-"""What a run's folder says of the run: its configuration, where it comes from, how it ended.
+"""What a run's folder says of the run: its configuration, origin and end, and its numbers.
 
 Secrets are hidden before anything is written, so that the folder and its result can be shared.
+torch is imported by a run alone, so that the tools that read folders start without it.
 """
 
 import getpass
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +26,7 @@ from omegaconf import OmegaConf
 
 from src.utils.environment import PROJECT_ROOT
 from src.utils.errors import UserError
-from src.utils.files import RECORD, write_text
+from src.utils.files import METRICS, RECORD, write_text
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "torchao", "datasets")
 MAX_DIFF = 1_000_000  # characters of uncommitted changes that are kept
@@ -130,7 +132,7 @@ def provenance() -> dict[str, str]:
         tags["template"] = str(answers["_commit"])
     with suppress(OSError, KeyError):  # no user name in some containers
         tags["mlflow.user"] = getpass.getuser()
-    import torch  # here, so that scripts/sync.py starts without it
+    import torch
 
     if torch.cuda.is_available():
         tags["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
@@ -143,3 +145,43 @@ def git(*words: str) -> str | None:
         command = ["git", "-C", str(PROJECT_ROOT), *words]
         return check_output(command, stderr=DEVNULL, text=True, timeout=20).strip()
     return None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return all whole lines of a file of JSON lines; a crash may have cut the last one."""
+    lines = []
+    # Not splitlines(): an answer may have a separator that ends a line for Python, not for JSON.
+    for line in path.read_text("utf-8").split("\n") if path.exists() else []:
+        with suppress(ValueError, TypeError, KeyError):
+            read = json.loads(line)
+            if isinstance(read["step"], int):
+                lines.append(read)
+    return lines
+
+
+def rewind_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`: a resumed run takes those steps again."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+    if path.exists():
+        write_text(path, text)
+
+
+def draw_curves(folders: Sequence[Path], picture: Path) -> None:
+    """Draw the training and evaluation loss of one run or several over their steps."""
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
+
+    canvas = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = canvas.subplots()
+    for number, folder in enumerate(folders):
+        rows = read_metrics(folder / METRICS)
+        for key, style in (("loss", "-"), ("eval_loss", "o--")):
+            drawn = [(row["step"], row[key]) for row in rows if key in row]  # null leaves a gap
+            if drawn:
+                label = f"{folder.name}: {key}"
+                axes.plot(*zip(*drawn, strict=True), style, label=label, color=f"C{number}")
+    axes.set(xlabel="optimizer step", ylabel="loss per labelled token (nats)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    canvas.savefig(picture, dpi=120, format="png")

@@ -20,9 +20,8 @@ from src.data.dataset import TokenDataset
 from src.data.describe import data_lines, show_document
 from src.models.adapters import adapted_names, frozen_experts
 from src.training.checkpoint import TrainState
-from src.training.metrics import rewind_metrics
 from src.training.optimizer import rate_factor
-from src.training.record import hide, start_record, update_record
+from src.training.record import hide, rewind_metrics, start_record, update_record
 from src.training.speed import Speed
 from src.training.tracking import Tracker, where_to_look
 from src.training.trainer import StepResult

@@ -20,9 +20,8 @@ from src.training import checkpoint, report, strategy
 from src.training.auto import prepare_layers
 from src.training.checkpoint import Training, save_checkpoint
 from src.training.fit import check_feasible, choose_shards, explain_failures
-from src.training.metrics import draw_curves
 from src.training.optimizer import count_steps, make_optimizer, make_scheduler
-from src.training.record import read_record
+from src.training.record import draw_curves, read_record
 from src.training.samples import check_overfit, make_sampler
 from src.training.signals import StopSignal
 from src.training.speed import Speed, count_flops, matmul_rate

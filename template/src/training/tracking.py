@@ -20,8 +20,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock
 
 from src.config import flatten, load_config
-from src.training.metrics import read_metrics
-from src.training.record import hide, read_record, update_record
+from src.training.record import hide, read_metrics, read_record, update_record
 from src.utils.environment import PROJECT_ROOT, to_root
 from src.utils.errors import RunError, first_line
 from src.utils.files import METRICS

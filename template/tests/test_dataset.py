@@ -13,8 +13,8 @@ from conftest import chat, tokens
 from src.config import DataConfig
 from src.data import dataset
 from src.data.dataset import load_tokens, read_part
-from src.data.describe import data_lines
 from src.data.rows import FIRST_ROWS, check_sources
+from src.training.report import data_lines
 from src.utils.errors import UserError
 
 

@@ -5,7 +5,7 @@ import json
 from conftest import CALL, SMOKE, TOOL, chat, tokens, turn
 from src.config import load_config
 from src.data.dataset import load_tokens, read_part
-from src.data.describe import data_lines
+from src.training.report import data_lines
 from src.training.samples import questions, sample_prompts
 
 ASKED, SAID = turn("user", "Which one?"), turn("assistant", "The first.")

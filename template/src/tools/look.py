@@ -8,9 +8,9 @@ import numpy as np
 
 from src.config import Config
 from src.data.dataset import TokenDataset, load_documents
-from src.data.describe import data_lines, show_document
 from src.data.duplicates import repeated, shared
 from src.models.model import load_tokenizer
+from src.training.report import data_lines, show_document
 
 EXAMPLES = 3  # documents that are shown
 REASONS = 5  # rows that were left out: the first ones, each with its reason

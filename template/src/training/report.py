@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
+from src.data import IGNORE
 from src.data.batching import TokenLoader
-from src.data.dataset import TokenDataset
-from src.data.describe import data_lines, show_document
+from src.data.dataset import Document, TokenDataset
 from src.models.adapters import adapted_names, frozen_experts
 from src.training.checkpoint import TrainState
 from src.training.optimizer import rate_factor
@@ -41,6 +42,30 @@ def say(text: str) -> None:
 def say_lines(name: str, *lines: str) -> None:
     """Print lines as a paragraph with a name."""
     say(f"{name:<11}" + f"\n{'':<11}".join(lines))
+
+
+def data_lines(dataset: TokenDataset) -> Iterator[str]:
+    """Say how large a dataset is, how its rows were read or left out, and what was not read."""
+    facts, tokens = dataset.facts, dataset.lengths.sum()
+    share = f"of which {facts.labelled_tokens:,} labelled ({facts.labelled_tokens / tokens:.0%})"
+    yield f"documents: {len(dataset):,}, tokens: {tokens:,}, {share}"
+    yield "read " + ", ".join(f"{count:,} as {shape}" for shape, count in facts.read_as.items())
+    for note, count in facts.notes.items():
+        yield f"{count:,} {'row' if count == 1 else 'rows'} {note}"
+    if facts.unread:
+        yield f"not read: {', '.join(facts.unread)}"
+
+
+def show_document(
+    document: Document, tokenizer: Tokenizer, marks: tuple[str, str] = ("[", "]")
+) -> str:
+    """Return a document as the model sees it, with the tokens that carry loss between marks."""
+    pairs = zip(document.input_ids.tolist(), document.labels.tolist(), strict=True)
+    text = ""
+    for labelled, group in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
+        part = str(tokenizer.decode([token for token, _ in group]))
+        text += f"{marks[0]}{part}{marks[1]}" if labelled else part
+    return text
 
 
 def describe(

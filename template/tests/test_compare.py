@@ -9,8 +9,8 @@ import pytest
 
 import scripts.compare
 from conftest import ROOT
+from scripts.compare import compare
 from src.config import load_config
-from src.tools.compare import compare
 
 
 @pytest.fixture

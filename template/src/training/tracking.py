@@ -154,7 +154,6 @@ class Sender:
         for part in batched(new, 50):  # MLflow takes 1000 numbers in one request
             points = [point for line in part for point in _points(line)]
             self._client.log_batch(self.run_id, metrics=points)
-        self._steps |= {line["step"] for line in new}
         return len(new)
 
     def _send_model(self, step: int | None) -> None:

@@ -5,7 +5,7 @@ differs, and the command line (`key=value`) overrides both.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -237,7 +237,7 @@ class Config(Section):
 DEFAULTS = Config(output_dir="-", model=ModelConfig(name="-"), data=DataConfig(train="-"))
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key=value` overrides, and validate everything.
 
     Returns:
@@ -247,8 +247,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: with one line per problem, each naming file and line, or the command line.
     """
-    path, overrides = Path(path), overrides or []
-    read, places = _read(path)
+    read, places = _read(Path(path))
     merged = _merge(read, overrides)
     places |= {override.partition("=")[0]: "command line" for override in overrides}
 
@@ -304,7 +303,7 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
     """A YAML file's content, and the place of each key: `file:line`."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows leave a byte order mark
-        read, lines = OmegaConf.create(text or "{}"), _lines(yaml.compose(text))
+        read, lines = OmegaConf.create(text), _lines(yaml.compose(text))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
@@ -315,7 +314,7 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
     return read, {key: f"{path}:{line}" for key, line in lines}
 
 
-def _merge(values: Any, overrides: list[str]) -> Any:
+def _merge(values: Any, overrides: Sequence[str]) -> Any:
     merged: Any = OmegaConf.create(values)
     for item in overrides:  # one at a time, so that a message can name the one that is wrong
         if item.startswith("-") or "=" not in item:

@@ -165,7 +165,7 @@ def load(c: Campaign, shape: dict[str, Any], r: int | None = 16, **model: Any) -
     tokenizer = load_tokenizer(ModelConfig(name="configs/tiny"))
     lora = LoraConfig(r=r) if r else None
     model = build_model(config, lora, tokenizer, device, torch.bfloat16)
-    set_attention(model, "auto", True, device, torch.bfloat16)
+    set_attention(model, "auto", True, torch.bfloat16)
     if config.compile is True:
         compile_layers(model)
     if (attention := model.config._attn_implementation) != "varlen":
@@ -405,8 +405,8 @@ def settled(c: Campaign, model: Any, rows: int, length: int, checkpointing: bool
     from src.training.optimizer import make_optimizer
     from src.training.trainer import as_objective
 
-    device, settings = torch.device(c.device), TrainingConfig(batch_size=rows)
-    objective = as_objective(model, device, torch.bfloat16)
+    settings = TrainingConfig(batch_size=rows)
+    objective = as_objective(model, torch.bfloat16)
     config = Config(
         output_dir="unused", training=settings, data=DataConfig(train="unused", max_length=length),
         model=ModelConfig(name="unused", gradient_checkpointing=checkpointing),

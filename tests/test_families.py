@@ -102,7 +102,7 @@ def load(family: Family, lora: bool) -> tuple[Any, bool]:
         config, adapters = ModelConfig(name=folder, init="random"), LoraConfig(r=4)
         tokenizer = load_tokenizer(ModelConfig(name="configs/tiny"))
         model = build_model(config, adapters if lora else None, tokenizer, cpu, dtype)
-    return model, set_attention(model, "auto", True, cpu, dtype)
+    return model, set_attention(model, "auto", True, dtype)
 
 
 def batch_of(rows: list[Any], packs: bool) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def test_a_family_keeps_packed_documents_apart(name: str) -> None:
     family = FAMILIES[name]
     model, packs = load(family, lora=False)
     assert (model.config._attn_implementation, packs) == (family.attention, family.packs)
-    head = find_plain_head(model, torch.device("cpu"), torch.float32)
+    head = find_plain_head(model, torch.float32)
     assert (head is not None) == family.plain_head
     assert leak(model, packs) < 1e-4
 

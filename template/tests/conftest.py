@@ -151,7 +151,7 @@ def load_model(config, lora, tokenizer, device, dtype, packing: bool = True, **t
     from src.models.model import build_model, compile_layers
 
     model = build_model(config, lora, tokenizer, device, dtype, **trained)
-    set_attention(model, config.attention, packing, device, dtype)
+    set_attention(model, config.attention, packing, dtype)
     if config.compile is True:
         compile_layers(model)
     return model

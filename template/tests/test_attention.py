@@ -82,6 +82,6 @@ def test_varlen_is_refused_where_it_would_compute_something_else() -> None:
     config = GPT2Config(vocab_size=512, n_embd=32, n_layer=1, n_head=2, n_positions=128)
     model = GPT2LMHeadModel(config)  # has dropout in its attention
     with pytest.raises(UserError, match=r"model.attention: varlen: .* no dropout"):
-        set_attention(model, "varlen", True, CPU, torch.float32)
-    assert set_attention(model, "auto", True, CPU, torch.float32)
+        set_attention(model, "varlen", True, torch.float32)
+    assert set_attention(model, "auto", True, torch.float32)
     assert model.config._attn_implementation == "sdpa"

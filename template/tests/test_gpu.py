@@ -237,7 +237,7 @@ def test_auto_recomputes_as_few_layers_as_a_small_card_needs(tokenizer, tmp_path
     peaks, total = {}, torch.cuda.mem_get_info()[1] / GIB
     for checkpointing in (True, False, "auto"):
         model = load(tmp_path, tokenizer, init="random", gradient_checkpointing=checkpointing)
-        objective = as_objective(model, GPU, torch.bfloat16)
+        objective = as_objective(model, torch.bfloat16)
         training = Training(model, make_optimizer(model, TrainingConfig()), GradScaler("cuda"), {})
         if checkpointing == "auto":
             room = (peaks[True] + peaks[False]) / 2

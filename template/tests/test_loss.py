@@ -67,7 +67,7 @@ HEADS = {
 def test_a_head_that_is_more_than_a_linear_layer_is_noticed(make_model, kind: str) -> None:
     model = make_model()
     HEADS[kind](model)
-    head = find_plain_head(model, CPU, torch.float32)
+    head = find_plain_head(model, torch.float32)
     assert (head is not None) == (kind in {"plain", "zeros"})
 
 
@@ -79,6 +79,6 @@ def test_without_a_plain_head_labelled_logits_only_are_computed(make_model, data
         lambda _, __, logits: rows.append(logits.shape[:-1].numel())
     )
     loss = summed_loss(model, batch, None)
-    head = find_plain_head(model, CPU, torch.float32)
+    head = find_plain_head(model, torch.float32)
     assert torch.allclose(loss, summed_loss(model, batch, head), rtol=1e-5)
     assert rows[0] == len(batch["positions"]) < batch["input_ids"].numel()

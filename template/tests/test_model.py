@@ -32,7 +32,7 @@ def one_batch() -> dict:
 def adapter_gradients(model) -> dict[str, torch.Tensor]:
     model.train().zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        head = find_plain_head(model, CPU, torch.bfloat16)
+        head = find_plain_head(model, torch.bfloat16)
         summed_loss(model, one_batch(), head).backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -218,7 +218,7 @@ def test_whole_modules_train_in_fp32_beside_adapters_and_come_back(
     whole = {n: p for n, p in model.named_parameters() if "modules_to_save" in n}
     assert len(whole) == 2 - tied
     assert {p.dtype for p in whole.values()} == {torch.float32}
-    head = find_plain_head(model, CPU, torch.bfloat16)
+    head = find_plain_head(model, torch.bfloat16)
     assert head is not None, "its logits are computed in chunks too"
     assert head.linear.weight.requires_grad
     before = loss_of(model)

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def take_step(model, window: list[dict], optimizer, clip: float | None = None) -> StepResult:
-    objective = as_objective(model, CPU, torch.float32)
+    objective = as_objective(model, torch.float32)
     return train_step(objective, window, optimizer, None, CPU, max_grad_norm=clip)
 
 

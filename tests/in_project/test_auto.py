@@ -36,7 +36,7 @@ def _compile_anew() -> Iterator[None]:
 
 
 def objective_of(model) -> nn.Module:
-    return as_objective(model, CPU, torch.float32)
+    return as_objective(model, torch.float32)
 
 
 def training_of(model) -> Training:

@@ -89,7 +89,7 @@ def train_child(model: LlamaForCausalLM, ids: torch.Tensor, output: Path) -> Non
     data: Any = SimpleNamespace(left_out=Path(os.devnull), facts=Facts())
     loader: Any = Batches(ids)
     loader.dataset = data
-    objective = as_objective(model, torch.device("cpu"), torch.float32)
+    objective = as_objective(model, torch.float32)
     with Recorder(config, training.state, STEPS, loader, None) as recorder:
         parts = run.Run(
             config=config, tokenizer=data, objective=objective, training=training, train=loader, evaluation=None,

@@ -70,7 +70,7 @@ def test_checkpointing_frees_what_8bit_layers_keep_and_nothing_is_logged(
             gradient_checkpointing=checkpointing,
         )  # fmt: skip
         randomise_adapters(model)
-        head = find_plain_head(model, CPU, torch.bfloat16)
+        head = find_plain_head(model, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16), LiveBytes() as live:
             loss = summed_loss(model, one_batch(), head)
             gc.collect()
@@ -295,9 +295,11 @@ def test_what_the_cuda_kernels_refuse_is_refused_on_every_device(change, reason)
 
 
 def test_varlen_is_not_tried_on_a_gpu_without_its_kernel(make_model, monkeypatch) -> None:
+    model = make_model()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(UserError, match=r"flash attention needs .* an Ampere GPU"):
-        set_attention(make_model(), "varlen", True, torch.device("cuda"), torch.float16)
+        set_attention(model, "varlen", True, torch.float16)
 
 
 def test_weights_that_the_config_asks_for_and_nobody_saved_are_not_made_up(

@@ -101,7 +101,7 @@ def test_what_is_counted_without_data_is_what_lives_with_it(
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     model = make_model(lora, dtype=kind, gradient_checkpointing=checkpointing)
     model.set_attn_implementation("sdpa")
-    objective = as_objective(model, CPU, kind)
+    objective = as_objective(model, kind)
     objective.head = objective.head._replace(chunk=CHUNK)
     overrides = [f"model.name={saved_model}", "model.init=pretrained", "data.max_length=64"]
     overrides += ["lora.r=4", "lora.alpha=8"] * lora + ["model.attention=sdpa"]

@@ -95,7 +95,7 @@ def fake_batch(data, mode: FakeTensorMode) -> dict:
 def walk(make_model, data, dtype: torch.dtype, **options) -> Watch:
     """Walk a step (fp16: a microbatch, as its scaler asks the host by design) on the CPU."""
     model, mode, watch = make_model(dtype=dtype, **options).train(), FakeTensorMode(), Watch()
-    objective = as_objective(model, CPU, dtype)
+    objective = as_objective(model, dtype)
     assert objective.head is not None
     batch = fake_batch(data, mode)
     use_attention(model, attend_by_kernel)
@@ -152,7 +152,7 @@ def test_a_tensor_left_on_the_cpu_is_noticed(make_model, data) -> None:
 def forward_on_gpu(model, data) -> Watch:
     """The loss of a microbatch on fake CUDA tensors; attention's kernel would ask for a driver."""
     mode, watch = FakeTensorMode(allow_non_fake_inputs=True), Watch()
-    head = find_plain_head(model, CPU, torch.float32)
+    head = find_plain_head(model, torch.float32)
 
     def stand_in(q, _, v, bounds, *__):
         return q.transpose(1, 2) + v[:, :1, :1, :1] + bounds[:1]  # fails on two devices

@@ -118,9 +118,8 @@ AttentionInterface.register("varlen", varlen_attention)
 
 
 def set_attention(
-    model: PreTrainedModel, implementation: str, packing: bool,
-    device: torch.device, dtype: torch.dtype,
-) -> bool:  # fmt: skip
+    model: PreTrainedModel, implementation: str, packing: bool, dtype: torch.dtype
+) -> bool:
     """Set `model.attention`; for `auto`, the first implementation that is right for the model.
 
     With `packing` that is one which keeps documents apart, if the model has any.
@@ -132,7 +131,7 @@ def set_attention(
         UserError: the model does not support it, or `varlen` would compute something else, or a
             library on this machine is too old for it.
     """
-    names, reason = [implementation], ""
+    names, reason, device = [implementation], "", model.device
     if implementation == "auto":  # Gemma 2 and gpt-oss, for example, have no sdpa
         names = ["varlen"] * packing + ["sdpa", "eager"]
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
@@ -144,7 +143,7 @@ def set_attention(
                     raise ValueError("flash attention needs bf16 or fp16, and an Ampere GPU")
                 # Head dimensions, dropout, caps and sinks are judged by what a layer passes, not
                 # by the names that each family's configuration has for them.
-                probe(model, short_row(0), device, dtype, training=True)
+                probe(model, short_row(0), dtype, training=True)
         except (ValueError, ImportError) as error:
             reason = str(error).splitlines()[0]
             continue
@@ -152,14 +151,14 @@ def set_attention(
             if advice := cudnn_advice(error):
                 raise UserError(advice) from None
             raise
-        packs = packing and _isolates_documents(model, device, dtype)
+        packs = packing and _isolates_documents(model, dtype)
         if packs or name != "varlen":
             return packs
         reason = "reads packed documents only, and this model cannot keep them apart"
     raise UserError(f"model.attention: {implementation}: {reason}")
 
 
-def _isolates_documents(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
+def _isolates_documents(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     """Whether a packed document's logits are the same whatever document stands before it.
 
     State-space and linear-attention layers carry their state along the row, and some models make
@@ -171,8 +170,7 @@ def _isolates_documents(model: PreTrainedModel, device: torch.device, dtype: tor
         return False
     try:
         one, other = (
-            probe(model, short_row(first, 0), device, dtype).logits[0, 8:].float()
-            for first in (0, 8)
+            probe(model, short_row(first, 0), dtype).logits[0, 8:].float() for first in (0, 8)
         )
     except ValueError:  # linear attention, where a kernel's package is missing, says so itself
         return False
@@ -181,19 +179,16 @@ def _isolates_documents(model: PreTrainedModel, device: torch.device, dtype: tor
 
 
 @torch.no_grad()
-def probe(
-    model: nn.Module, row: dict[str, Any], device: torch.device, dtype: torch.dtype,
-    training: bool = False,
-) -> Any:  # fmt: skip
+def probe(model: Any, row: dict[str, Any], dtype: torch.dtype, training: bool = False) -> Any:
     """Return what a model makes of a short row; its mode and the run's random numbers stay.
 
     It runs eagerly, or compiled layers would specialise on eight tokens first.
     """
-    before, devices = model.training, [device] * (device.type == "cuda")
+    before, device = model.training, model.device
     model.train(training)
     try:
         with (
-            torch.random.fork_rng(devices),  # for dropout
+            torch.random.fork_rng([device] * (device.type == "cuda")),  # for dropout
             torch.compiler.set_stance("force_eager"),
             autocast(device, dtype),
         ):

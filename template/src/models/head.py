@@ -38,7 +38,7 @@ class PlainHead(NamedTuple):
 
 
 @torch.no_grad()
-def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) -> PlainHead | None:
+def find_plain_head(model: nn.Module, dtype: torch.dtype) -> PlainHead | None:
     """The model's backbone and head, if the head is nothing but a linear layer without bias.
 
     Some models scale or cap their logits (Gemma 2, Granite, Cohere), scale the head's input, or
@@ -56,16 +56,16 @@ def find_plain_head(model: nn.Module, device: torch.device, dtype: torch.dtype) 
         row = {"input_ids": row["input_ids"]}
 
     def watch(_: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-        ramp = torch.linspace(-1000, 1000, logits.numel(), device=device, dtype=logits.dtype)
+        ramp = torch.linspace(-1000, 1000, logits.numel(), device=logits.device, dtype=logits.dtype)
         seen.update(hidden=arguments[0], ramp=ramp.view_as(logits))
         return seen["ramp"]
 
     with head.register_forward_hook(watch):
-        logits = probe(base, row, device, dtype).logits
-    hidden = probe(backbone, row, device, dtype).last_hidden_state.float()
+        logits = probe(base, row, dtype).logits
+    hidden = probe(backbone, row, dtype).last_hidden_state.float()
     if not seen:  # the model computes its logits without calling its head
         return None
     same = (hidden - seen["hidden"].float()).norm() <= 0.01 * hidden.norm()
     if not same or not torch.equal(logits.float(), seen["ramp"].float()):
         return None
-    return PlainHead(backbone, head, CPU_CHUNK if device.type == "cpu" else CHUNK)
+    return PlainHead(backbone, head, CPU_CHUNK if base.device.type == "cpu" else CHUNK)

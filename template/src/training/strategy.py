@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
 from src.models.attention import set_attention
-from src.models.head import PlainHead, find_plain_head
+from src.models.head import find_plain_head
 from src.models.model import build_model, decoder_layers
 from src.training.loss import Objective
 from src.training.optimizer import dtype_of_trained
@@ -48,12 +48,9 @@ def build_objective(
         dtype=dtype, trained_in=dtype_of_trained(config.training, dtype),
     )  # fmt: skip
     objective = distribute(build, shards, device, dtype)
-
-    def finish(model: PreTrainedModel) -> tuple[bool, PlainHead | None]:
-        packing = set_attention(model, config.model.attention, config.data.packing, device, dtype)
-        return packing, find_plain_head(model, device, dtype)
-
-    packing, unwrapped(objective).head = within(objective, finish)
+    attention = config.model.attention
+    packing = within(objective, set_attention, attention, config.data.packing, dtype)
+    unwrapped(objective).head = within(objective, find_plain_head, dtype)
     return objective, packing
 
 

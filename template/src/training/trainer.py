@@ -101,7 +101,7 @@ def training_steps(
             caller can check `StepResult.finite` at log time, without waiting at each step.
     """
     device, finite = torch.device(device), None
-    objective = as_objective(model, device, dtype).train()
+    objective = as_objective(model, dtype).train()
     ready = time.perf_counter()
     for batches in batched(loader, accumulation):
         waited = time.perf_counter() - ready
@@ -116,10 +116,10 @@ def training_steps(
         ready = time.perf_counter()
 
 
-def as_objective(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def as_objective(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Wrap the model in an `Objective`, unless it is one already, also within DDP."""
     ready = isinstance(strategy.unwrapped(model), Objective)
-    return model if ready else Objective(model, dtype, find_plain_head(model, device, dtype))
+    return model if ready else Objective(model, dtype, find_plain_head(model, dtype))
 
 
 def train_step(
@@ -205,7 +205,7 @@ def evaluate(
     device, training = torch.device(device), model.training
     total, labelled = torch.zeros((), device=device), 0
     model.eval()
-    objective = strategy.unwrapped(as_objective(model, device, dtype))
+    objective = strategy.unwrapped(as_objective(model, dtype))
     with autocast(device, objective.dtype):  # around all batches: weights are cast once
         for batch in map(with_targets, loader):
             total += objective(to_device(batch, device))

@@ -121,19 +121,14 @@ def test_every_setting_that_is_advised_is_accepted_and_no_longer_advised(configu
         assert len(done) < 12
 
 
-@pytest.mark.parametrize(("owner", "name"), [(loss, "summed_loss"), (torch.Tensor, "backward")])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(attention, "probe"), (loss, "summed_loss"), (torch.Tensor, "backward")],
+)
 def test_a_cudnn_that_is_too_old_is_named_with_the_way_out(train, monkeypatch, owner, name) -> None:
     monkeypatch.setattr(owner, name, raises(RuntimeError(OLD_CUDNN)))
-    with pytest.raises(
-        RunError, match=r"^attention: cuDNN .* remove yours from LD_LIBRARY_PATH.*$"
-    ):
+    with pytest.raises(RunError, match=r"^attention: .*cuDNN .* remove yours from LD_LIBRARY_PATH"):
         train("data.eval=null")
-
-
-def test_it_is_named_too_where_the_attention_is_tried_first(make_model, monkeypatch) -> None:
-    monkeypatch.setattr(attention, "probe", raises(RuntimeError(OLD_CUDNN)))
-    with pytest.raises(UserError, match="remove yours from LD_LIBRARY_PATH"):
-        make_model()
-    monkeypatch.setattr(attention, "probe", raises(ZeroDivisionError()))
-    with pytest.raises(ZeroDivisionError):
-        make_model()
+    monkeypatch.setattr(owner, name, raises(RuntimeError("another error")))
+    with pytest.raises(RuntimeError, match="another error"):
+        train("data.eval=null")

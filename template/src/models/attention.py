@@ -17,7 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from src.data.batching import MODEL_INPUTS, short_row, to_device
-from src.utils.device import autocast, cudnn_advice
+from src.utils.device import autocast
 from src.utils.errors import UserError
 
 HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
@@ -128,8 +128,7 @@ def set_attention(
         Whether rows may be packed: `packing`, and the model keeps documents apart.
 
     Raises:
-        UserError: the model does not support it, or `varlen` would compute something else, or a
-            library on this machine is too old for it.
+        UserError: the model does not support it, or `varlen` would compute something else.
     """
     names, reason, device = [implementation], "", model.device
     if implementation == "auto":  # Gemma 2 and gpt-oss, for example, have no sdpa
@@ -147,10 +146,6 @@ def set_attention(
         except (ValueError, ImportError) as error:
             reason = str(error).splitlines()[0]
             continue
-        except RuntimeError as error:
-            if advice := cudnn_advice(error):
-                raise UserError(advice) from None
-            raise
         packs = packing and _isolates_documents(model, dtype)
         if packs or name != "varlen":
             return packs

@@ -6,7 +6,6 @@ counts activations too.
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +14,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from src.config import Config
 from src.models.model import check_positions, count_before_loading
 from src.training.optimizer import MOMENTS, dtype_of_trained
-from src.utils.device import cudnn_advice
 from src.utils.distributed import on_main
 from src.utils.errors import RunError, UserError, first_line
 from src.utils.files import FULL
@@ -106,15 +104,16 @@ def check_feasible(config: Config, device: torch.device, dtype: torch.dtype, sha
 
 
 @contextmanager
-def explain_failures(config: Config, output: Path) -> Generator[None]:
-    """Say in a line why a run has no memory, or cannot write into its folder, and what to do.
+def explain_failures(config: Config) -> Generator[None]:
+    """Say in a line why a run has no memory, or cannot write or read its folder, and what to do.
 
     For memory: the peak, and three changes in the order in which to try them. Nothing is retried
     with other settings: that would silently train something else.
 
     Raises:
-        RunError: instead of torch.OutOfMemoryError, of cuDNN's error where it is too old, and of
-            what the operating system and the libraries raise on a full disk.
+        RunError: instead of torch.OutOfMemoryError, of cuDNN's error where it is too old for
+            packed attention, and of what the operating system and the libraries raise where a
+            disk is full or fails.
     """
     try:
         yield
@@ -127,17 +126,18 @@ def explain_failures(config: Config, output: Path) -> Generator[None]:
             f"{config.data.max_length} tokens; peak {peak:.1f} GiB. Try, in this order: {advice}"
         ) from None
     except RuntimeError as error:
-        if advice := cudnn_advice(error):
-            raise RunError(advice) from None
-        raise
+        if "cuDNN Frontend error" not in str(error):
+            raise
+        advice = "remove yours from LD_LIBRARY_PATH, so that torch loads its own"
+        raise RunError(f"attention: {first_line(error)}: {advice}") from None
     except (OSError, SafetensorError, CheckpointException) as error:
         if isinstance(error, OSError) and error.errno not in FULL:
             raise
         # DCP wraps the errors of all processes.
         cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
         raise RunError(
-            f"{output}: could not be written: {first_line(cause)}; earlier checkpoints are whole: "
-            "make room, then go on with training.resume=auto"
+            f"{config.output_dir}: could not be written or read: {first_line(cause)}; checkpoints "
+            "that are there are whole: make room, then go on with training.resume=auto"
         ) from error
 
 

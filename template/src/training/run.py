@@ -65,7 +65,7 @@ def run(config: Config) -> Path:
     with (
         distributed.process_group(device, config.training.timeout),
         only_run_in(output),
-        explain_failures(config, output),
+        explain_failures(config),
     ):
         prepared = _prepare(config, device)
         objective, training = prepared.objective, prepared.training

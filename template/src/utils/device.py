@@ -51,14 +51,6 @@ def unusable_gpu() -> str | None:
     return f'{problem}, then reboot, or README.md, "An older driver"' if count else None
 
 
-def cudnn_advice(error: RuntimeError) -> str | None:
-    """What to do where an old cuDNN refuses packed attention; None for any other error."""
-    if "cuDNN Frontend error" not in str(error):
-        return None
-    first = str(error).strip().splitlines()[0]
-    return f"attention: {first}: remove yours from LD_LIBRARY_PATH, so that torch loads its own"
-
-
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype that matmuls run in; see `model.dtype` in src/config.py."""
     if name != "auto":

@@ -119,7 +119,7 @@ def test_a_nan_can_be_skipped_and_is_counted(train, poisoned) -> None:
 
 def test_early_stopping_ends_the_run_and_the_best_checkpoint_stays(train, monkeypatch, capsys):
     losses = iter([3.0, 2.0, 2.5, 2.6, 9.0])
-    monkeypatch.setattr(run, "evaluate", lambda *_: trainer.EvalResult(next(losses), 1.0))
+    monkeypatch.setattr(run, "evaluate", lambda *_: next(losses))
     options = ["training.eval_every=2", "training.patience=2", "training.keep_checkpoints=1"]
     folder = train(*options, "training.max_steps=20")
     assert metrics(folder)[-1]["step"] == 8

@@ -18,7 +18,7 @@ from src.models.model import position_limit
 from src.training.record import read_record
 from src.training.samples import questions
 from src.training.tracking import connect, explain
-from src.training.trainer import evaluate
+from src.training.trainer import evaluate, perplexity
 from src.utils.device import pick_dtype
 from src.utils.files import RECORD, write_text
 
@@ -57,9 +57,9 @@ def compare_with_base(
     scores = {}
     for name in ("model", "base") if hasattr(model, "peft_config") else ("model",):
         with adapted.disable_adapter() if name == "base" else nullcontext():
-            result = evaluate(model, loader, model.device, dtype)
+            loss = evaluate(model, loader, model.device, dtype)
             answers = generate(model, tokenizer, [row for row, _ in asked], max_length)
-        scores[name] = {"loss": result.loss, "perplexity": result.perplexity}
+        scores[name] = {"loss": loss, "perplexity": perplexity(loss)}
         for row, answer in zip(rows, answers, strict=True):
             row[name] = answer
         if rows:

@@ -122,7 +122,7 @@ def _merge(adapted: PreTrainedModel) -> PreTrainedModel:
 def _measure(model: PreTrainedModel, batches: list[dict[str, Any]]) -> tuple[Tensor, float]:
     """Return the first batch's logits, shape (rows, tokens, vocabulary), and the loss of all."""
     logits = model(batches[0]["input_ids"], use_cache=False).logits.float()
-    return logits, evaluate(model, batches, model.device, model.dtype).loss
+    return logits, evaluate(model, batches, model.device, model.dtype)
 
 
 def write_card(found: Trained, out: Path, name: str, result: str) -> None:

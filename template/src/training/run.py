@@ -25,7 +25,7 @@ from src.training.record import draw_curves, read_record
 from src.training.samples import check_overfit, make_sampler
 from src.training.signals import StopSignal
 from src.training.speed import Speed, count_flops, matmul_rate
-from src.training.trainer import StepResult, evaluate, on_cpu, training_steps
+from src.training.trainer import StepResult, evaluate, on_cpu, perplexity, training_steps
 from src.utils import distributed
 from src.utils.device import pick_device, pick_dtype
 from src.utils.environment import from_root
@@ -145,9 +145,9 @@ def _train(
         seconds = time.perf_counter() - started
         metrics = report.measure(steps, state, run.train.sampler.batches, run.speed, seconds)
         if eval_loader is not None:
-            result = evaluate(run.objective, eval_loader, run.training.model.device)
-            metrics |= {"eval_loss": result.loss, "perplexity": result.perplexity}
-            best = state.record_evaluation(result.loss)
+            loss = evaluate(run.objective, eval_loader, run.training.model.device)
+            metrics |= {"eval_loss": loss, "perplexity": perplexity(loss)}
+            best = state.record_evaluation(loss)
             last = last or state.is_out_of_patience(settings)
         recorder.log(metrics)  # before saving: metrics.jsonl has every line up to a checkpoint
         if eval_loader is not None:

@@ -185,20 +185,12 @@ def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, fini
             optimizer.step()
 
 
-@dataclass
-class EvalResult:
-    """Loss of the labelled tokens of a whole dataset."""
-
-    loss: float
-    perplexity: float
-
-
 @torch.no_grad()  # under inference_mode a model would cache tensors that training cannot use later
 def evaluate(
     model: nn.Module, loader: Iterable[dict[str, Any]], device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
-) -> EvalResult:  # fmt: skip
-    """Mean loss per labelled token, and its exponential; train or eval mode is restored.
+) -> float:  # fmt: skip
+    """Mean loss per labelled token, in nats; train or eval mode is restored.
 
     Sums, not means of means. No logits are kept, so evaluation fits wherever training does.
     """
@@ -213,6 +205,10 @@ def evaluate(
     strategy.release(objective)
     model.train(training)
     distributed.sum_tensor(total)
-    labelled = int(distributed.all_sum(labelled))
-    loss = total.item() / max(labelled, 1)
-    return EvalResult(loss, math.exp(min(loss, 700.0)))
+    labelled = distributed.all_sum(labelled)
+    return total.item() / max(labelled, 1)
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss."""
+    return math.exp(min(loss, 700.0))  # of a larger one there is no float

@@ -208,12 +208,19 @@ def resume(training: Training, settings: TrainingConfig, checkpoints: Path) -> P
     """Load the checkpoint that `training.resume` names, if any, and return it.
 
     Raises:
-        UserError: it is damaged, or of another run.
+        UserError: it is damaged; or it is of another run, with a line for each difference.
     """
     path = on_main(find_checkpoint, settings.resume, checkpoints)
     if path is not None:
-        if not settings.resume_despite_changes:
-            check_identity(path, training.identity)
+        saved = _record(path)["identity"]
+        undo = "undo it, start in another output_dir, or set training.resume_despite_changes=true"
+        differences = [
+            f"training.resume: {key} was {saved[key]} in {path.name} and is {value} now; {undo}"
+            for key, value in training.identity.items()
+            if saved.get(key, value) != value  # a later version of the project may have more keys
+        ]
+        if differences and not settings.resume_despite_changes:
+            raise UserError(*differences)
         load_checkpoint(training, path)
         if path.parent.resolve() != checkpoints.resolve():  # the best weights so far are not here
             training.state.best_loss, training.state.best_step = math.inf, None
@@ -262,22 +269,6 @@ def find_damage(path: Path, skip_folder: str = "") -> str | None:
         if _sha256(path / name) != checksum:
             return f"{name} is not what was written (checksum)"
     return None
-
-
-def check_identity(path: Path, identity: dict[str, Any]) -> None:
-    """Refuse to continue a run with another model, other data or another batch geometry.
-
-    Raises:
-        UserError: naming each difference.
-    """
-    saved = _record(path)["identity"]
-    undo = "undo it, start in another output_dir, or set training.resume_despite_changes=true"
-    if differences := [
-        f"training.resume: {key} was {saved[key]} in {path.name} and is {value} now; {undo}"
-        for key, value in identity.items()
-        if saved.get(key, value) != value  # a later version of the project may have more keys
-    ]:
-        raise UserError(*differences)
 
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:

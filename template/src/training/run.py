@@ -175,10 +175,11 @@ def _steps_of_all_epochs(run: Run) -> Iterator[StepResult]:
         sampler.epoch, sampler.position = state.epoch, state.position
         for step in training_steps(
             run.objective, run.train, training.optimizer, training.scaler, training.model.device,
-            accumulation=settings.gradient_accumulation_steps, scheduler=scheduler,
+            accumulation=settings.gradient_accumulation_steps,
             max_grad_norm=settings.max_grad_norm,
             skip_non_finite=settings.on_non_finite == "skip",
         ):  # fmt: skip
+            scheduler.step()  # also after a step that was not taken
             yield step
             _seed_step(run)
         state.epoch, state.position = state.epoch + 1, 0

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from src.data.batching import to_device, with_targets
 from src.models.head import find_plain_head
@@ -80,8 +79,8 @@ def train_epoch(
 def training_steps(
     model: nn.Module, loader: Iterable[dict[str, Any]], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None, device: torch.device | str, *, accumulation: int = 1,
-    max_grad_norm: float | None = 1.0, scheduler: LRScheduler | None = None,
-    dtype: torch.dtype = torch.bfloat16, skip_non_finite: bool = False,
+    max_grad_norm: float | None = 1.0, dtype: torch.dtype = torch.bfloat16,
+    skip_non_finite: bool = False,
 ) -> Iterator[StepResult]:  # fmt: skip
     """Take the optimizer steps of an epoch, lazily: each `next()` takes one.
 
@@ -94,7 +93,6 @@ def training_steps(
         device: where the batches go.
         accumulation: batches per step; the last step of an epoch may have fewer.
         max_grad_norm: gradients above this norm are scaled down to it; None: never.
-        scheduler: advances once a step, also after one that was not taken.
         dtype: to autocast to; ignored for an `Objective`, which has its own.
         skip_non_finite: go on after a step whose loss or gradient is not finite, without taking
             it. False: after the first such step no weights change until the epoch ends. So the
@@ -109,8 +107,6 @@ def training_steps(
             objective, batches, optimizer, scaler, device, max_grad_norm=max_grad_norm,
             earlier_finite=None if skip_non_finite else finite,
         )  # fmt: skip
-        if scheduler is not None:
-            scheduler.step()
         finite, step.waited = step.finite, waited
         yield step
         ready = time.perf_counter()

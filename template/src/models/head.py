@@ -14,14 +14,13 @@ CHUNK = 1024  # rows of logits at a time: 0.5 GiB in fp32 with a vocabulary of 1
 CPU_CHUNK = 128  # on a CPU, whose cache holds them: 20 % more tokens a second
 
 
-def head_of(model: nn.Module) -> Any:
+def head_of(model: Any) -> Any:
     """The layer that computes the logits, or None.
 
     If the head is in `lora.modules_to_save`, that is PEFT's copy, or the original while adapters
     are disabled.
     """
-    find: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = find()
+    head = model.get_output_embeddings()
     if not hasattr(head, "modules_to_save"):
         return head
     return head.original_module if head.disable_adapters else head.modules_to_save["default"]

@@ -25,15 +25,14 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The model's tokenizer; a missing chat template or pad token is filled in.
 
     Raises:
-        UserError: there is none, it has no EOS token, or it is a slow one, which cannot say where
-            its tokens begin in the text.
+        UserError: there is none, or it is a slow one, which cannot say where its tokens begin in
+            the text, or it has no EOS token.
     """
     tokenizer = _from_pretrained(AutoTokenizer, config)
     # Without its files transformers makes a tokenizer that has no words.
-    if tokenizer is None or not (tokenizer.is_fast and tokenizer.vocab_size > 1):
-        raise UserError(f"model.name: {config.name}: needs a fast tokenizer (a tokenizer.json)")
-    if tokenizer.eos_token is None:
-        needed = "a tokenizer with an EOS token to stop at"
+    usable = tokenizer is not None and tokenizer.is_fast and tokenizer.vocab_size > 1
+    if not usable or tokenizer.eos_token is None:
+        needed = "a fast tokenizer (a tokenizer.json) with an EOS token to stop at"
         raise UserError(f"model.name: {config.name}: needs {needed}")
     if config.chat_template or tokenizer.chat_template is None:
         template = from_root(config.chat_template or "configs/chat_template.j2")

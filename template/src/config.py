@@ -237,8 +237,10 @@ class Config(Section):
 DEFAULTS = Config(output_dir="-", model=ModelConfig(name="-"), data=DataConfig(train="-"))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Config:
     """Read a YAML file, apply `key=value` overrides, and validate everything.
+
+    `stored`: a run wrote the file, perhaps before an update that removed keys: they are ignored.
 
     Returns:
         The typed config. Its `written` is the same as plain data, with every `${…}` as it was
@@ -249,7 +251,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     read, places = _read(Path(path))
     merged = _merge(read, overrides)
-    places |= {override.partition("=")[0]: "command line" for override in overrides}
+    for override in overrides:
+        key = override.partition("=")[0]
+        places[key] = "command line"
+        while key := key.rpartition(".")[0]:
+            places.setdefault(key, "command line")
 
     def located(problem: str) -> str:
         """The problem of a key, behind the file and line, or the command line, that gave it."""
@@ -259,7 +265,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return f"{places.get(key, path)}: {problem}"
 
     try:
-        config = _validated(merged)
+        config = _validated(merged, "ignore" if stored else "forbid")
     except UserError as error:
         raise UserError(*map(located, error.problems)) from None
     written: Any = OmegaConf.to_container(OmegaConf.merge(config.model_dump(), merged))
@@ -327,9 +333,9 @@ def _merge(values: Any, overrides: Sequence[str]) -> Any:
     return merged
 
 
-def _validated(values: Any) -> Config:
+def _validated(values: Any, extra: Literal["ignore", "forbid"] = "forbid") -> Config:
     try:
-        config = Config.model_validate(OmegaConf.to_container(values, resolve=True))
+        config = Config.model_validate(OmegaConf.to_container(values, resolve=True), extra=extra)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     except ValidationError as error:

@@ -80,6 +80,8 @@ def find_trained(name: str, base: str | None = None) -> Trained:
         found = _in_folder(from_root(name), base)
     elif is_local(name):
         raise UserError(f"{name}: no such folder; training prints where its model is")
+    if found.kind == "adapter" and found.base == found.name:
+        raise UserError(f"{found.name}: its {ADAPTER} names no base model; give it with --base")
     if base and found.kind == "model":
         raise UserError(f"--base goes with an adapter or a checkpoint; {name} is a whole model")
     source = from_root(found.base)
@@ -101,9 +103,12 @@ def _in_folder(folder: Path, base: str | None) -> Trained:
     folder, kind = there[0], KINDS[there[1]]
     if kind == "checkpoint":
         own = folder / "config.yaml"  # of a checkpoint that was copied out of its run
-        config = load_config(own if own.is_file() else folder.parent.parent / own.name)
+        own = own if own.is_file() else folder.parent.parent / own.name
+        config = load_config(own, stored=True)
         return Trained(str(folder), kind, base or config.model.name, config)
-    config = load_config(folder / RECIPE) if (folder / RECIPE).is_file() else DEFAULTS
+    recipe, config = folder / RECIPE, DEFAULTS
+    if recipe.is_file():
+        config = load_config(recipe, stored=True)
     own = read_json(folder / ADAPTER).get("base_model_name_or_path") or str(folder)
     return Trained(str(folder), kind, base or own, config)
 

@@ -25,6 +25,8 @@ def problems(path: str | Path, *overrides: str) -> list[str]:
         (["tracking.experiment=no"], "tracking.experiment: False is not allowed; expected a valid string"),
         (["lora={target_modules: []}"], "lora.target_modules: [] is not allowed; expected a valid string; List should have at least 1 item"),
         (["data.eval=5"], "data.eval: 5 is not allowed; expected a valid string; expected a valid list; expected less than 1"),
+        (["a.b.c=1"], "a: unknown key"),
+        (["training.typo.c=1"], "training.typo: unknown key"),
         (["seed=[1"], "seed=[1: cannot be read: ParserError"),
         (["training.strategy=fsdp", "model.quantization=4bit"], "training.strategy: quantized weights and"),
         ([FRESH, "lora.dora=true", "model.quantization=8bit"], "lora.dora: PEFT loses the scales"),

@@ -18,9 +18,11 @@ from src.config import DEFAULTS, DataConfig, LoraConfig, ModelConfig, changed
 from src.data.answers import check_answers
 from src.models.adapters import add_adapters
 from src.models.model import load_tokenizer
+from src.tools.evaluate import write_evaluation
 from src.trained import find_trained
 from src.training.record import read_metrics
 from src.utils.errors import UserError
+from src.utils.files import RECIPE
 from test_chat import said
 from test_rows import read
 
@@ -100,6 +102,35 @@ def test_a_checkpoint_can_be_copied_with_its_config(smoke: Path, tmp_path: Path)
     copy = shutil.copytree(newest, tmp_path / "kept")
     shutil.copy(smoke / "config.yaml", copy)
     assert find_trained(str(copy)).kind == "checkpoint"
+
+
+def test_what_an_earlier_version_trained_is_asked_though_a_key_is_gone(
+    smoke: Path, tmp_path
+) -> None:
+    result = shutil.copytree(smoke / "final", tmp_path / "final")
+    with (result / RECIPE).open("a") as file:
+        file.write("removed: 1\n")
+    found, whole = find_trained(str(result)).config, find_trained(str(smoke)).config
+    assert found.model_dump() == whole.model_dump()
+
+
+def test_an_adapter_that_names_no_base_says_how_to_name_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match="names no base model; give it with --base"):
+        find_trained(str(tmp_path))
+
+
+def test_answers_and_reports_find_their_place_before_a_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(chat("q", "a")))
+    with pytest.raises(UserError, match=r"--output: .*file: cannot be written: Not a directory"):
+        check_answers(str(rows), tmp_path / "file" / "answers.jsonl", DATA, "m")
+    (tmp_path / "evaluation.json").write_text('{"da')
+    (tmp_path / "evaluation.md").write_text("mine")
+    scores = {"model": {"loss": 1.0}}
+    write_evaluation({"data": "d", "rows": 1, "scores": scores, "samples": []}, tmp_path)
+    assert (tmp_path / "evaluation-1.md").read_text() == "mine"
 
 
 def test_a_run_of_more_steps_than_its_new_config_has_is_refused(train) -> None:

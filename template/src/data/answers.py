@@ -17,6 +17,7 @@ from src.data.rows import Row, read_row
 from src.data.sources import raw_rows
 from src.utils.environment import from_root
 from src.utils.errors import UserError
+from src.utils.files import write_problem
 
 ANSWER = "generated"  # the column that answers are written to, beside a row's own
 BY = "generated_by"  # the model and the options that wrote them
@@ -33,6 +34,8 @@ def check_answers(source: str, output: Path | None, data: DataConfig, by: str) -
     file = from_root(source)
     if output and output.exists() and file.exists() and output.samefile(file):
         raise UserError(f"--output: {output} is the input; give another one")
+    if output and (problem := write_problem(output.parent)):
+        raise UserError(f"--output: {problem}")
     done = whole = total = 0
     with output.open("r+b") if output and output.exists() else BytesIO() as file:
         for total, (start, _) in enumerate(_rows(source, data, by), 1):

@@ -15,6 +15,7 @@ from src.data.batching import TokenLoader
 from src.data.dataset import load_tokens, read_part
 from src.models.generation import generate
 from src.models.model import position_limit
+from src.preflight import read_json
 from src.training.record import read_record
 from src.training.samples import questions
 from src.training.tracking import connect, explain
@@ -75,7 +76,7 @@ def write_evaluation(result: dict[str, Any], folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     page, report = folder / "evaluation.md", folder / "evaluation.json"
-    if report.is_file() and json.loads(report.read_text("utf-8"))["data"] != result["data"]:
+    if report.is_file() and read_json(report).get("data") != result["data"]:
         number = 1 + len([*folder.glob("evaluation-*.json")])  # the report on other rows stays
         for file in (page, report):
             file.rename(file.with_stem(f"evaluation-{number}"))

@@ -85,7 +85,7 @@ class Sender:
             Exception: whatever MLflow raises, here and in `send`. `explain` makes a line of it.
         """
         self._folder, facts = folder, read_record(folder)
-        config = load_config(self._folder / "config.yaml")
+        config = load_config(self._folder / "config.yaml", stored=True)
         self._settings, uri = config.tracking, tracking_uri()
         # Two starts on a fresh database both create its tables, and one fails.
         with FileLock(PROJECT_ROOT / "mlflow.db.lock") if "sqlite" in uri else nullcontext():

@@ -309,15 +309,17 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
     """A YAML file's content, and the place of each key: `file:line`."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows leave a byte order mark
-        read, lines = OmegaConf.create(text), _lines(yaml.compose(text))
+        node = yaml.compose(text)
+        if not isinstance(node, yaml.MappingNode | None):
+            problem = "a config is a mapping of keys to values, not a list or a word"
+            raise UserError(f"{path}: {problem}")
+        read = OmegaConf.create(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
-    if not OmegaConf.is_dict(read):
-        raise UserError(f"{path}: a config is a mapping of keys to values, not a list or a word")
-    return read, {key: f"{path}:{line}" for key, line in lines}
+    return read, {key: f"{path}:{line}" for key, line in _lines(node)}
 
 
 def _merge(values: Any, overrides: Sequence[str]) -> Any:

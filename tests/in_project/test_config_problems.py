@@ -44,7 +44,10 @@ def test_a_wrong_override_is_named_with_what_is_allowed(overrides, expected: str
     ("text", "expected"),
     [
         ("", "output_dir: missing, and has no default"),
-        ("word", "word: unknown key"),
+        ("word", "a config is a mapping of keys to values"),
+        ("5", "a config is a mapping of keys to values"),
+        ("true", "a config is a mapping of keys to values"),
+        ("# nothing", "output_dir: missing, and has no default"),
         ("seed: 1\nseed: 2", ":2: not valid YAML: found duplicate key"),
         ("output_dir: ${oc.env:NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
         ("a: !!python/object/apply:os.system [ls]", ":1: not valid YAML"),

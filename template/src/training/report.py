@@ -123,13 +123,11 @@ def _warnings(config: Config, model: Any, train: TokenLoader, total_steps: int) 
         yield f"a document has {longest:,} tokens, but the model has {limit:,} positions"
 
 
-def describe_resume(path: Path | None, state: TrainState, config: Config, total_steps: int) -> None:
+def describe_resume(path: Path, state: TrainState, config: Config, total_steps: int) -> None:
     """Print from where a run goes on, and whether its learning rate jumps there.
 
     The rate follows from the configuration: more epochs stretch a schedule that had ended.
     """
-    if path is None:
-        return
     settings, saved = config.training, state.learning_rate
     say(f"resume     {path.name} of {path.parent}")
     rate = settings.learning_rate * rate_factor(settings, total_steps, state.step)

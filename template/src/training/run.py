@@ -115,7 +115,8 @@ def _prepare(config: Config, device: torch.device) -> Run:
     if training.state.step > total_steps:
         done = f"{training.state.step} steps are done, and this configuration has {total_steps}"
         raise UserError(f"training.resume: {done}; to go on, raise training.epochs or max_steps")
-    report.describe_resume(resumed, training.state, config, total_steps)
+    if resumed:
+        report.describe_resume(resumed, training.state, config, total_steps)
     speed = Speed(*count_flops(model, train.dataset.lengths), matmul_rate(device, dtype))
     report.describe(config, model, tokenizer, dtype, train, evaluation, total_steps)
     return Run(config, tokenizer, objective, training, train, evaluation, speed, total_steps)

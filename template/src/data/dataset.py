@@ -85,15 +85,20 @@ def load_documents(
     config: Config, tokenizer: Tokenizer
 ) -> tuple[TokenDataset, TokenDataset | None]:
     """A run's documents to train on and to evaluate on, as `load_tokens` makes them."""
-    data, overfit = config.data, config.training.overfit
-    if overfit is not None:  # evaluate on the same rows: these are what must be learnt
-        train = load_tokens(data.train, tokenizer, data, overfit)
+    data, limit = config.data, config.training.overfit
+    sources, part = rows_to_evaluate(config)
+    train = load_tokens(data.train, tokenizer, data, limit, "train" if part == "eval" else "all")
+    if limit:  # the same rows: these are what must be learnt
         return train, train
-    if isinstance(data.eval, int | float):
-        train = load_tokens(data.train, tokenizer, data, part="train")
-        return train, load_tokens(data.train, tokenizer, data, part="eval")
-    train = load_tokens(data.train, tokenizer, data)
-    return train, load_tokens(data.eval, tokenizer, data) if data.eval else None
+    return train, load_tokens(sources, tokenizer, data, part=part) if sources else None
+
+
+def rows_to_evaluate(config: Config) -> tuple[str | list[str] | None, Part]:
+    """The sources of the rows to evaluate on, None if there are none; and which part of them."""
+    data = config.data
+    if config.training.overfit:
+        return data.train, "all"
+    return (data.train, "eval") if isinstance(data.eval, int | float) else (data.eval, "all")
 
 
 def load_tokens(

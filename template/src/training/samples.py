@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
 from src.data.chat import render
-from src.data.dataset import read_part
+from src.data.dataset import read_part, rows_to_evaluate
 from src.data.encoding import stop_token_ids
 from src.data.rows import Row, carries_loss
 from src.models.generation import generate
@@ -25,14 +25,10 @@ from src.utils.errors import RunError, UserError
 
 def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[Row]:
     """The prompts of `evaluation`: those that it names, or of the first rows to evaluate on."""
-    data, overfit = config.data, config.training.overfit
     if texts := config.evaluation.prompts:
         return [{"messages": [{"role": "user", "content": text}]} for text in texts]
-    share = isinstance(data.eval, float) and not overfit
-    sources = data.train if share or overfit else data.eval
-    if not isinstance(sources, str | list):
-        return []
-    rows = read_part(sources, data, "eval" if share else "all")
+    sources, part = rows_to_evaluate(config)
+    rows = read_part(sources, config.data, part) if sources else []
     return [row for row, _ in islice(questions(rows, tokenizer), config.evaluation.samples)]
 
 

@@ -80,6 +80,10 @@ class TokenDataset:
         pairs = ((row, self._tokens[self._bounds[row] : self._bounds[row + 1]]) for row in rows)
         return [Document(row, some["input_ids"], some["labels"]) for row, some in pairs]
 
+    def hashes(self) -> list[int]:
+        """Hash each document's tokens to 64 bits, in a way that differs between processes."""
+        return [hash(ids.tobytes()) for row in range(len(self)) for _, ids, _ in self[[row]]]
+
 
 def load_documents(
     config: Config, tokenizer: Tokenizer

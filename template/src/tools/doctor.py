@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import pynvml
 import torch
@@ -17,7 +18,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
 from src.data.dataset import Document, load_documents
-from src.data.duplicates import shared
 from src.data.encoding import stop_token_ids
 from src.models.model import load_tokenizer
 from src.preflight import check_run
@@ -134,7 +134,7 @@ def _check_rows(config: Config) -> Iterator[Finding]:
     yield from _check_tokens(train[list(range(min(CHECKED_DOCUMENTS, len(train))))], tokenizer)
     if evaluation is None:
         yield Finding("WARN", "no rows to evaluate on", "data.eval=0.05 holds out a share")
-    elif evaluation is not train and (count := shared(evaluation, train)):
+    elif evaluation is not train and (count := np.isin(evaluation.hashes(), train.hashes()).sum()):
         text = f"{count:,} documents of data.eval are in data.train too"
         yield Finding("WARN", text, "data.eval=0.05 holds out a share of data.train")
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from src.config import Config
 from src.data.dataset import TokenDataset, load_documents
-from src.data.duplicates import repeated, shared
 from src.models.model import load_tokenizer
 from src.training.report import data_lines, show_document
 
@@ -28,7 +27,7 @@ def look(config: Config, marks: tuple[str, str]) -> Iterator[str]:
     yield from _describe("data.train", train)
     if evaluation is not None and evaluation is not train:  # with overfit it is the same
         yield from _describe("data.eval", evaluation)
-        if both := shared(evaluation, train):
+        if both := np.isin(evaluation.hashes(), train.hashes()).sum():
             yield f"           documents that are in data.train too: {both:,}"
     for document in train[list(range(min(EXAMPLES, len(train))))]:
         yield f"\n--- document {document.row + 1}, {len(document.input_ids)} tokens"
@@ -47,5 +46,5 @@ def _describe(name: str, dataset: TokenDataset) -> Iterator[str]:
         for line in islice(file, REASONS):
             row = json.loads(line)
             yield f"             {row['place']}: {row['reason']}"
-    if count := repeated(dataset):
+    if count := len(dataset) - len({*dataset.hashes()}):
         yield f"           documents that repeat another one: {count:,}"

@@ -27,7 +27,7 @@ UNRELEASED = "## Unreleased\n"
 RESOLVE = """
 import json, sys
 from src.config import load_config
-print(json.dumps(load_config(sys.argv[1])[1]))
+print(json.dumps(load_config(sys.argv[1]).written))
 """
 
 

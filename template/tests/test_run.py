@@ -194,8 +194,8 @@ def test_no_two_steps_seeds_or_processes_draw_the_same_numbers(monkeypatch) -> N
     drawn = []
     for seed, step, rank in product((1, 2, 3), range(4), (0, 1)):
         monkeypatch.setattr(run, "RANK", rank)
-        training = SimpleNamespace(state=SimpleNamespace(step=step))
-        parts: Any = SimpleNamespace(config=SimpleNamespace(seed=seed), training=training)
+        config, state = SimpleNamespace(seed=seed), SimpleNamespace(step=step)
+        parts: Any = SimpleNamespace(config=config, state=state)
         run._seed_step(parts)
         drawn.append(torch.rand(1).item())
     assert len({*drawn}) == len(drawn)

@@ -20,7 +20,7 @@ from conftest import ROOT, SMOKE
 from src.config import load_config
 from src.data.dataset import Facts
 from src.training import run
-from src.training.checkpoint import Training, find_checkpoint, identify, load_checkpoint
+from src.training.checkpoint import Run, find_checkpoint, identify, load_checkpoint
 from src.training.optimizer import make_optimizer
 from src.training.report import Recorder
 from src.training.signals import StopSignal
@@ -67,15 +67,22 @@ def train_child(model: LlamaForCausalLM, ids: torch.Tensor, output: Path) -> Non
     quiet = ["training.log_every=100", "tracking.enabled=false"]
     config = load_config(SMOKE, [*options, *quiet])
     optimizer, scaler = make_optimizer(model, config.training), torch.amp.GradScaler(enabled=False)
-    training = Training(model, optimizer, scaler, identify(config, Facts()))
+    data: Any = SimpleNamespace(left_out=Path(os.devnull), facts=Facts())
+    loader: Any = Batches(ids)
+    loader.dataset = data
+    parts = Run(
+        model, optimizer, scaler, identify(config, Facts()), config=config, tokenizer=data,
+        objective=as_objective(model, torch.float32), dtype=torch.float32, train=loader,
+        evaluation=None, speed=Speed(1, 1, 1), total_steps=STEPS,
+    )  # fmt: skip
     torch.manual_seed(1)
     path = find_checkpoint("auto", output / "checkpoints")
     if path:
-        load_checkpoint(training, path)
+        load_checkpoint(parts, path)
     done = os.open(output.with_suffix(".done"), os.O_RDWR | os.O_CREAT)
     last = int(os.pread(done, 9, 0) or 0)
     with output.with_suffix(".repeated").open("a") as repeated:
-        repeated.write(f"{last - training.state.step}\n")
+        repeated.write(f"{last - parts.state.step}\n")
     training_steps = run.training_steps
 
     def watched(*args, **options):
@@ -83,20 +90,11 @@ def train_child(model: LlamaForCausalLM, ids: torch.Tensor, output: Path) -> Non
             try:
                 yield step
             finally:  # the run has done all that is due after this step, saving included
-                os.pwrite(done, f"{training.state.step:09d}".encode(), 0)
+                os.pwrite(done, f"{parts.state.step:09d}".encode(), 0)
 
     run.training_steps = watched
-    data: Any = SimpleNamespace(left_out=Path(os.devnull), facts=Facts())
-    loader: Any = Batches(ids)
-    loader.dataset = data
-    objective = as_objective(model, torch.float32)
-    with Recorder(config, training.state, STEPS, loader, None) as recorder:
-        parts = run.Run(
-            config=config, tokenizer=data, objective=objective, training=training, train=loader, evaluation=None,
-            speed=Speed(1, 1, 1), total_steps=STEPS,
-        )  # fmt: skip
-        with StopSignal() as stop:
-            run._train(parts, recorder, stop, lambda: None)
+    with Recorder(parts) as recorder, StopSignal() as stop:
+        run._train(parts, recorder, stop, lambda: None)
 
 
 def crash_harness(folder: Path) -> None:

@@ -21,14 +21,17 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config, TrainingConfig, flatten
+from src.data.batching import TokenLoader
 from src.data.dataset import Facts
 from src.models.adapters import base_of
+from src.training.speed import Speed
 from src.utils.distributed import RANK, WORLD_SIZE, gather, is_main, on_main
 from src.utils.environment import from_root
 from src.utils.errors import UserError
@@ -96,6 +99,25 @@ class Training:
                 parts = getattr(kept, "tensor_attrs", ())
                 moments |= {f"{name}/{part}": getattr(kept, part) for part in parts} or {name: kept}
         return moments
+
+
+@dataclass(kw_only=True)
+class Run(Training):
+    """What a run holds from its first step to its result, beside what its checkpoints save."""
+
+    config: Config
+    tokenizer: Tokenizer
+    objective: nn.Module  # the model with its loss, wrapped for DDP or FSDP
+    dtype: torch.dtype  # of matmuls
+    train: TokenLoader
+    evaluation: TokenLoader | None
+    speed: Speed
+    total_steps: int  # of the whole run, those before a checkpoint included
+
+    @property
+    def folder(self) -> Path:
+        """Where all that it leaves is written."""
+        return from_root(self.config.output_dir)
 
 
 def trained_weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -204,26 +226,27 @@ def load_checkpoint(training: Training, path: Path) -> None:
     vars(training.state).update(record["state"])
 
 
-def resume(training: Training, settings: TrainingConfig, checkpoints: Path) -> Path | None:
+def resume(run: Run) -> Path | None:
     """Load the checkpoint that `training.resume` names, if any, and return it.
 
     Raises:
         UserError: it is damaged; or it is of another run, with a line for each difference.
     """
+    settings, checkpoints = run.config.training, run.folder / "checkpoints"
     path = on_main(find_checkpoint, settings.resume, checkpoints)
     if path is not None:
         saved = _record(path)["identity"]
         undo = "undo it, start in another output_dir, or set training.resume_despite_changes=true"
         differences = [
             f"training.resume: {key} was {saved[key]} in {path.name} and is {value} now; {undo}"
-            for key, value in training.identity.items()
+            for key, value in run.identity.items()
             if saved.get(key, value) != value  # a later version of the project may have more keys
         ]
         if differences and not settings.resume_despite_changes:
             raise UserError(*differences)
-        load_checkpoint(training, path)
+        load_checkpoint(run, path)
         if path.parent.resolve() != checkpoints.resolve():  # the best weights so far are not here
-            training.state.best_loss, training.state.best_step = math.inf, None
+            run.state.best_loss, run.state.best_step = math.inf, None
     return path
 
 

@@ -12,22 +12,17 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from src.config import Config
 from src.data import IGNORE
-from src.data.batching import TokenLoader
 from src.data.dataset import Document, TokenDataset
 from src.models.adapters import adapted_names, frozen_experts
-from src.training.checkpoint import TrainState
+from src.training.checkpoint import Run
 from src.training.optimizer import rate_factor
 from src.training.record import hide, rewind_metrics, start_record, update_record
-from src.training.speed import Speed
 from src.training.tracking import Tracker, where_to_look
 from src.training.trainer import StepResult
 from src.utils import distributed
-from src.utils.environment import from_root
 from src.utils.errors import Interrupted
 from src.utils.files import METRICS, STEPS, free_name, write_text
 from src.utils.memory import GIB
@@ -68,17 +63,15 @@ def show_document(
     return text
 
 
-def describe(
-    config: Config, model: PreTrainedModel, tokenizer: Tokenizer, dtype: torch.dtype,
-    train: TokenLoader, evaluation: TokenLoader | None, total_steps: int,
-) -> None:  # fmt: skip
+def describe(run: Run) -> None:
     """Print what is trained, on what, and how: before step 1."""
+    config, train, evaluation = run.config, run.train, run.evaluation
     settings, data, length = config.training, train.dataset, config.data.max_length
     lines = [*data_lines(data)]
     if evaluation:
         same = data.facts.fingerprint == evaluation.dataset.facts.fingerprint
         lines.append(f"to evaluate on: {len(evaluation.dataset):,}{' (the same rows)' * same}")
-    say_lines("model", *_model_lines(config, model, dtype))
+    say_lines("model", *_model_lines(run))
     say_lines("data", *lines)
     real = data.lengths.sum() / (train.sampler.batches * settings.batch_size * length)
     fill, window = f"{real:.1%} of them real", settings.gradient_accumulation_steps
@@ -87,28 +80,30 @@ def describe(
         f"; accumulation {window}, processes {distributed.WORLD_SIZE}"
     )
     say(
-        f"schedule   steps: {total_steps:,}, an epoch: {-(-len(train.sampler) // window):,}; "
+        f"schedule   steps: {run.total_steps:,}, an epoch: {-(-len(train.sampler) // window):,}; "
         f"{settings.scheduler} from {settings.learning_rate:g}, {settings.warmup_steps} warm-up"
     )
-    for warning in _warnings(config, model, train, total_steps):
+    for warning in _warnings(run):
         say(f"warning: {warning}")
     # As the model reads it; tokens with loss are between [ and ].
-    say(f"example    {show_document(data[[0]][0], tokenizer)[:300]!r}")
+    say(f"example    {show_document(data[[0]][0], run.tokenizer)[:300]!r}")
 
 
-def _model_lines(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> Iterator[str]:
+def _model_lines(run: Run) -> Iterator[str]:
+    config, model = run.config, run.model
     total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     weights = f"{config.model.init}, quantization {config.model.quantization}"
     yield f"{config.model.name}, {weights}; {trained:,} of {total:,} weights trained"
-    attention, precision = model.config._attn_implementation, str(dtype).removeprefix("torch.")
+    attention, precision = model.config._attn_implementation, str(run.dtype).removeprefix("torch.")
     yield f"{precision} on {model.device.type}, {attention} attention"
     if config.lora:
         made: Any = model.peft_config["default"]  # a saved adapter may differ from the config's
         yield f"LoRA r={made.r} alpha={made.lora_alpha} on {', '.join(adapted_names(model))}"
 
 
-def _warnings(config: Config, model: Any, train: TokenLoader, total_steps: int) -> Iterator[str]:
+def _warnings(run: Run) -> Iterator[str]:
     """Settings that are allowed but rarely intended."""
+    config, model, train = run.config, run.model, run.train
     rate = config.training.learning_rate
     if config.data.packing and not train.packing:
         yield f"not packed: {model.config.model_type} would let packed documents see each other"
@@ -116,22 +111,22 @@ def _warnings(config: Config, model: Any, train: TokenLoader, total_steps: int) 
         yield f"training.learning_rate={rate:g} suits LoRA; use about 2e-5 to train all weights"
     if config.lora and (experts := ", ".join(frozen_experts(model))):
         yield f"experts get no adapters; lora.target_parameters=[{experts}] adds some"
-    if (warmup := config.training.warmup_steps) > total_steps:
+    if (warmup := config.training.warmup_steps) > run.total_steps:
         yield f"training.warmup_steps={warmup}: training ends before the rate reaches {rate:g}"
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and (longest := int(train.dataset.lengths.max())) > limit:
         yield f"a document has {longest:,} tokens, but the model has {limit:,} positions"
 
 
-def describe_resume(path: Path, state: TrainState, config: Config, total_steps: int) -> None:
-    """Print from where a run goes on, and whether its learning rate jumps there.
+def describe_resume(run: Run, path: Path) -> None:
+    """Print from which checkpoint a run goes on, and whether its learning rate jumps there.
 
     The rate follows from the configuration: more epochs stretch a schedule that had ended.
     """
-    settings, saved = config.training, state.learning_rate
+    state, settings, saved = run.state, run.config.training, run.state.learning_rate
     say(f"resume     {path.name} of {path.parent}")
-    rate = settings.learning_rate * rate_factor(settings, total_steps, state.step)
-    if state.step >= total_steps or state.is_out_of_patience(settings):
+    rate = settings.learning_rate * rate_factor(settings, run.total_steps, state.step)
+    if state.step >= run.total_steps or state.is_out_of_patience(settings):
         more = "to go on, raise training.epochs, max_steps or patience"
         say(f"finished   nothing is left to train; {more}")
     elif saved is not None and not math.isclose(saved, rate, rel_tol=0.01):
@@ -141,18 +136,15 @@ def describe_resume(path: Path, state: TrainState, config: Config, total_steps: 
         )
 
 
-def measure(
-    steps: list[StepResult], state: TrainState, batches: int, speed: Speed, seconds: float
-) -> dict[str, Any]:
+def measure(run: Run, steps: list[StepResult], seconds: float) -> dict[str, Any]:
     """The numbers of a line of `metrics.jsonl`.
 
     Args:
+        run: after the last of these steps.
         steps: since the last line, with their tensors on the CPU.
-        state: after the last of them.
-        batches: per epoch, over all ranks.
-        speed: FLOPs of a token, and FLOP/s of this device.
         seconds: that these steps took.
     """
+    state, batches = run.state, run.train.sampler.batches  # of an epoch, over all processes
     tokens, labelled = sum(s.tokens for s in steps), sum(s.labelled for s in steps)
     taken = [step for step in steps if step.taken]
     total = sum(float(step.loss) * step.labelled for step in taken)
@@ -166,7 +158,7 @@ def measure(
         "tokens": state.tokens,
         "tokens_per_second": tokens / seconds,
         "labelled_tokens_per_second": labelled / seconds,
-        "mfu": speed.utilisation(tokens, labelled, seconds, distributed.WORLD_SIZE),
+        "mfu": run.speed.utilisation(tokens, labelled, seconds, distributed.WORLD_SIZE),
         "data_wait_share": sum(s.waited for s in steps) / seconds,
         "skipped_steps": state.skipped,
     }
@@ -183,48 +175,34 @@ class Recorder(AbstractContextManager):
     nothing.
 
     Attributes:
-        checkpoints: the folder of the run's checkpoints.
         bar: a progress bar of steps.
     """
 
     _tracker: Tracker | None = None
 
-    def __init__(
-        self, config: Config, state: TrainState, total_steps: int,
-        train: TokenLoader, evaluation: TokenLoader | None,
-    ) -> None:  # fmt: skip
-        """Prepare the folder for the steps after this one; start the record and the tracker.
-
-        Args:
-            config: of the run.
-            state: where the run stands; it is updated in place.
-            total_steps: of the whole run.
-            train: the rows to train on.
-            evaluation: those to evaluate on, if there are any.
-        """
-        self._config, self._state, self._total_steps = config, state, total_steps
-        self._train, self._folder = train.dataset, from_root(config.output_dir)
-        self.checkpoints = self._folder / "checkpoints"
+    def __init__(self, run: Run) -> None:
+        """Prepare the folder for the steps after this one; start the record and the tracker."""
+        self._run = run
         self.bar = tqdm(
-            total=total_steps, initial=state.step, unit="step", dynamic_ncols=True,
+            total=run.total_steps, initial=run.state.step, unit="step", dynamic_ncols=True,
             disable=None if distributed.is_main() else True,  # None: off where it is no terminal
         )  # fmt: skip
         if distributed.is_main():
-            loaders = {"train": train, "eval": evaluation}
+            loaders = {"train": run.train, "eval": run.evaluation}
             data = {part: loader.dataset for part, loader in loaders.items() if loader is not None}
             self._prepare_folder(data.values())
             tags = {f"fingerprint.{part}": d.facts.fingerprint[:16] for part, d in data.items()}
-            start_record(self._folder, config.written, tags, state.step)
-            if config.tracking.enabled:
-                self._tracker = Tracker(self._folder, say)
+            start_record(run.folder, run.config.written, tags, run.state.step)
+            if run.config.tracking.enabled:
+                self._tracker = Tracker(run.folder, say)
 
     def _prepare_folder(self, data: Iterable[TokenDataset]) -> None:
         """Write which rows were left out, and put aside what an earlier run has of later steps."""
-        folder, step = self._folder, self._state.step
+        folder, step = self._run.folder, self._run.state.step
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, "samples.jsonl"):
             rewind_metrics(folder / name, step)
-        for path in sorted(self.checkpoints.glob(STEPS)):  # damaged, or of steps taken again
+        for path in sorted(folder.glob(f"checkpoints/{STEPS}")):  # damaged, or of steps taken again
             if int(path.name[-8:]) > step:
                 path.rename(free_name(path))
         lines = "".join(part.left_out.read_text("utf-8") for part in data).splitlines(keepends=True)
@@ -237,7 +215,7 @@ class Recorder(AbstractContextManager):
         stopped = kind and issubclass(kind, Interrupted | KeyboardInterrupt)
         status = "KILLED" if stopped else "FAILED" if kind else "FINISHED"
         if distributed.is_main():
-            update_record(self._folder, status=status, ended=int(time.time() * 1000))
+            update_record(self._run.folder, status=status, ended=int(time.time() * 1000))
         if self._tracker:
             self._tracker.close()
 
@@ -247,25 +225,25 @@ class Recorder(AbstractContextManager):
             # A NaN is not JSON, so it is written as null.
             line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
             line["time"] = round(time.time(), 3)
-            with (self._folder / METRICS).open("a", encoding="utf-8") as file:
+            with (self._run.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        say(_line(metrics, self._total_steps))
+        say(_line(metrics, self._run.total_steps))
 
     def record_result(self, step: int, reason: str) -> None:
         """Record that `final/` holds the weights of this step, and why."""
-        self._result = f"step {step:,} of {self._state.step:,}, {reason}"
+        self._result = f"step {step:,} of {self._run.state.step:,}, {reason}"
         if distributed.is_main():
-            update_record(self._folder, final=self._result, final_step=step)
+            update_record(self._run.folder, final=self._result, final_step=step)
 
     def summarise(self) -> None:
         """Print where the result is, and what to do next."""
-        here = shlex.quote(self._config.output_dir)
+        here = shlex.quote(self._run.config.output_dir)
         say(f"\nmodel      {here}/final: {self._result}")
         say(f"curve      {here}/loss.png, numbers in metrics.jsonl beside it")
         if self._tracker:
-            say(f"runs       {where_to_look(self._folder)}")
+            say(f"runs       {where_to_look(self._run.folder)}")
         # A model that was trained on plain text alone is asked without a chat template.
-        only_text = self._train.facts.read_as.keys() == {"text"}
+        only_text = self._run.train.dataset.facts.read_as.keys() == {"text"}
         question = '--raw "a beginning"' if only_text else '"your question"'
         say(f"next       uv run scripts/inference.py {here}/final {question}")
 

@@ -3,14 +3,12 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from torch import Tensor
 
 from src.config import Config
 from src.data.batching import TokenLoader
@@ -18,7 +16,7 @@ from src.data.dataset import load_documents
 from src.models.model import load_tokenizer, save_model, try_saving
 from src.training import checkpoint, report, strategy
 from src.training.auto import prepare_layers
-from src.training.checkpoint import Training, save_checkpoint
+from src.training.checkpoint import Run, save_checkpoint
 from src.training.fit import check_feasible, choose_shards, explain_failures
 from src.training.optimizer import count_steps, make_optimizer, make_scheduler
 from src.training.record import draw_curves, read_record
@@ -33,20 +31,6 @@ from src.utils.errors import RunError, UserError
 from src.utils.files import RECIPE, free_name, new_folder, only_run_in
 from src.utils.ranks import RANK, WORLD_SIZE
 from src.utils.seed import set_seed
-
-
-@dataclass
-class Run:
-    """What a run holds from its first step to its result."""
-
-    config: Config
-    tokenizer: Tokenizer
-    objective: nn.Module  # the model with its loss, wrapped for DDP or FSDP
-    training: Training  # the same model, with all that a checkpoint holds
-    train: TokenLoader
-    evaluation: TokenLoader | None
-    speed: Speed
-    total_steps: int
 
 
 def run(config: Config) -> Path:
@@ -68,22 +52,16 @@ def run(config: Config) -> Path:
         explain_failures(config),
     ):
         prepared = _prepare(config, device)
-        objective, training = prepared.objective, prepared.training
         # From here on a signal waits for the end of a step, so that no training is lost.
-        with (
-            StopSignal() as stop,
-            report.Recorder(
-                config, training.state, prepared.total_steps, prepared.train,
-                prepared.evaluation,
-            ) as recorder,
-        ):  # fmt: skip
-            steps_left = prepared.total_steps - training.state.step
-            prepare_layers(config, objective, training, prepared.train.packing, steps_left)
-            sample = make_sampler(objective, prepared.tokenizer, config, training.state)
+        with StopSignal() as stop, report.Recorder(prepared) as recorder:
+            steps_left = prepared.total_steps - prepared.state.step
+            packing = prepared.train.packing
+            prepare_layers(config, prepared.objective, prepared, packing, steps_left)
+            sample = make_sampler(prepared)
             _train(prepared, recorder, stop, sample)
             _save_result(prepared, recorder)
         if config.training.overfit:
-            check_overfit(objective, config, prepared.tokenizer)
+            check_overfit(prepared)
         recorder.summarise()
     return output / "final"
 
@@ -108,25 +86,28 @@ def _prepare(config: Config, device: torch.device) -> Run:
         evaluation = make_loader(eval_documents, shuffle=False)
     # The loss is scaled in fp16 only: bf16 has the range of fp32.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    identity = checkpoint.identify(config, train.dataset.facts)
-    training = Training(model, make_optimizer(model, settings), scaler, identity)
-    total_steps = count_steps(settings, len(train.sampler))
-    resumed = checkpoint.resume(training, settings, from_root(config.output_dir) / "checkpoints")
-    if training.state.step > total_steps:
-        done = f"{training.state.step} steps are done, and this configuration has {total_steps}"
+    run = Run(
+        model, make_optimizer(model, settings), scaler,
+        checkpoint.identify(config, train.dataset.facts),
+        config=config, tokenizer=tokenizer, objective=objective, dtype=dtype, train=train,
+        evaluation=evaluation, total_steps=count_steps(settings, len(train.sampler)),
+        speed=Speed(*count_flops(model, train.dataset.lengths), matmul_rate(device, dtype)),
+    )  # fmt: skip
+    resumed = checkpoint.resume(run)
+    if run.state.step > run.total_steps:
+        done = f"{run.state.step} steps are done, and this configuration has {run.total_steps}"
         raise UserError(f"training.resume: {done}; to go on, raise training.epochs or max_steps")
     if resumed:
-        report.describe_resume(resumed, training.state, config, total_steps)
-    speed = Speed(*count_flops(model, train.dataset.lengths), matmul_rate(device, dtype))
-    report.describe(config, model, tokenizer, dtype, train, evaluation, total_steps)
-    return Run(config, tokenizer, objective, training, train, evaluation, speed, total_steps)
+        report.describe_resume(run, resumed)
+    report.describe(run)
+    return run
 
 
 def _train(
     run: Run, recorder: report.Recorder, stop: StopSignal, sample: Callable[[], None]
 ) -> None:
     """Train to the last step, early stopping or a signal; decide when to log, evaluate and save."""
-    state, settings = run.training.state, run.config.training
+    state, settings = run.state, run.config.training
     steps, started = [], time.perf_counter()
     for step in _steps_of_all_epochs(run):
         state.step += 1
@@ -144,9 +125,9 @@ def _train(
         steps = on_cpu(steps)  # waits for the GPU
         _check_finite(run, steps)
         seconds = time.perf_counter() - started
-        metrics = report.measure(steps, state, run.train.sampler.batches, run.speed, seconds)
+        metrics = report.measure(run, steps, seconds)
         if eval_loader is not None:
-            loss = evaluate(run.objective, eval_loader, run.training.model.device)
+            loss = evaluate(run.objective, eval_loader, run.model.device)
             metrics |= {"eval_loss": loss, "perplexity": perplexity(loss)}
             best = state.record_evaluation(loss)
             last = last or state.is_out_of_patience(settings)
@@ -156,7 +137,7 @@ def _train(
         # At a signal; where save_every is set, when due and at the end; at a new best loss, but
         # for the last one, which `final/` holds.
         if stopping or (settings.save_every and (saving or last)) or (best and not last):
-            save_checkpoint(run.training, recorder.checkpoints, settings.keep_checkpoints)
+            save_checkpoint(run, run.folder / "checkpoints", settings.keep_checkpoints)
         if stopping:
             raise stop.interruption(state.step, run.total_steps)
         if last:
@@ -166,16 +147,16 @@ def _train(
 
 def _steps_of_all_epochs(run: Run) -> Iterator[StepResult]:
     """Steps from where the run stands, epoch after epoch, until `_train` ends them."""
-    training, state, settings = run.training, run.training.state, run.config.training
+    state, settings = run.state, run.config.training
     if state.step >= run.total_steps or state.is_out_of_patience(settings):
         return
-    scheduler = make_scheduler(training.optimizer, settings, run.total_steps, state.step)
+    scheduler = make_scheduler(run.optimizer, settings, run.total_steps, state.step)
     sampler = run.train.sampler
     _seed_step(run)
     while True:
         sampler.epoch, sampler.position = state.epoch, state.position
         for step in training_steps(
-            run.objective, run.train, training.optimizer, training.scaler, training.model.device,
+            run.objective, run.train, run.optimizer, run.scaler, run.model.device,
             accumulation=settings.gradient_accumulation_steps,
             max_grad_norm=settings.max_grad_norm,
             skip_non_finite=settings.on_non_finite == "skip",
@@ -189,13 +170,13 @@ def _steps_of_all_epochs(run: Run) -> Iterator[StepResult]:
 def _seed_step(run: Run) -> None:
     """Seed the next step, so that a resumed run draws the same dropout; each process its own."""
     # Not seed + step: then seed 43 at step 0 would draw what seed 42 draws at step 1.
-    mixed = np.random.SeedSequence((run.config.seed, run.training.state.step, RANK))
+    mixed = np.random.SeedSequence((run.config.seed, run.state.step, RANK))
     set_seed(int(mixed.generate_state(1)[0]))
 
 
 def _check_finite(run: Run, steps: list[StepResult]) -> None:
     """Count the steps that were not taken; with on_non_finite=stop, raise on a non-finite one."""
-    state = run.training.state
+    state = run.state
     for number, step in enumerate(steps, state.step - len(steps) + 1):
         state.skipped += not step.taken
         if not step.finite and run.config.training.on_non_finite == "stop":
@@ -209,32 +190,29 @@ def _check_finite(run: Run, steps: list[StepResult]) -> None:
 
 def _save_result(run: Run, recorder: report.Recorder) -> None:
     """Save the weights of the best evaluation as `final/`; without evaluations, the last ones."""
-    training, checkpoints = run.training, recorder.checkpoints
-    step, best, reason = training.state.step, training.state.best_step, "the last step"
+    step, best, reason = run.state.step, run.state.best_step, "the last step"
     if best == step:
         reason = "the best evaluation"
     elif best is not None:
-        path = checkpoints / f"step-{best:08d}"
+        path = run.folder / "checkpoints" / f"step-{best:08d}"
         if distributed.on_main(checkpoint.find_damage, path) is None:
-            checkpoint.load_weights(training.model, path)
+            checkpoint.load_weights(run.model, path)
             step, reason = best, "the best evaluation"
         else:
             reason = f"the last step, as {path.name}, the best one, is gone or damaged"
-    output, weights = from_root(run.config.output_dir), strategy.gathered(training.model)
-    distributed.on_main(_write_final, run, output, weights, step)
+    distributed.on_main(_write_final, run, strategy.gathered(run.model), step)
     recorder.record_result(step, reason)
 
 
-def _write_final(run: Run, output: Path, weights: dict[str, Tensor], step: int) -> None:
+def _write_final(run: Run, weights: dict[str, Tensor], step: int) -> None:
     """Write `final/`, and the curve; keep the result of an earlier step as `final-step-N`."""
+    output, final = run.folder, run.folder / "final"
     draw_curves([output], output / "loss.png")
-    final = output / "final"
     if final.exists():  # of a finished run that was continued
         held = read_record(output).get("final_step", "unknown")
         if held == step:
             return
         final.rename(free_name(output / f"final-step-{held}"))
-    dtype = strategy.unwrapped(run.objective).dtype
     with new_folder(final) as folder:
-        save_model(run.training.model, run.tokenizer, folder, dtype, weights)
+        save_model(run.model, run.tokenizer, folder, run.dtype, weights)
         shutil.copy(output / "config.yaml", folder / RECIPE)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from textwrap import shorten
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from src.config import Config
@@ -14,12 +13,11 @@ from src.data.dataset import read_part, rows_to_evaluate
 from src.data.encoding import stop_token_ids
 from src.data.rows import Row, carries_loss
 from src.models.generation import generate
-from src.training.checkpoint import TrainState
+from src.training.checkpoint import Run
 from src.training.record import hide
 from src.training.report import say
-from src.training.strategy import unwrapped, within
+from src.training.strategy import within
 from src.utils.distributed import is_main
-from src.utils.environment import from_root
 from src.utils.errors import RunError, UserError
 
 
@@ -56,20 +54,18 @@ def questions(rows: Iterable[Row], tokenizer: Tokenizer) -> Iterator[tuple[Row, 
             yield row | {"messages": messages[:at]}, answer.strip()
 
 
-def make_sampler(
-    objective: nn.Module, tokenizer: Tokenizer, config: Config, state: TrainState
-) -> Callable[[], None]:
+def make_sampler(run: Run) -> Callable[[], None]:
     """Return what appends answers to `samples.jsonl` and prints the first; called before step 1."""
+    config, tokenizer, state = run.config, run.tokenizer, run.state
     prompts = sample_prompts(config, tokenizer)
     asked = [row["messages"] for row in prompts]
-    dtype = unwrapped(objective).dtype
-    length, path = config.evaluation.max_length, from_root(config.output_dir) / "samples.jsonl"
+    length, path = config.evaluation.max_length, run.folder / "samples.jsonl"
 
     def sample() -> None:
         if not prompts:
             return
         try:
-            answers = within(objective, generate, tokenizer, prompts, length, dtype=dtype)
+            answers = within(run.objective, generate, tokenizer, prompts, length, dtype=run.dtype)
         except UserError as error:  # training cuts a row, but its question is asked as a whole
             say(f"sample     none: {error}")
             return
@@ -86,16 +82,16 @@ def make_sampler(
     return sample
 
 
-def check_overfit(objective: nn.Module, config: Config, tokenizer: Tokenizer) -> None:
+def check_overfit(run: Run) -> None:
     """Check that the model gives the first answer that it trained on: mask, template, stop token.
 
     Raises:
         RunError: it gives another answer.
     """
-    rows, dtype = read_part(config.data.train, config.data), unwrapped(objective).dtype
-    for row, expected in islice(questions(rows, tokenizer), 1):
+    data, tokenizer = run.config.data, run.tokenizer
+    for row, expected in islice(questions(read_part(data.train, data), tokenizer), 1):
         room = len(tokenizer(expected)["input_ids"]) + 20  # to run on, if nothing stops it
-        answer = within(objective, generate, tokenizer, row, max_length=room, dtype=dtype)
+        answer = within(run.objective, generate, tokenizer, row, room, dtype=run.dtype)
         if answer.strip() != expected:
             raise RunError(
                 f"overfit not passed: row 1 says {expected!r}, the model {answer!r}. If the loss "

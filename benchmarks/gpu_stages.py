@@ -28,6 +28,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from compare import CUDA_CASES, LLAMA_8B, Bench, Measured, flops_per_token
@@ -395,13 +396,13 @@ def run_compile(c: Campaign) -> None:
     _against_eager(c, PLAIN, model, mixed=False)
 
 
-def settled(c: Campaign, model: Any, rows: int, length: int, checkpointing: bool | str) -> Any:
+def settled(model: Any, rows: int, length: int, checkpointing: bool | str) -> Any:
     """The model with its loss, after the decisions that a long run takes before step 1."""
     import torch
 
     from src.config import Config, DataConfig, ModelConfig, TrainingConfig
     from src.training.auto import prepare_layers
-    from src.training.checkpoint import Training
+    from src.training.checkpoint import TrainState
     from src.training.optimizer import make_optimizer
     from src.training.trainer import as_objective
 
@@ -411,9 +412,12 @@ def settled(c: Campaign, model: Any, rows: int, length: int, checkpointing: bool
         output_dir="unused", training=settings, data=DataConfig(train="unused", max_length=length),
         model=ModelConfig(name="unused", gradient_checkpointing=checkpointing),
     )  # fmt: skip
-    scaler = torch.amp.GradScaler(c.device, enabled=False)
-    training = Training(model, make_optimizer(model, settings), scaler, {})
-    prepare_layers(config, objective, training, True, 100_000)
+    run: Any = SimpleNamespace(
+        config=config, model=model, objective=objective, state=TrainState(),
+        optimizer=make_optimizer(model, settings), train=SimpleNamespace(packing=True),
+        total_steps=100_000,
+    )  # fmt: skip
+    prepare_layers(run)
     return objective
 
 
@@ -425,7 +429,7 @@ def run_defaults(c: Campaign) -> None:
     if not c.cpu:
         c.record("bf16 matmul", measure_matmul(), "TFLOP/s")
     name = f"{PLAIN}, default settings"
-    objective = settled(c, load(c, shape), 2, c.longest, "auto")
+    objective = settled(load(c, shape), 2, c.longest, "auto")
     speed(c, name, objective, mixed=False)
     if share := next((row.get("share") for row in c.rows() if row["name"] == name), None):
         c.record("default settings, share of the ceiling", share, goal=">= 0.68")
@@ -435,7 +439,7 @@ def run_defaults(c: Campaign) -> None:
         clear()
         _card_of(card)
         model = load(c, shape, quantization="4bit", gradient_checkpointing=checkpointing is True)
-        objective = settled(c, model, 4, length, checkpointing)
+        objective = settled(model, 4, length, checkpointing)
         rows = documents(shape["vocab_size"], length, 4 * length, mixed=True)
         found = train(c, objective, rows, 3, 6)
         rates.append(found.rate)

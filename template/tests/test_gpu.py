@@ -4,10 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch.amp import GradScaler
 from transformers import AutoConfig
 
 from conftest import ROOT, SMOKE, chat, load_model, tokens
@@ -15,7 +16,7 @@ from src.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConf
 from src.data.batching import collate_packed, full_batch, to_device
 from src.models.attention import varlen_attention
 from src.training.auto import prepare_layers, try_microbatches
-from src.training.checkpoint import Training
+from src.training.checkpoint import TrainState
 from src.training.optimizer import make_optimizer
 from src.training.trainer import StepResult, as_objective, evaluate, training_steps
 from src.utils.memory import GIB, gpu_memory, print_gpu_memory
@@ -237,20 +238,22 @@ def test_auto_recomputes_as_few_layers_as_a_small_card_needs(tokenizer, tmp_path
     peaks, total = {}, torch.cuda.mem_get_info()[1] / GIB
     for checkpointing in (True, False, "auto"):
         model = load(tmp_path, tokenizer, init="random", gradient_checkpointing=checkpointing)
-        objective = as_objective(model, torch.bfloat16)
-        training = Training(model, make_optimizer(model, TrainingConfig()), GradScaler("cuda"), {})
+        config = Config(
+            output_dir="-", model=ModelConfig(name="-", compile=False),
+            data=DataConfig(train="-", max_length=2048), training=TrainingConfig(batch_size=4),
+        )  # fmt: skip
+        run: Any = SimpleNamespace(
+            config=config, model=model, objective=as_objective(model, torch.bfloat16),
+            optimizer=make_optimizer(model, config.training), state=TrainState(),
+            train=SimpleNamespace(packing=True), total_steps=10,
+        )  # fmt: skip
         if checkpointing == "auto":
             room = (peaks[True] + peaks[False]) / 2
             torch.cuda.set_per_process_memory_fraction(room / 0.94 / total)
-            settings = {"data": DataConfig(train="-", max_length=2048), "output_dir": "-"}
-            config = Config(
-                model=ModelConfig(name="-", compile=False),
-                training=TrainingConfig(batch_size=4), **settings,
-            )  # fmt: skip
-            prepare_layers(config, objective, training, True, 10)
+            prepare_layers(run)
         batch = to_device(full_batch(4, 2048, packing=True), GPU)
         try:
-            trial = try_microbatches(objective, training, [batch])
+            trial = try_microbatches(run, [batch])
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         peaks[checkpointing] = trial.peak

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from src.models.attention import varlen_attention
 from src.models.model import compile_layers, decoder_layers, recompute_first
 from src.training import auto
 from src.training.auto import Trial, choose_layers, prepare_layers, try_microbatches
-from src.training.checkpoint import Training
+from src.training.checkpoint import TrainState
 from src.training.loss import Objective, chunk_gradient
 from src.training.optimizer import make_optimizer
 from src.training.trainer import as_objective, evaluate, train_epoch, training_steps
@@ -39,21 +40,26 @@ def objective_of(model) -> nn.Module:
     return as_objective(model, torch.float32)
 
 
-def training_of(model) -> Training:
-    settings = TrainingConfig(learning_rate=1e-2)
-    return Training(model, make_optimizer(model, settings), torch.amp.GradScaler("cpu"), {})
+def optimizer_of(model) -> torch.optim.Optimizer:
+    return make_optimizer(model, TrainingConfig(learning_rate=1e-2))
 
 
-def config_of(**model: object) -> Config:
-    return Config(
-        output_dir="unused", model=ModelConfig(name="unused", **model),
+def run_of(objective, packing=True, deterministic=False, **model: object) -> Any:
+    """What settling the layers reads of a run."""
+    config = Config(
+        output_dir="unused", model=ModelConfig(name="unused", **model), deterministic=deterministic,
         data=DataConfig(train="unused", max_length=64), training=TrainingConfig(batch_size=2),
+    )  # fmt: skip
+    return SimpleNamespace(
+        config=config, objective=objective, model=objective.model, state=TrainState(),
+        optimizer=optimizer_of(objective.model), train=SimpleNamespace(packing=packing),
+        total_steps=1000,
     )  # fmt: skip
 
 
 def losses(objective, data) -> list[float]:
     """Train on packed rows of few documents and of many."""
-    optimizer = training_of(objective.model).optimizer
+    optimizer = optimizer_of(objective.model)
     rows = [packed(data, some, budget=512) for some in ([0, 1, 2, 3], [4], [0] * 18)]
     assert len({len(row["cu_seq_lens_q"]) for row in rows}) > 1
     steps = training_steps(objective, rows, optimizer, None, CPU, dtype=torch.float32)
@@ -97,7 +103,7 @@ def test_no_more_layers_are_recomputed_than_memory_needs(
 def on_a_gpu(monkeypatch):
     """Settle as on a GPU of so many GiB: how many layers are recomputed, and are they compiled."""
 
-    def run(gib: float, packing=True, seconds=1.0, deterministic=False, **model: object):
+    def settle(gib: float, packing=True, seconds=1.0, deterministic=False, **model: object):
         config = AutoConfig.from_pretrained(ROOT / "configs/tiny", num_hidden_layers=4)
         built = AutoModelForCausalLM.from_config(config)
         layers, compiled = decoder_layers(built), []
@@ -115,14 +121,13 @@ def on_a_gpu(monkeypatch):
         monkeypatch.setattr(auto, "memory_limit", lambda _: gib)
         monkeypatch.setattr(auto, "to_device", lambda batch, _: batch)
         monkeypatch.setattr(auto, "compile_layers", lambda _: compiled.append(True))
-        training = SimpleNamespace(model=built, optimizer=SimpleNamespace(state={"a": "moment"}))
+        run = run_of(Objective(built, torch.bfloat16), packing, deterministic, **model)
+        run.optimizer = SimpleNamespace(state={"a": "moment"})
         monkeypatch.setattr(type(built), "device", torch.device("cuda"))
-        config = config_of(**model).model_copy(update={"deterministic": deterministic})
-        objective = Objective(built, torch.bfloat16)
-        prepare_layers(config, objective, training, packing, 1000)
+        prepare_layers(run)
         return len(layers) - kept(), bool(compiled)
 
-    return run
+    return settle
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ def test_what_auto_decides_is_printed_and_what_a_model_cannot_do_is_no_error(
 def test_on_a_cpu_auto_compiles_and_recomputes_nothing(make_model, monkeypatch) -> None:
     monkeypatch.setattr(auto, "try_microbatches", lambda *_: pytest.fail("nothing to try"))
     model = make_model()
-    prepare_layers(config_of(), objective_of(model), training_of(model), True, 1000)
+    prepare_layers(run_of(objective_of(model)))
     assert not any(layer.gradient_checkpointing for layer in decoder_layers(model))
 
 
@@ -174,11 +179,10 @@ def test_any_number_of_recomputed_layers_gives_the_same_losses(make_model, data)
 def test_trying_changes_no_weights_and_leaves_no_gradients(make_model) -> None:
     for packing in (True, False):
         model = make_model(lora=True, packing=packing)
-        training, objective = training_of(model), objective_of(model)
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         batch = full_batch(2, 64, packing)
         assert batch["labelled"] == 2 * 63, "all that a row can have"
-        trial = try_microbatches(objective, training, [batch] * 2)
+        trial = try_microbatches(run_of(objective_of(model)), [batch] * 2)
         assert trial.seconds > 0
         assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
         assert all(p.grad is None for p in model.parameters())
@@ -212,9 +216,8 @@ def test_compiled_layers_take_the_same_steps_and_no_shape_is_compiled_twice(
 def test_padded_rows_of_other_lengths_are_compiled_a_few_times_only(make_model, data) -> None:
     model, counter = make_model(packing=False), CompileCounterWithBackend("eager")
     compile_layers(model, counter)
-    training = training_of(model)
     rows = [padded(data, list(range(n))) for n in range(1, 12)]
-    train_epoch(objective_of(model), rows, training.optimizer, None, CPU, dtype=torch.float32)
+    train_epoch(objective_of(model), rows, optimizer_of(model), None, CPU, dtype=torch.float32)
     assert counter.frame_count <= 4
 
 
@@ -228,8 +231,7 @@ def test_where_compiling_fails_training_goes_on_eagerly_after_one_line(
     backend = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=broken)
     monkeypatch.setattr(auto, "compile_layers", partial(compile_layers, backend=backend))
     objective = objective_of(make_model(lora=True))
-    training = training_of(objective.model)
-    prepare_layers(config_of(compile=True), objective, training, True, 9)
+    prepare_layers(run_of(objective, compile=True))
     (line,) = capsys.readouterr().out.splitlines()
     assert re.match("compile    failed, so nothing is compiled: .*no C compiler$", line)
     assert losses(objective, data) == pytest.approx(expected, rel=1e-6)

@@ -13,13 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
-from src.config import Config
 from src.data.batching import full_batch, to_device
 from src.models.model import checkpoint_layers, compile_layers, decoder_layers, recompute_first
 from src.training import strategy
-from src.training.checkpoint import Training, trained_weights
+from src.training.checkpoint import Run, trained_weights
 from src.training.loss import chunk_gradient
 from src.training.optimizer import MOMENTS
 from src.training.report import say
@@ -41,51 +39,43 @@ class Trial:
     seconds: float  # of the last microbatch
 
 
-def prepare_layers(
-    config: Config, objective: nn.Module, training: Training, packing: bool, steps: int
-) -> None:
+def prepare_layers(run: Run) -> None:
     """Compile the layers, and recompute some of them, as the config says; `auto` measures.
-
-    Args:
-        config: its `model.compile` and `model.gradient_checkpointing` may be `auto`.
-        objective: the model with its loss, attention and head set.
-        training: the same model, with its optimizer.
-        packing: whether rows are packed: then all microbatches have one shape.
-        steps: how many are left.
 
     Raises:
         torch.OutOfMemoryError: a full microbatch does not fit.
     """
-    model, accumulation = training.model, config.training.gradient_accumulation_steps
+    config, model, steps_left = run.config, run.model, run.total_steps - run.state.step
+    accumulation = config.training.gradient_accumulation_steps
     if model.device.type == "cuda":
         clear_memory()
         on_main(print_gpu_memory, "memory    ", model.device)  # after loading
-    fitting, undecided = _undecided(config, model, packing)
+    fitting, undecided = _undecided(run)
     compiling = config.model.compile is True
-    if steps <= 0 or not (fitting or undecided or compiling):
+    if steps_left <= 0 or not (fitting or undecided or compiling):
         return
-    batch = full_batch(config.training.batch_size, config.data.max_length, packing)
+    batch = full_batch(config.training.batch_size, config.data.max_length, run.train.packing)
     batches = [to_device(batch, model.device)] * min(accumulation, 2)
-    attempt = partial(try_microbatches, objective, training, batches)
+    attempt = partial(try_microbatches, run, batches)
     if fitting:
         checkpoint_layers(model, config.model)
     if undecided:
         attempt()  # loads the kernels
-        compiling = _is_worth_compiling(attempt().seconds * accumulation * steps)
+        compiling = _is_worth_compiling(attempt().seconds * accumulation * steps_left)
     if not fitting:
         if compiling:
-            compile_all(objective, attempt)
+            compile_all(run, attempt)
         clear_memory()
         return
     layers, total = len(decoder_layers(model)), memory_limit(model.device)
-    moments = _gib_of_missing_moments(config, training)
+    moments = _gib_of_missing_moments(run)
     recompute = partial(recompute_first, model)
     choose = partial(choose_layers, attempt, recompute, layers, MARGIN * total - moments)
     recomputed, peak = choose()
     if compiling:
         if recomputed:  # so that both kinds of layers are compiled, and surely fit
             recompute(max(layers - 1, recomputed))
-        compile_all(objective, attempt)
+        compile_all(run, attempt)
         if recomputed:  # compiled layers take less
             recomputed, peak = choose()
     figures = f"at most {peak + moments:.1f} of {total:.1f} GiB"
@@ -93,15 +83,15 @@ def prepare_layers(
     clear_memory()  # the peak that is logged is then that of training
 
 
-def _gib_of_missing_moments(config: Config, training: Training) -> float:
+def _gib_of_missing_moments(run: Run) -> float:
     """GiB that the optimizer allocates in its first step."""
-    if training.optimizer.state:
+    if run.optimizer.state:
         return 0.0
-    weights = map(strategy.local, trained_weights(training.model).values())
-    return sum(p.numel() for p in weights) * MOMENTS[config.training.optimizer] / GIB
+    weights = map(strategy.local, trained_weights(run.model).values())
+    return sum(p.numel() for p in weights) * MOMENTS[run.config.training.optimizer] / GIB
 
 
-def _undecided(config: Config, model: Any, packing: bool) -> tuple[bool, bool]:
+def _undecided(run: Run) -> tuple[bool, bool]:
     """Whether to choose how many layers are recomputed, and whether they are compiled.
 
     Not every architecture can recompute layers one by one. Compiled layers must be known to be
@@ -109,14 +99,14 @@ def _undecided(config: Config, model: Any, packing: bool) -> tuple[bool, bool]:
     compiled; padded rows have many shapes. A deterministic run that is resumed must compute as
     before, however many steps are left.
     """
-    settings, layers = config.model, decoder_layers(model)
+    model, settings, layers = run.model, run.config.model, decoder_layers(run.model)
     on_gpu = model.device.type == "cuda" and bool(layers)
     each = all(hasattr(layer, "gradient_checkpointing") for layer in layers)
     can_recompute = each and model.supports_gradient_checkpointing
-    may_compile = packing and settings.quantization != "8bit" and not config.deterministic
+    may_compile = run.train.packing and settings.quantization != "8bit"
     return (
         on_gpu and settings.gradient_checkpointing == "auto" and can_recompute,
-        on_gpu and settings.compile == "auto" and may_compile,
+        on_gpu and settings.compile == "auto" and may_compile and not run.config.deterministic,
     )
 
 
@@ -128,17 +118,17 @@ def _is_worth_compiling(seconds: float) -> bool:
     return worth
 
 
-def compile_all(objective: nn.Module, attempt: Callable[[], Trial]) -> None:
+def compile_all(run: Run, attempt: Callable[[], Trial]) -> None:
     """Compile the layers and the loss, and try them; if that fails, run eagerly from here on.
 
     There may be no C compiler or no Triton, or Dynamo or Inductor cannot compile this architecture,
     perhaps in the backward pass only. Processes on unlike machines may not agree on that: then
     those that can compile wait for the others until `training.timeout`.
     """
-    bare = strategy.unwrapped(objective)
-    compile_layers(bare.model)
-    if bare.head is not None:
-        bare.head = bare.head._replace(gradient=torch.compile(chunk_gradient))
+    compile_layers(run.model)
+    objective = strategy.unwrapped(run.objective)
+    if objective.head is not None:
+        objective.head = objective.head._replace(gradient=torch.compile(chunk_gradient))
     started = time.perf_counter()
     try:
         attempt()
@@ -192,9 +182,7 @@ def choose_layers(
     return fits, peak
 
 
-def try_microbatches(
-    objective: nn.Module, training: Training, batches: list[dict[str, Any]]
-) -> Trial:
+def try_microbatches(run: Run, batches: list[dict[str, Any]]) -> Trial:
     """Forward and backward pass of each microbatch, without a step.
 
     Given two, the second runs beside gradients, as with accumulation.
@@ -204,14 +192,14 @@ def try_microbatches(
     try:
         for batch in batches:
             started = time.perf_counter()
-            loss = objective(batch)
+            loss = run.objective(batch)
             held = torch.cuda.memory_allocated() / GIB  # 0 where CUDA was not started
             loss.backward()
             loss.item()  # waits for the GPU
             seconds = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated() / GIB
     finally:
-        training.optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad(set_to_none=True)
     return Trial(*map(max, zip(*gather((held, peak, seconds)), strict=True)))
 
 

@@ -54,9 +54,7 @@ def run(config: Config) -> Path:
         prepared = _prepare(config, device)
         # From here on a signal waits for the end of a step, so that no training is lost.
         with StopSignal() as stop, report.Recorder(prepared) as recorder:
-            steps_left = prepared.total_steps - prepared.state.step
-            packing = prepared.train.packing
-            prepare_layers(config, prepared.objective, prepared, packing, steps_left)
+            prepare_layers(prepared)
             sample = make_sampler(prepared)
             _train(prepared, recorder, stop, sample)
             _save_result(prepared, recorder)

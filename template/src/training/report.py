@@ -221,13 +221,16 @@ class Recorder(AbstractContextManager):
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Write one line everywhere; keys as in `metrics.jsonl`."""
-        if distributed.is_main():
-            # A NaN is not JSON, so it is written as null.
-            line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-            line["time"] = round(time.time(), 3)
-            with (self._run.folder / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        # A NaN is not JSON, so it is written as null.
+        line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self.append(METRICS, line | {"time": round(time.time(), 3)})
         say(_line(metrics, self._run.total_steps))
+
+    def append(self, name: str, line: dict[str, Any]) -> None:
+        """Add a line to a file of JSON lines in the run's folder, without secrets."""
+        if distributed.is_main():
+            with (self._run.folder / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(hide(line), ensure_ascii=False) + "\n")
 
     def record_result(self, step: int, reason: str) -> None:
         """Record that `final/` holds the weights of this step, and why."""

@@ -55,7 +55,7 @@ def run(config: Config) -> Path:
         # From here on a signal waits for the end of a step, so that no training is lost.
         with StopSignal() as stop, report.Recorder(prepared) as recorder:
             prepare_layers(prepared)
-            sample = make_sampler(prepared)
+            sample = make_sampler(prepared, recorder)
             _train(prepared, recorder, stop, sample)
             _save_result(prepared, recorder)
         if config.training.overfit:

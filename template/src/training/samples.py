@@ -1,6 +1,5 @@
 """A few answers before the first step and at each evaluation: what a loss cannot say."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from textwrap import shorten
@@ -14,10 +13,8 @@ from src.data.encoding import stop_token_ids
 from src.data.rows import Row, carries_loss
 from src.models.generation import generate
 from src.training.checkpoint import Run
-from src.training.record import hide
-from src.training.report import say
+from src.training.report import Recorder, say
 from src.training.strategy import within
-from src.utils.distributed import is_main
 from src.utils.errors import RunError, UserError
 
 
@@ -54,12 +51,11 @@ def questions(rows: Iterable[Row], tokenizer: Tokenizer) -> Iterator[tuple[Row, 
             yield row | {"messages": messages[:at]}, answer.strip()
 
 
-def make_sampler(run: Run) -> Callable[[], None]:
+def make_sampler(run: Run, recorder: Recorder) -> Callable[[], None]:
     """Return what appends answers to `samples.jsonl` and prints the first; called before step 1."""
     config, tokenizer, state = run.config, run.tokenizer, run.state
-    prompts = sample_prompts(config, tokenizer)
+    prompts, length = sample_prompts(config, tokenizer), config.evaluation.max_length
     asked = [row["messages"] for row in prompts]
-    length, path = config.evaluation.max_length, run.folder / "samples.jsonl"
 
     def sample() -> None:
         if not prompts:
@@ -69,11 +65,8 @@ def make_sampler(run: Run) -> Callable[[], None]:
         except UserError as error:  # training cuts a row, but its question is asked as a whole
             say(f"sample     none: {error}")
             return
-        if is_main():
-            pairs = [{"prompt": p, "answer": a} for p, a in zip(asked, answers, strict=True)]
-            line = hide(json.dumps({"step": state.step, "samples": pairs}, ensure_ascii=False))
-            with path.open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+        pairs = [{"prompt": p, "answer": a} for p, a in zip(asked, answers, strict=True)]
+        recorder.append("samples.jsonl", {"step": state.step, "samples": pairs})
         when = " (before training)" * (state.step == 0)
         say(f"sample     {_short(asked[0][-1]['content'])} → {_short(answers[0])}{when}")
 

@@ -414,7 +414,7 @@ def settled(model: Any, rows: int, length: int, checkpointing: bool | str) -> An
     )  # fmt: skip
     run: Any = SimpleNamespace(
         config=config, model=model, objective=objective, state=TrainState(),
-        optimizer=make_optimizer(model, settings), train=SimpleNamespace(packing=True),
+        optimizer=make_optimizer(model, settings), train_loader=SimpleNamespace(packing=True),
         total_steps=100_000,
     )  # fmt: skip
     prepare_layers(run)

@@ -87,9 +87,9 @@ def work(name: str) -> None:
         shards = WORLD_SIZE if name == "fsdp" else 1
         flat = Objective(build(cpu), dtype) if name == "flat" else None
         objective = flat or strategy.distribute(build, shards, cpu, dtype)
-        strategy.within(objective, set_attention, "auto", True, dtype)
+        strategy.run_on_model(objective, set_attention, "auto", True, dtype)
         bare = strategy.unwrapped(objective)
-        bare.head = strategy.within(objective, find_plain_head, dtype)
+        bare.head = strategy.run_on_model(objective, find_plain_head, dtype)
         parameters: list[Any] = [p for p in objective.parameters() if p.requires_grad]
         batch = to_device(with_targets(short_row(3, TOKENS)), cpu)
         seconds, sent = [], []

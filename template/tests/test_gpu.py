@@ -245,7 +245,7 @@ def test_auto_recomputes_as_few_layers_as_a_small_card_needs(tokenizer, tmp_path
         run: Any = SimpleNamespace(
             config=config, model=model, objective=as_objective(model, torch.bfloat16),
             optimizer=make_optimizer(model, config.training), state=TrainState(),
-            train=SimpleNamespace(packing=True), total_steps=10,
+            train_loader=SimpleNamespace(packing=True), total_steps=10,
         )  # fmt: skip
         if checkpointing == "auto":
             room = (peaks[True] + peaks[False]) / 2

@@ -52,7 +52,7 @@ def run_of(objective, packing=True, deterministic=False, **model: object) -> Any
     )  # fmt: skip
     return SimpleNamespace(
         config=config, objective=objective, model=objective.model, state=TrainState(),
-        optimizer=optimizer_of(objective.model), train=SimpleNamespace(packing=packing),
+        optimizer=optimizer_of(objective.model), train_loader=SimpleNamespace(packing=packing),
         total_steps=1000,
     )  # fmt: skip
 

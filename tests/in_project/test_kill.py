@@ -72,8 +72,8 @@ def train_child(model: LlamaForCausalLM, ids: torch.Tensor, output: Path) -> Non
     loader.dataset = data
     parts = Run(
         model, optimizer, scaler, identify(config, Facts()), config=config, tokenizer=data,
-        objective=as_objective(model, torch.float32), dtype=torch.float32, train=loader,
-        evaluation=None, speed=Speed(1, 1, 1), total_steps=STEPS,
+        objective=as_objective(model, torch.float32), dtype=torch.float32, train_loader=loader,
+        eval_loader=None, speed=Speed(1, 1, 1), total_steps=STEPS,
     )  # fmt: skip
     torch.manual_seed(1)
     path = find_checkpoint("auto", output / "checkpoints")

@@ -50,11 +50,11 @@ def prepare_layers(run: Run) -> None:
     if model.device.type == "cuda":
         clear_memory()
         on_main(print_gpu_memory, "memory    ", model.device)  # after loading
-    fitting, undecided = _undecided(run)
+    fitting, undecided = what_auto_decides(run)
     compiling = config.model.compile is True
     if steps_left <= 0 or not (fitting or undecided or compiling):
         return
-    batch = full_batch(config.training.batch_size, config.data.max_length, run.train.packing)
+    batch = full_batch(config.training.batch_size, config.data.max_length, run.train_loader.packing)
     batches = [to_device(batch, model.device)] * min(accumulation, 2)
     attempt = partial(try_microbatches, run, batches)
     if fitting:
@@ -91,7 +91,7 @@ def _gib_of_missing_moments(run: Run) -> float:
     return sum(p.numel() for p in weights) * MOMENTS[run.config.training.optimizer] / GIB
 
 
-def _undecided(run: Run) -> tuple[bool, bool]:
+def what_auto_decides(run: Run) -> tuple[bool, bool]:
     """Whether to choose how many layers are recomputed, and whether they are compiled.
 
     Not every architecture can recompute layers one by one. Compiled layers must be known to be
@@ -103,7 +103,7 @@ def _undecided(run: Run) -> tuple[bool, bool]:
     on_gpu = model.device.type == "cuda" and bool(layers)
     each = all(hasattr(layer, "gradient_checkpointing") for layer in layers)
     can_recompute = each and model.supports_gradient_checkpointing
-    may_compile = run.train.packing and settings.quantization != "8bit"
+    may_compile = run.train_loader.packing and settings.quantization != "8bit"
     return (
         on_gpu and settings.gradient_checkpointing == "auto" and can_recompute,
         on_gpu and settings.compile == "auto" and may_compile and not run.config.deterministic,

@@ -109,8 +109,8 @@ class Run(Training):
     tokenizer: Tokenizer
     objective: nn.Module  # the model with its loss, wrapped for DDP or FSDP
     dtype: torch.dtype  # of matmuls
-    train: TokenLoader
-    evaluation: TokenLoader | None
+    train_loader: TokenLoader
+    eval_loader: TokenLoader | None
     speed: Speed
     total_steps: int  # of the whole run, those before a checkpoint included
 

@@ -70,7 +70,7 @@ class Objective(nn.Module):
             return summed_loss(self.model, batch, self.head)
 
     def call(self, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Run `work(model, …)`: see `src.training.strategy.within`."""
+        """Run `work(model, …)`: see `src.training.strategy.run_on_model`."""
         return work(self.model, *arguments, **options)
 
 

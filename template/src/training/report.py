@@ -65,7 +65,7 @@ def show_document(
 
 def describe(run: Run) -> None:
     """Print what is trained, on what, and how: before step 1."""
-    config, train, evaluation = run.config, run.train, run.evaluation
+    config, train, evaluation = run.config, run.train_loader, run.eval_loader
     settings, data, length = config.training, train.dataset, config.data.max_length
     lines = [*data_lines(data)]
     if evaluation:
@@ -103,7 +103,7 @@ def _model_lines(run: Run) -> Iterator[str]:
 
 def _warnings(run: Run) -> Iterator[str]:
     """Settings that are allowed but rarely intended."""
-    config, model, train = run.config, run.model, run.train
+    config, model, train = run.config, run.model, run.train_loader
     rate = config.training.learning_rate
     if config.data.packing and not train.packing:
         yield f"not packed: {model.config.model_type} would let packed documents see each other"
@@ -144,7 +144,7 @@ def measure(run: Run, steps: list[StepResult], seconds: float) -> dict[str, Any]
         steps: since the last line, with their tensors on the CPU.
         seconds: that these steps took.
     """
-    state, batches = run.state, run.train.sampler.batches  # of an epoch, over all processes
+    state, batches = run.state, run.train_loader.sampler.batches  # of an epoch, over all processes
     tokens, labelled = sum(s.tokens for s in steps), sum(s.labelled for s in steps)
     taken = [step for step in steps if step.taken]
     total = sum(float(step.loss) * step.labelled for step in taken)
@@ -188,7 +188,7 @@ class Recorder(AbstractContextManager):
             disable=None if distributed.is_main() else True,  # None: off where it is no terminal
         )  # fmt: skip
         if distributed.is_main():
-            loaders = {"train": run.train, "eval": run.evaluation}
+            loaders = {"train": run.train_loader, "eval": run.eval_loader}
             data = {part: loader.dataset for part, loader in loaders.items() if loader is not None}
             self._prepare_folder(data.values())
             tags = {f"fingerprint.{part}": d.facts.fingerprint[:16] for part, d in data.items()}
@@ -246,7 +246,7 @@ class Recorder(AbstractContextManager):
         if self._tracker:
             say(f"runs       {where_to_look(self._run.folder)}")
         # A model that was trained on plain text alone is asked without a chat template.
-        only_text = self._run.train.dataset.facts.read_as.keys() == {"text"}
+        only_text = self._run.train_loader.dataset.facts.read_as.keys() == {"text"}
         question = '--raw "a beginning"' if only_text else '"your question"'
         say(f"next       uv run scripts/inference.py {here}/final {question}")
 

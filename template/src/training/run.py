@@ -79,17 +79,18 @@ def _prepare(config: Config, device: torch.device) -> Run:
         TokenLoader, config=config, pad_id=tokenizer.pad_token_id, packing=packing,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
-    train, evaluation = make_loader(train_documents, shuffle=True), None
+    train_loader, eval_loader = make_loader(train_documents, shuffle=True), None
     if eval_documents is not None:
-        evaluation = make_loader(eval_documents, shuffle=False)
+        eval_loader = make_loader(eval_documents, shuffle=False)
     # The loss is scaled in fp16 only: bf16 has the range of fp32.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(
         model, make_optimizer(model, settings), scaler,
-        checkpoint.identify(config, train.dataset.facts),
-        config=config, tokenizer=tokenizer, objective=objective, dtype=dtype, train=train,
-        evaluation=evaluation, total_steps=count_steps(settings, len(train.sampler)),
-        speed=Speed(*count_flops(model, train.dataset.lengths), matmul_rate(device, dtype)),
+        checkpoint.identify(config, train_loader.dataset.facts),
+        config=config, tokenizer=tokenizer, objective=objective, dtype=dtype,
+        train_loader=train_loader, eval_loader=eval_loader,
+        total_steps=count_steps(settings, len(train_loader.sampler)),
+        speed=Speed(*count_flops(model, train_loader.dataset.lengths), matmul_rate(device, dtype)),
     )  # fmt: skip
     resumed = checkpoint.resume(run)
     if run.state.step > run.total_steps:
@@ -116,7 +117,7 @@ def _train(
         last, best = state.step >= run.total_steps, False
         stopping = stop.requested() and not last
         evaluating = not stopping and (last or state.is_due(settings.eval_every))
-        eval_loader = run.evaluation if evaluating else None
+        eval_loader = run.eval_loader if evaluating else None
         saving = stopping or last or state.is_due(settings.save_every)
         if eval_loader is None and not saving and not state.is_due(settings.log_every):
             continue
@@ -149,12 +150,12 @@ def _steps_of_all_epochs(run: Run) -> Iterator[StepResult]:
     if state.step >= run.total_steps or state.is_out_of_patience(settings):
         return
     scheduler = make_scheduler(run.optimizer, settings, run.total_steps, state.step)
-    sampler = run.train.sampler
+    sampler = run.train_loader.sampler
     _seed_step(run)
     while True:
         sampler.epoch, sampler.position = state.epoch, state.position
         for step in training_steps(
-            run.objective, run.train, run.optimizer, run.scaler, run.model.device,
+            run.objective, run.train_loader, run.optimizer, run.scaler, run.model.device,
             accumulation=settings.gradient_accumulation_steps,
             max_grad_norm=settings.max_grad_norm,
             skip_non_finite=settings.on_non_finite == "skip",

@@ -14,7 +14,7 @@ from src.data.rows import Row, carries_loss
 from src.models.generation import generate
 from src.training.checkpoint import Run
 from src.training.report import Recorder, say
-from src.training.strategy import within
+from src.training.strategy import run_on_model
 from src.utils.errors import RunError, UserError
 
 
@@ -61,7 +61,9 @@ def make_sampler(run: Run, recorder: Recorder) -> Callable[[], None]:
         if not prompts:
             return
         try:
-            answers = within(run.objective, generate, tokenizer, prompts, length, dtype=run.dtype)
+            answers = run_on_model(
+                run.objective, generate, tokenizer, prompts, length, dtype=run.dtype
+            )
         except UserError as error:  # training cuts a row, but its question is asked as a whole
             say(f"sample     none: {error}")
             return
@@ -84,7 +86,7 @@ def check_overfit(run: Run) -> None:
     data, tokenizer = run.config.data, run.tokenizer
     for row, expected in islice(questions(read_part(data.train, data), tokenizer), 1):
         room = len(tokenizer(expected)["input_ids"]) + 20  # to run on, if nothing stops it
-        answer = within(run.objective, generate, tokenizer, row, room, dtype=run.dtype)
+        answer = run_on_model(run.objective, generate, tokenizer, row, room, dtype=run.dtype)
         if answer.strip() != expected:
             raise RunError(
                 f"overfit not passed: row 1 says {expected!r}, the model {answer!r}. If the loss "

@@ -49,8 +49,8 @@ def build_objective(
     )  # fmt: skip
     objective = distribute(build, shards, device, dtype)
     attention = config.model.attention
-    packing = within(objective, set_attention, attention, config.data.packing, dtype)
-    unwrapped(objective).head = within(objective, find_plain_head, dtype)
+    packing = run_on_model(objective, set_attention, attention, config.data.packing, dtype)
+    unwrapped(objective).head = run_on_model(objective, find_plain_head, dtype)
     return objective, packing
 
 
@@ -131,15 +131,15 @@ def unwrapped(objective: nn.Module) -> Any:
     return objective.module if isinstance(objective, DistributedDataParallel) else objective
 
 
-def within(objective: nn.Module, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def run_on_model(objective: nn.Module, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Run `work(model, …)`, which runs the model, with FSDP's root parameters gathered."""
     objective = unwrapped(objective)
-    result = objective.call(work, *arguments, **options)
-    release(objective)
+    result = objective.call(work, *args, **options)
+    reshard(objective)
     return result
 
 
-def release(objective: nn.Module) -> None:
+def reshard(objective: nn.Module) -> None:
     """Shard FSDP's root parameters again, after forward passes without a backward pass.
 
     FSDP keeps them gathered for the backward pass, and an optimizer must not see them like that.
@@ -148,7 +148,7 @@ def release(objective: nn.Module) -> None:
         objective.reshard()
 
 
-def full(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

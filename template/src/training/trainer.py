@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from src.data.batching import to_device, with_targets
 from src.models.head import find_plain_head
@@ -56,7 +57,7 @@ def on_cpu(steps: list[StepResult]) -> list[StepResult]:
 
 
 def train_epoch(
-    model: nn.Module, loader: Iterable[dict[str, Any]], optimizer: torch.optim.Optimizer,
+    model: nn.Module, loader: Iterable[dict[str, Any]], optimizer: Optimizer,
     scaler: torch.amp.GradScaler | None, device: torch.device | str, **options: Any,
 ) -> float:  # fmt: skip
     """Train on every batch of a loader once; return the mean loss of a labelled token.
@@ -77,7 +78,7 @@ def train_epoch(
 
 
 def training_steps(
-    model: nn.Module, loader: Iterable[dict[str, Any]], optimizer: torch.optim.Optimizer,
+    model: nn.Module, loader: Iterable[dict[str, Any]], optimizer: Optimizer,
     scaler: torch.amp.GradScaler | None, device: torch.device | str, *, accumulation: int = 1,
     max_grad_norm: float | None = 1.0, dtype: torch.dtype = torch.bfloat16,
     skip_non_finite: bool = False,
@@ -119,7 +120,7 @@ def as_objective(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def train_step(
-    objective: nn.Module, batches: Iterable[dict[str, Any]], optimizer: torch.optim.Optimizer,
+    objective: nn.Module, batches: Iterable[dict[str, Any]], optimizer: Optimizer,
     scaler: torch.amp.GradScaler | None, device: torch.device, *, max_grad_norm: float | None,
     earlier_finite: Tensor | None = None,
 ) -> StepResult:  # fmt: skip
@@ -147,13 +148,13 @@ def train_step(
         scaler.unscale_(optimizer)
     # Without a limit the norm is measured only. The CPU does not wait for it.
     norm = nn.utils.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
-    norm, finite = strategy.full(norm), torch.isfinite(loss)
+    norm, finite = strategy.full_tensor(norm), torch.isfinite(loss)
     if not scaler.is_enabled():  # fp16 gradients may overflow; then the scaler skips the step
         finite = finite & torch.isfinite(norm)
     if earlier_finite is not None:
         finite = finite & earlier_finite
     if labelled:
-        _update(optimizer, scaler, finite)
+        _step_if_finite(optimizer, scaler, finite)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(
         loss, norm, finite, labelled,
@@ -163,7 +164,7 @@ def train_step(
     )  # fmt: skip
 
 
-def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, finite: Tensor) -> None:
+def _step_if_finite(optimizer: Optimizer, scaler: torch.amp.GradScaler, finite: Tensor) -> None:
     """Take the step if `finite`; the CPU waits for the GPU only where it must."""
     # adamw8bit uses torch.compile. A machine without a GPU may lack a compiler: there it is eager.
     # On a GPU the stance stays as it is: eager where compiling the layers has failed.
@@ -198,7 +199,7 @@ def evaluate(
         for batch in map(with_targets, loader):
             total += objective(to_device(batch, device))
             labelled += batch["labelled"]
-    strategy.release(objective)
+    strategy.reshard(objective)
     model.train(training)
     distributed.sum_tensor(total)
     labelled = distributed.all_sum(labelled)

@@ -21,7 +21,7 @@ from src.models.model import compile_layers, decoder_layers, recompute_first
 from src.training import auto
 from src.training.auto import Trial, choose_layers, prepare_layers, try_microbatches
 from src.training.checkpoint import TrainState
-from src.training.loss import Objective, chunk_gradient
+from src.training.loss import Objective, chunk_loss_and_grad
 from src.training.optimizer import make_optimizer
 from src.training.trainer import as_objective, evaluate, train_epoch, training_steps
 
@@ -239,10 +239,10 @@ def test_where_compiling_fails_training_goes_on_eagerly_after_one_line(
 
 def test_the_losss_gradient_is_the_same_where_it_is_compiled() -> None:
     logits, target = torch.randn(6, 50), torch.tensor([3, 0, -100, 49, 7, -100])
-    expected = chunk_gradient(logits, target)
+    expected = chunk_loss_and_grad(logits, target)
     real = logits.clone().requires_grad_()
     loss = torch.nn.functional.cross_entropy(real, target, reduction="sum")
     loss.backward()
-    compiled = torch.compile(chunk_gradient, backend="eager")(logits, target)
+    compiled = torch.compile(chunk_loss_and_grad, backend="eager")(logits, target)
     for found in (expected, compiled):
         torch.testing.assert_close(found, (loss.detach(), real.grad))

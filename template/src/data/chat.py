@@ -27,7 +27,7 @@ Span = tuple[int, int]  # of characters: start and end
 MARK = re.compile(r"Qzx(\d+)xzQ")  # letters and digits: templates neither trim nor escape them
 PARAMETERS = {"type": "object", "properties": {"at": {"type": "string"}}}
 LOOK = {"name": "look", "description": "Look something up.", "parameters": PARAMETERS}
-TOOL = {"type": "function", "function": LOOK}  # an example, to see how a template writes tools
+EXAMPLE = {"type": "function", "function": LOOK}  # a tool, to see how a template writes one
 
 
 class Rendered(NamedTuple):
@@ -110,7 +110,7 @@ def _beginning(
         start = text.find(role[0] if role else prompt, start, until)
         if start < 0:  # Llama 3.1 with tools gives the first message a user's header
             raise Rejected("the chat template writes an answer without the header of its prompt")
-    shared = _shared(text[start:until], prompt)
+    shared = _common_length(text[start:until], prompt)
     start += shared
     for token in turns.special.finditer(text, within[0], until):
         if token.start() < start < token.end():  # do not begin inside a special token
@@ -184,26 +184,27 @@ def turn_format(tokenizer: Tokenizer, template: str) -> TurnFormat:
     """
     special = _any_of(tokenizer.get_added_vocab())
     question, mark = {"role": "user", "content": "?"}, _mark(1)
-    asked, prompted = (chat_text(tokenizer, [question], prompt) for prompt in (False, True))
+    asked, with_prompt = (chat_text(tokenizer, [question], add) for add in (False, True))
     answer = {"role": "assistant", "content": mark}
     last, inner = _tails(tokenizer, [question, answer], question, None)
     closes = bool(special.search(last))  # else the next turn's first token ends a turn (GLM)
     answers, appended = _end_tokens(special, last, inner, closes), ""
     if answers and not closes:
         (token,) = answers
-        appended = inner[_shared(last, inner) : inner.index(token)] + token
+        appended = inner[_common_length(last, inner) : inner.index(token)] + token
     elif not answers:
         answers, appended = {str(tokenizer.eos_token)}, str(tokenizer.eos_token)
     function = {"name": "look", "arguments": {"at": mark}}
-    call = {"role": "assistant", "content": "", "tool_calls": [TOOL | {"function": function}]}
+    call = {"role": "assistant", "content": "", "tool_calls": [EXAMPLE | {"function": function}]}
     result = {"role": "tool", "name": "look", "content": "?"}
     try:
-        calls = _end_tokens(special, *_tails(tokenizer, [question, call], result, [TOOL]), closes)
-        prints_tools = chat_text(tokenizer, [question], True, [TOOL]) != prompted
+        tails = _tails(tokenizer, [question, call], result, [EXAMPLE])
+        calls = _end_tokens(special, *tails, closes)
+        prints_tools = chat_text(tokenizer, [question], True, [EXAMPLE]) != with_prompt
     except Rejected:  # a template without tools
         calls, prints_tools = set(), False
     return TurnFormat(
-        special, prompted[_shared(asked, prompted) :], _any_of(answers),
+        special, with_prompt[_common_length(asked, with_prompt) :], _any_of(answers),
         _any_of(calls or answers), appended, tuple(sorted(answers | calls)), prints_tools,
     )  # fmt: skip
 
@@ -224,7 +225,7 @@ def _tails(
 def _end_tokens(special: re.Pattern[str], last: str, inner: str, closes: bool) -> set[str]:
     """Return the tokens that end a turn, given the two texts that `_tails` returns."""
     final, following = special.findall(last), special.findall(inner)
-    shared = _shared(final, following)
+    shared = _common_length(final, following)
     if not closes:
         return {*following[shared : shared + 1]}
     if shared:
@@ -300,7 +301,7 @@ def _mark(number: int) -> str:
     return f"Qzx{number}xzQ"  # see MARK
 
 
-def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+def _common_length(one: Sequence[str], other: Sequence[str]) -> int:
     """Return the length of the longest common beginning."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -32,8 +32,8 @@ class PlainHead(NamedTuple):
     backbone: nn.Module
     linear: nn.Linear
     chunk: int = CHUNK  # rows of logits at a time
-    # `chunk_gradient` of src/training/loss.py, compiled; None: as it is
-    gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    # `chunk_loss_and_grad` of src/training/loss.py, compiled; None: as it is
+    loss_and_grad: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from src.data.batching import full_batch, to_device
 from src.models.model import checkpoint_layers, compile_layers, decoder_layers, recompute_first
 from src.training import strategy
 from src.training.checkpoint import Run, trained_weights
-from src.training.loss import chunk_gradient
+from src.training.loss import chunk_loss_and_grad
 from src.training.optimizer import MOMENTS
 from src.training.report import say
 from src.utils.distributed import WORLD_SIZE, gather, on_main
@@ -128,7 +128,7 @@ def compile_all(run: Run, attempt: Callable[[], Trial]) -> None:
     compile_layers(run.model)
     objective = strategy.unwrapped(run.objective)
     if objective.head is not None:
-        objective.head = objective.head._replace(gradient=torch.compile(chunk_gradient))
+        objective.head = objective.head._replace(loss_and_grad=torch.compile(chunk_loss_and_grad))
     started = time.perf_counter()
     try:
         attempt()

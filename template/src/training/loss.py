@@ -20,7 +20,7 @@ from src.models.head import PlainHead
 from src.utils.device import autocast
 
 
-def chunk_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def chunk_loss_and_grad(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return the summed loss of a chunk, and its gradient with respect to the logits.
 
     Args:
@@ -29,14 +29,14 @@ def chunk_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     dtype, logits = logits.dtype, logits.float()  # the name is reused, so the first is freed
     loss = _cross_entropy(logits, target)
-    delta, token = logits.softmax(-1), target.clamp(min=0)[:, None]
-    # delta becomes softmax - one_hot
+    grad, token = logits.softmax(-1), target.clamp(min=0)[:, None]
+    # grad becomes softmax - one_hot
     if torch.compiler.is_compiling():  # comparing instead of scattering gives one fused kernel
-        delta = delta - (torch.arange(delta.shape[1], device=delta.device) == token).float()
+        grad = grad - (torch.arange(grad.shape[1], device=grad.device) == token).float()
     else:
-        delta.scatter_add_(1, token, -torch.ones_like(token, dtype=delta.dtype))
-    delta *= (target != IGNORE)[:, None]
-    return loss, delta.to(dtype)
+        grad.scatter_add_(1, token, -torch.ones_like(token, dtype=grad.dtype))
+    grad *= (target != IGNORE)[:, None]
+    return loss, grad.to(dtype)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -119,19 +119,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if weight.requires_grad:  # it sums over all chunks, so in fp32: bf16 would round each sum
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = head.gradient or chunk_gradient
+        loss_and_grad = head.loss_and_grad or chunk_loss_and_grad
         for start in range(0, len(hidden), head.chunk):
             rows = slice(start, start + head.chunk)
             h, target = hidden[rows], targets[rows]
             if grad_hidden is None and grad_weight is None:
                 total += _cross_entropy(F.linear(h, weight), target)
                 continue
-            loss, delta = gradient(F.linear(h, weight), target)  # (chunk, vocabulary)
+            loss, grad = loss_and_grad(F.linear(h, weight), target)  # (chunk, vocabulary)
             total += loss
             if grad_hidden is not None:
-                grad_hidden[rows] = delta @ weight  # of weight.T autocast would keep no cast
+                grad_hidden[rows] = grad @ weight  # of weight.T autocast would keep no cast
             if grad_weight is not None:
-                grad_weight += delta.T @ h
+                grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

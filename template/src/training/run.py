@@ -122,7 +122,7 @@ def _train(
         if eval_loader is None and not saving and not state.is_due(settings.log_every):
             continue
         steps = on_cpu(steps)  # waits for the GPU
-        _check_finite(run, steps)
+        _count_skipped(run, steps)
         seconds = time.perf_counter() - started
         metrics = report.measure(run, steps, seconds)
         if eval_loader is not None:
@@ -173,7 +173,7 @@ def _seed_step(run: Run) -> None:
     set_seed(int(mixed.generate_state(1)[0]))
 
 
-def _check_finite(run: Run, steps: list[StepResult]) -> None:
+def _count_skipped(run: Run, steps: list[StepResult]) -> None:
     """Count the steps that were not taken; with on_non_finite=stop, raise on a non-finite one."""
     state = run.state
     for number, step in enumerate(steps, state.step - len(steps) + 1):

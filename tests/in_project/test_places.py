@@ -109,6 +109,15 @@ def test_output_that_nobody_reads_or_in_another_encoding_is_no_traceback() -> No
     assert (done.stdout, done.stderr, done.returncode) == ("? 0\n", "", 141)
 
 
+def test_a_printed_line_is_in_a_pipe_at_once() -> None:
+    code = (
+        "import os\nfrom src.utils.script import run_script\n"
+        "run_script(lambda _: [print('line'), os._exit(3)] and None)"  # which flushes nothing
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert (done.stdout, done.returncode) == ("line\n", 3)
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
     path = tmp_path / "a/b"
 

@@ -114,7 +114,10 @@ def test_a_printed_line_is_in_a_pipe_at_once() -> None:
         "import os\nfrom src.utils.script import run_script\n"
         "run_script(lambda _: [print('line'), os._exit(3)] and None)"  # which flushes nothing
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": ""}, check=False,
+    )  # fmt: skip
     assert (done.stdout, done.returncode) == ("line\n", 3)
 
 

@@ -191,7 +191,7 @@ def runs(tmp_path_factory, saved_model: Path, large_model: Path, base: Callable)
     four = [run("fsdp-to-four", 1, fsdp, resume), run("hsdp", 1, "training.strategy=hsdp")]
     work = json.dumps([str(folder), str(large_model), two, four])
     done = subprocess.run(
-        [sys.executable, __file__, work], cwd=ROOT, env=environment(), capture_output=True,
+        [sys.executable, "-u", __file__, work], cwd=ROOT, env=environment(), capture_output=True,
         text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -50,10 +50,10 @@ class ModelConfig(Section):
     # Any other name goes to transformers as it is, e.g. flash_attention_2.
     attention: NotEmpty = "auto"
     # Recompute activations in the backward pass instead of keeping them. true: in every layer, for
-    # 20 GiB instead of 40 and a third more time (LoRA on 8B, 2 x 4096 tokens). auto: on a GPU, in
+    # 20 GiB instead of 40 and a third more time (compiled LoRA on 8B, 2 x 4096). auto: on a GPU, in
     # as few layers as its memory needs, which is tried before step 1; on a CPU in none.
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    # Keep each layer's input in the host's memory: for very long rows, at some speed.
+    # Keep each layer's input in the host's memory: for very long rows, and slower.
     gradient_checkpointing_offload: bool = False
     # Compile the layers, for which torch needs a C compiler: 13 to 22 s at the start, then a
     # quarter more tokens a second, and 40 GiB instead of 62 (LoRA on 8B, 2 x 4096 tokens, H200).
@@ -80,7 +80,7 @@ class LoraConfig(Section):
     dora: bool = False
     # Dropout keeps one more copy of each layer's input: about +50 % activation memory.
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    # all-linear: every linear layer but the head, which beats attention only (QLoRA, 2023).
+    # all-linear: every linear layer but the head; better than attention alone (QLoRA, 2023).
     # In a mixture of experts PEFT adapts experts and router too, where it knows the architecture.
     target_modules: Sources = "all-linear"
     # Parameters outside of linear layers: experts that all-linear does not reach (training
@@ -123,9 +123,9 @@ class TrainingConfig(Section):
     """The optimisation, and what happens how often (all in optimizer steps)."""
 
     # Several processes: ddp, each has the whole model; fsdp, each a shard of it (also of moments
-    # and gradients); hsdp, a shard among those of a machine. auto: fsdp where ddp does not fit.
+    # and gradients); hsdp, shards in a machine, copies across. auto: fsdp where ddp does not fit.
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    # Seconds to wait for a process that hangs; work on the main process alone takes less.
+    # Seconds to wait for a process that hangs; more than the main process ever works alone.
     timeout: PositiveInt = 1800
     # A microbatch is batch_size x data.max_length tokens.
     batch_size: PositiveInt = 4
@@ -135,8 +135,8 @@ class TrainingConfig(Section):
     max_steps: PositiveInt | None = None
     # LoRA's usual rate, about ten times a full fine-tuning's: give 2e-5 with lora=null.
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
-    # adamw8bit, for full fine-tuning: moments in 8 bits, and where matmuls run in bf16 weights in
-    # bf16 too, updated with stochastic rounding (torchao). 6 bytes a weight instead of 18.
+    # adamw8bit, for full fine-tuning: 8-bit moments; with bf16 matmuls also bf16 weights, updated
+    # with stochastic rounding (torchao). 6 bytes a weight instead of 18.
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: NonNegativeInt = 0
@@ -148,7 +148,7 @@ class TrainingConfig(Section):
     log_every: PositiveInt = 10
     # null: once, at the end.
     eval_every: PositiveInt | None = None
-    # Stop after so many evaluations without a better loss; null: never.
+    # Stop after so many evaluations (see eval_every) without a better loss; null: never.
     patience: PositiveInt | None = None
     # null: a checkpoint only of the best evaluation, and at a signal.
     save_every: PositiveInt | None = 100
@@ -229,11 +229,13 @@ class Config(Section):
             yield "model.attention: varlen reads packed batches; set data.packing=true"
         if training.strategy in {"fsdp", "hsdp"} and (quantized or "8bit" in training.optimizer):
             yield "training.strategy: quantized weights and 8-bit moments are not sharded; use ddp"
+        if training.patience and not training.eval_every:
+            yield "training.patience: counts evaluations during training; set training.eval_every"
         if training.patience and not (self.data.eval or training.overfit):
             yield "training.patience: needs data.eval to measure progress on"
 
 
-# What a key means that nobody gives; of those that must be given, nothing.
+# The defaults; "-" stands for keys that must be given.
 DEFAULTS = Config(output_dir="-", model=ModelConfig(name="-"), data=DataConfig(train="-"))
 
 
@@ -317,7 +319,7 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
     return read, {key: f"{path}:{line}" for key, line in _lines(node)}
 
@@ -366,9 +368,9 @@ def _problems(error: ValidationError) -> Iterable[str]:
         elif kind == "missing":
             problems[key] = f"{key}: missing, and has no default"
         else:
-            # Where text or a list may stand, pydantic complains once of each, and the last name is
-            # the kind that it tried, such as "constrained-str".
-            key = ".".join(name for name in names if name.isidentifier())
+            # Where several types may stand, pydantic complains once of each, and the last name is
+            # the type that it tried, such as "constrained-str".
+            key = ".".join(name for name in names if name.isidentifier() and name != "bool")
             allowed = item["msg"].replace("Input should be", "expected")
             before = problems.get(key, f"{key}: {item['input']!r} is not allowed")
             problems[key] = f"{before}; {allowed}"

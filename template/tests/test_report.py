@@ -8,7 +8,7 @@ import scripts.inference
 from conftest import chat, metrics
 from src.config import load_config
 from src.training import loss as loss_module
-from src.training.record import rewind_metrics
+from src.training.record import drop_lines_after
 
 
 def test_a_run_leaves_what_it_promises(smoke: Path) -> None:
@@ -60,7 +60,7 @@ def test_metrics_are_rewound_to_a_step_past_a_line_that_a_crash_has_cut(tmp_path
     path = tmp_path / "metrics.jsonl"
     whole = '{"step": 2}\n{"step": 4, "answer": "one line\u2028to JSON, two to Python"}\n'
     path.write_text(whole + '{"step": 6}\n{"step": 8, "lo')
-    rewind_metrics(path, 4)
+    drop_lines_after(path, 4)
     assert path.read_text() == whole
 
 

@@ -164,6 +164,6 @@ def test_a_step_is_taken_when_its_result_is_asked_for(make_model, data) -> None:
     options = {"accumulation": 2, "dtype": torch.float32}
     steps = training_steps(model, batches, optimizer, None, CPU, **options)
     for step, rows in zip(steps, [[0, 1], [2, 3], [4]], strict=True):  # the last takes what is left
-        assert step.rows == rows
+        assert step.documents == rows
         assert not any(torch.equal(model.lm_head.weight, before) for before in weights)
         weights.append(model.lm_head.weight.detach().clone())

@@ -154,7 +154,7 @@ def test_what_auto_decides_is_printed_and_what_a_model_cannot_do_is_no_error(
 ):
     assert on_a_gpu(100) == (0, True)
     page = capsys.readouterr().out
-    assert "compile    yes: training takes 17 minutes without it, compiling 25 seconds once" in page
+    assert "compile    yes: training takes at most 17 min without it, compiling 25 s once" in page
     assert "memory     0 of 4 layers recomputed: at most 10.0 of 100.0 GiB" in page
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
     assert on_a_gpu(100) == (0, True), "and no error, as the config did not ask for it"

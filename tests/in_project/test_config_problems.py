@@ -25,6 +25,7 @@ def problems(path: str | Path, *overrides: str) -> list[str]:
         (["tracking.experiment=no"], "tracking.experiment: False is not allowed; expected a valid string"),
         (["lora={target_modules: []}"], "lora.target_modules: [] is not allowed; expected a valid string; List should have at least 1 item"),
         (["data.eval=5"], "data.eval: 5 is not allowed; expected a valid string; expected a valid list; expected less than 1"),
+        (["training.patience=3"], "training.patience: counts evaluations during training"),
         (["a.b.c=1"], "a: unknown key"),
         (["training.typo.c=1"], "training.typo: unknown key"),
         (["seed=[1"], "seed=[1: cannot be read: ParserError"),
@@ -40,6 +41,11 @@ def test_a_wrong_override_is_named_with_what_is_allowed(overrides, expected: str
     assert any(line.startswith(f"command line: {expected}") for line in found), found
 
 
+def test_a_value_that_no_type_takes_is_one_problem() -> None:
+    (line,) = problems(SMOKE, "model.compile=3")
+    assert line.startswith("command line: model.compile: 3 is not allowed")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -51,6 +57,7 @@ def test_a_wrong_override_is_named_with_what_is_allowed(overrides, expected: str
         ("seed: 1\nseed: 2", ":2: not valid YAML: found duplicate key"),
         ("output_dir: ${oc.env:NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
         ("a: !!python/object/apply:os.system [ls]", ":1: not valid YAML"),
+        ("output_dir: ${x", "cannot be read: GrammarParseError"),
         ("clé: 1", "cannot be read: UnicodeDecodeError"),
     ],
 )

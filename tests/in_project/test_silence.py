@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,15 +12,19 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import scripts.compare
-from conftest import chat, turn
+from conftest import SMOKE, chat, turn, write_lines
 from scripts.inference import _chat
 from scripts.plan import size_of_gpu
-from src.config import DEFAULTS, DataConfig, LoraConfig, ModelConfig, changed
-from src.data.answers import check_answers
+from src.config import DEFAULTS, DataConfig, LoraConfig, ModelConfig, changed, load_config
+from src.data.answers import check_answers, read_question
+from src.data.batching import collate_packed
+from src.data.dataset import Facts, load_tokens, read_part
 from src.models.adapters import add_adapters
 from src.models.model import load_tokenizer
 from src.tools.evaluate import write_evaluation
 from src.trained import find_trained
+from src.training import record
+from src.training.checkpoint import identify
 from src.training.record import read_metrics
 from src.utils.errors import UserError
 from src.utils.files import RECIPE
@@ -102,6 +107,76 @@ def test_a_checkpoint_can_be_copied_with_its_config(smoke: Path, tmp_path: Path)
     copy = shutil.copytree(newest, tmp_path / "kept")
     shutil.copy(smoke / "config.yaml", copy)
     assert find_trained(str(copy)).kind == "checkpoint"
+
+
+def test_a_column_that_is_mapped_makes_up_no_other_shape(tmp_path: Path) -> None:
+    raw = {"question": "q", "passage": "p", "answer": "a", "more": 1}
+    (tmp_path / "r.jsonl").write_text(json.dumps(raw))
+    columns = {"instruction": "question", "input": "passage", "output": "answer"}
+    (row,) = read(str(tmp_path / "r.jsonl"), columns=columns)
+    assert [m["content"] for m in row["messages"]] == ["q\n\np", "a"]
+    assert row["unread"] == ["more"]
+    assert read_question(raw, DataConfig(train="-", columns=columns))["unread"] == ["more"]
+
+
+def test_a_label_of_a_text_is_no_rejected_answer(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"text": "hello", "label": false}')
+    assert [row["text"] for row in read(str(tmp_path / "r.jsonl"))] == ["hello"]
+
+
+def test_a_large_share_holds_out_all_rows_but_one_at_the_most(tmp_path: Path) -> None:
+    write_lines(tmp_path / "r.jsonl", *[chat(f"q{n}", "a") for n in range(2)])
+    data = DataConfig(train=str(tmp_path / "r.jsonl"), eval=0.9)
+    assert [len([*read_part(data.train, data, part)]) for part in ("train", "eval")] == [1, 1]
+
+
+def test_the_labels_of_a_split_text_are_counted_as_the_loss_counts_them(
+    tmp_path, tokenizer
+) -> None:
+    write_lines(tmp_path / "r.jsonl", {"text": "word " * 20})
+    data = DataConfig(train=str(tmp_path / "r.jsonl"), max_length=8)
+    rows = load_tokens(data.train, tokenizer, data)
+    batch = collate_packed(rows[[*range(len(rows))]], 8 * len(rows), 8, 0)
+    assert len(rows) > 2
+    assert rows.facts.labelled_tokens == batch["labelled"]
+
+
+def test_adapters_do_not_go_on_as_all_weights(smoke: Path, tmp_path) -> None:
+    changes = ["model.init=pretrained", f"model.name={smoke / 'final'}"]
+    config = load_config(SMOKE, changes)
+    whole, adapted = (
+        identify(changed(config, [keys]), Facts()) for keys in ("lora=null", "lora.r=4")
+    )
+    assert {key for key in whole if whole[key] != adapted.get(key, whole[key])} == {"lora=null"}
+
+
+def test_a_diff_of_any_bytes_is_kept_and_that_of_an_earlier_start_is_not(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(record, "PROJECT_ROOT", tmp_path)
+    (tmp_path / "mine.py").write_text("# a")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True
+        )
+    (tmp_path / "mine.py").write_bytes("# é".encode("latin-1"))
+    (tmp_path / "run").mkdir()
+    diff = tmp_path / "run/uncommitted.diff"
+    record.start_record(tmp_path / "run", {}, {}, 0)
+    assert "+# \ufffd" in diff.read_text()
+    (tmp_path / "mine.py").write_text("# a")
+    record.start_record(tmp_path / "run", {}, {}, 0)
+    assert not diff.exists()
+
+
+def test_a_start_that_was_killed_before_its_first_checkpoint_leaves_no_samples(train) -> None:
+    options = ["training.max_steps=1", "training.save_every=null", "evaluation.samples=1"]
+    folder = train(*options)
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    train(*options, "training.resume=auto")
+    steps = [json.loads(line)["step"] for line in (folder / "samples.jsonl").open()]
+    assert steps == [0, 1]
 
 
 def test_what_an_earlier_version_trained_is_asked_though_a_key_is_gone(

@@ -174,7 +174,7 @@ def test_a_run_is_sent_once_and_whole_over_failures_and_restarts(
     (run,) = runs()
     assert (run.info.status, steps(run)) == ("KILLED", [2, 4, 6, 8, 10])
     assert len(warnings) == 1
-    (folder / "metrics.jsonl").unlink()  # as rewind_metrics would
+    (folder / "metrics.jsonl").unlink()  # as drop_lines_after would
     again = begin(tmp_path / "run", step=2, run_name="other")
     add(again, 2, 4, 6, 8, 10, 12)
     end(again, track(again))

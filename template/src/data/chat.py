@@ -1,10 +1,10 @@
 """Render a conversation as one text, and find what the assistant says in it, for any template.
 
 Chat templates trim and rewrite turns, drop earlier reasoning, and differ in how a turn ends. So
-as little as possible is assumed. A conversation is rendered three times:
+as little as possible is assumed. A conversation is rendered in three ways:
 1. with a marker in place of each message's text, which shows the template's own text;
 2. as it is: each message stands between the template's texts;
-3. up to each message before an answer, with the generation prompt, which shows where answers begin.
+3. cut before an answer, with the generation prompt, which shows where answers begin.
 """
 
 import json
@@ -45,15 +45,15 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
     token that ends the turn. It holds the reasoning that the template kept, the answer and calls.
 
     Raises:
-        Rejected: the template refuses the conversation, leaves out or changes what the assistant
-            says, or writes a turn of the assistant without the header or the end of other turns.
+        Rejected: the template refuses the conversation, leaves out a message, changes an answer,
+            depends on content or time, or writes an answer without its header or end of turn.
     """
     if MARK.search(str(messages)):
         raise Rejected("the row holds text such as Qzx1xzQ, which is a marker here; change it")
     template = str(tokenizer.chat_template)
     turns = turn_format(tokenizer, template)
     text, places, marked = _locate(messages, tools, tokenizer)
-    # What a prompt after a message depends on: its role, the blanks behind its marker, its calls.
+    # What decides the prompt after a message: its role, the blanks after its marker, its calls.
     kinds = [(m["role"], MARK.split(m["content"])[2:], m.get("tool_calls") or []) for m in marked]
     spans, prompted, end = [], True, 0  # end: of the previous message
     for number, message in enumerate(messages):
@@ -62,11 +62,11 @@ def render(messages: list[Message], tools: list[dict] | None, tokenizer: Tokeniz
             end = place[1] if place else end
             continue
         next_start = next((later[0] for later in places[number + 1 :] if later), len(text))
-        prompt = None  # after calls of tools: it does not begin where the message's text ends
+        prompt = None  # search for the header; after tool calls `end` is not its place
         if number and (before := places[number - 1]) and not kinds[number - 1][2]:
             end = before[1]
-            # To render all that comes before each answer would be quadratic in turns. The prompt
-            # depends on the previous message's kind only: render it after the first of that kind.
+            # Rendering everything before each answer is quadratic in turns. The prompt depends only
+            # on the kind of the previous message: render it after the first one of that kind.
             first = kinds.index(kinds[number - 1])
             shorter = json.dumps([marked[: first + 1], tools], default=str)
             prompt = _skeleton(shorter, tokenizer, template, prompt=True)[-1]
@@ -97,9 +97,8 @@ def _beginning(
     Args:
         text: of the conversation.
         within: where the answer's header and reasoning stand.
-        prompt: the generation prompt at this place. Before earlier answers its last part, such as
-            <think>, may be missing: templates drop it together with old reasoning. None: the
-            template's header of an answer is searched for.
+        prompt: the generation prompt here. Earlier answers may lack its last part, such as
+            <think>: templates drop it with old reasoning. None: search for the header.
         turns: of the template.
     """
     start, until = within
@@ -159,8 +158,8 @@ class TurnFormat(NamedTuple):
         special: a pattern of the tokenizer's special tokens.
         header: what the generation prompt adds to a question.
         end_of_answer, end_of_calls: patterns of the tokens that end an answer, and calls of tools.
-        appended: text to add after the last turn. Where the next turn's first token ends a turn
-            (GLM), up to that token; where the template writes no end, EOS; else nothing.
+        appended: text to add after the last turn: up to the next turn's first token where that
+            token ends a turn (GLM); EOS where the template writes no end; else empty.
         end_tokens: all end tokens, of answers and of calls.
         prints_tools: whether it writes the tools that it is given.
     """
@@ -212,14 +211,14 @@ def turn_format(tokenizer: Tokenizer, template: str) -> TurnFormat:
 def _tails(
     tokenizer: Tokenizer, messages: list[Message], then: Message, tools: list[dict] | None
 ) -> tuple[str, str]:
-    """Return the text after the marker: where its turn is the last, and where `then` follows."""
+    """Return the text after the marker: with its turn last, and with `then` after it."""
     last, inner = (
         chat_text(tokenizer, [*messages, *more], False, tools).rpartition(_mark(1))
         for more in ([], [then])
     )
     if not last[1]:
         raise Rejected("the chat template leaves out or changes what the assistant says")
-    return last[2], inner[2] if inner[1] else last[2]  # some drop the marked turn there
+    return last[2], inner[2] if inner[1] else last[2]  # some templates drop the turn
 
 
 def _end_tokens(special: re.Pattern[str], last: str, inner: str, closes: bool) -> set[str]:

@@ -24,16 +24,16 @@ from src.utils.environment import hf_home
 from src.utils.errors import RunError, UserError
 from src.utils.files import new_folder, write_text
 
-MANY = 1000  # rows, from which on a share of their hashes is close to a share of the rows
+MANY = 1000  # rows; above it a share of hashes is close to a share of rows
 ROWS_AT_ONCE = 1000  # the tokenizer runs a list of texts in parallel
 TOKENS, LENGTHS, FACTS, LEFT_OUT = "tokens.bin", "lengths.bin", "facts.json", "left_out.jsonl"
 Part = Literal["all", "train", "eval"]
 
 
 class Document(NamedTuple):
-    """A row as tokens; both arrays have the shape (length,), int32."""
+    """A row, or a part of a long text, as tokens: int32 arrays of shape (length,)."""
 
-    row: int  # its index in the dataset
+    row: int  # the document's index in the dataset
     input_ids: np.ndarray
     labels: np.ndarray
 
@@ -64,8 +64,8 @@ class TokenDataset:
         self.lengths = np.fromfile(folder / LENGTHS, np.int32)
         self._folder = folder
         self._bounds = np.concatenate([[0], self.lengths.cumsum(dtype=np.int64)])
-        # Given the shape, numpy refuses a file that is too short. As an array: slices of memmaps
-        # carry bookkeeping that takes longer than reading the tokens.
+        # With a shape, numpy refuses a file that is too short. asarray: slicing a memmap takes
+        # longer than reading the tokens.
         self._tokens = np.asarray(np.memmap(folder / TOKENS, TOKEN, "r", shape=self._bounds[-1]))
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ def load_tokens(
 
     Raises:
         UserError: rows that cannot be used, or none from which anything can be learnt.
-        RunError: the tokens cannot be written: no room, or no right to.
+        RunError: the tokens cannot be written: no room, or no permission.
     """
     names = expand(sources)
     code = sorted(Path(__file__).parent.glob("*.py"))  # other code can make other tokens
@@ -155,8 +155,8 @@ def read_part(
     """Return the usable rows of some sources, or of a part where `data.eval` is a share of them.
 
     Rows are divided by their content, so that equal rows are never in both parts. Of up to MANY
-    rows the share is met as exactly as whole rows allow. Of more it is met on average, and rows
-    that are added later move no other row to the other part.
+    rows the share is met to the nearest row, equal rows aside. Of more it is met on average, and
+    rows that are added later move no other row to the other part.
     """
     rows = chain.from_iterable(read_rows(name, data, left_out) for name in expand(sources))
     if part == "all":
@@ -165,7 +165,7 @@ def read_part(
     limit = int(share * 2**64)  # rows with a hash below this are held out
     if len(first) <= MANY:
         hashes = sorted(map(_row_hash, first))
-        held_out = max(1, round(share * len(hashes)))
+        held_out = min(max(1, round(share * len(hashes))), len(hashes) - 1)
         limit = next((h for h in hashes[held_out:] if h > hashes[0]), 0)
     return (row for row in chain(first, rows) if (_row_hash(row) < limit) == (part == "eval"))
 
@@ -191,7 +191,7 @@ def _tokenise(
                 lengths.append(len(document))
                 file.write(document.tobytes())
                 digest.update(document.tobytes())
-                facts.labelled_tokens += int((document["labels"] != IGNORE).sum())
+                facts.labelled_tokens += int((document["labels"][1:] != IGNORE).sum())
         check(left_out, data)
         if not lengths:
             raise UserError(f"{', '.join(names)}, {part} rows: {no_rows(left_out)}")

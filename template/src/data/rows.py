@@ -12,7 +12,7 @@ from src.data.sources import expand, raw_rows, reader_of
 from src.utils.errors import UserError, first_line
 
 MAX_PROBLEMS = 20  # that are printed: enough to see a pattern, few enough to read
-MANY_ROWS = 1000  # rows left out, after each of which the unusable ones are checked
+MANY_ROWS = 1000  # after each so many rows left out, check for unusable ones
 FIRST_ROWS = 100  # usable rows that are read before torch is imported
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
@@ -22,7 +22,7 @@ ROLES = {
 }  # fmt: skip
 SHAREGPT = {"from": "role", "value": "content"}
 LOSS = ("weight", "train", "trainable")  # of a message: OpenAI's, axolotl's; 0 or false is no loss
-# The columns that a row is read from, as datasets call them; the first shape that is there counts.
+# Columns that a row is read from, by datasets' names; the first shape that matches counts.
 SHAPES = (
     ("messages",), ("conversations",), ("conversation",),
     ("prompt", "completion"), ("prompt", "response"), ("question", "answer"),
@@ -141,18 +141,21 @@ def read_row(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
         raise raw
     if not isinstance(raw, dict):
         raise Rejected(f"a row must be an object, not {type(raw).__name__}")
-    columns = {k: v for k, v in (data.columns or {}).items() if needs_answer or k not in ANSWERS}
+    columns = data.columns or {}
+    mapped = {k: v for k, v in columns.items() if needs_answer or k not in ANSWERS}
     try:
-        row = _present(adapt(raw | {ours: raw[theirs] for ours, theirs in columns.items()}))
+        row = _present(adapt(raw | {ours: raw[theirs] for ours, theirs in mapped.items()}))
     except Exception as error:  # noqa: BLE001 - the user's code, on this row
         reason = f"data.columns, or adapt() in src/data/rows.py: {first_line(error)}"
         raise Rejected(f"{reason}; the row has {[*raw]}") from None
-    if row.pop("label", True) is False:  # KTO's
-        raise Rejected("`label` is false: an answer that was rejected", EMPTY)
+    # The names that were mapped are gone: they could make up another shape.
+    row = {name: row[name] for name in row if name in columns or name not in columns.values()}
     needed = 1 + needs_answer  # columns of a shape
     shape = next((shape for shape in SHAPES if row.keys() >= {*shape[:needed]}), None)
     if shape is None:
         raise Rejected(f"has {[*row]}; a row needs {EXPECTED}; data.columns maps other names")
+    if len(shape) == 2 and row.pop("label", True) is False:  # KTO's
+        raise Rejected("`label` is false: an answer that was rejected", EMPTY)
     # Columns that are read are popped: the rest is unread.
     if shape == ("text",):
         read = {"text": _text(row, "text")}
@@ -166,8 +169,7 @@ def read_row(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
         json.dumps(read, ensure_ascii=False, default=str).encode()
     except (ValueError, RecursionError) as error:
         raise Rejected(f"cannot be written as UTF-8: {error}") from None
-    unread = [name for name in row if name not in columns.values()]
-    return read | {"read_as": " and ".join(shape), "unread": unread}
+    return read | {"read_as": " and ".join(shape), "unread": [*row]}
 
 
 def _text(row: Row, name: str) -> str:

@@ -1,7 +1,7 @@
 """Decide what `auto` leaves open: whether layers are compiled, and how many are recomputed.
 
 Both are decided before step 1, by microbatches of made-up tokens that are full and wholly labelled:
-no later microbatch takes more memory. Neither changes the result, but compiled layers round
+no later microbatch takes more memory. Recomputing changes no result; compiled layers round
 differently.
 """
 
@@ -95,7 +95,7 @@ def what_auto_decides(run: Run) -> tuple[bool, bool]:
     """Whether to choose how many layers are recomputed, and whether they are compiled.
 
     Not every architecture can recompute layers one by one. Compiled layers must be known to be
-    faster: bitsandbytes' 8-bit matmul asks the host in every layer, and was never measured
+    faster: bitsandbytes' 8-bit matmul waits for the GPU in every layer, and was never measured
     compiled; padded rows have many shapes. A deterministic run that is resumed must compute as
     before, however many steps are left.
     """
@@ -113,7 +113,7 @@ def what_auto_decides(run: Run) -> tuple[bool, bool]:
 def _is_worth_compiling(seconds: float) -> bool:
     """Whether compiling saves more time than it costs in a run of so many seconds."""
     worth = SAVED * seconds > COMPILE_SECONDS
-    cost = f"{seconds / 60:,.0f} minutes without it, compiling {COMPILE_SECONDS:.0f} seconds once"
+    cost = f"at most {seconds / 60:,.0f} min without it, compiling {COMPILE_SECONDS:.0f} s once"
     say(f"compile    {'yes' if worth else 'no'}: training takes {cost}")
     return worth
 
@@ -160,7 +160,7 @@ def choose_layers(
     """
     recompute(layers)
     every = attempt()
-    fits, fails, peak, each = layers, -1, every.peak, math.inf  # counts; GiB; GiB a layer
+    fits, fails, peak, per_layer = layers, -1, every.peak, math.inf  # counts; GiB; GiB a layer
     count = layers - 1
     while fails < count < fits:
         recompute(count)
@@ -172,10 +172,10 @@ def choose_layers(
             trial = Trial(0.0, math.inf, 0.0)
         if trial.peak <= limit:
             fits, peak = count, trial.peak
-            each = max((trial.held - every.held) / (layers - count), 1e-6)
+            per_layer = max((trial.held - every.held) / (layers - count), 1e-6)
         else:
             fails = count
-        count = max(fits - int((limit - peak) / each), 0)
+        count = max(fits - int((limit - peak) / per_layer), 0)
         if count <= fails:  # the estimate was wrong
             count = (fits + fails + 1) // 2
     recompute(fits)

@@ -90,7 +90,7 @@ class Training:
     state: TrainState = field(default_factory=TrainState)
 
     def moments(self) -> dict[str, Tensor]:
-        """What the optimizer keeps for the weights that train, by a weight's name and its own."""
+        """The optimizer's state of the trained weights, by `weight/state`."""
         moments = {}
         for weight_name, weight in trained_weights(self.model).items():
             for key, kept in self.optimizer.state.get(weight, {}).items():
@@ -126,12 +126,15 @@ def trained_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def identify(config: Config, data: Facts) -> dict[str, Any]:
-    """What makes two runs the same one: the model, the data and the geometry of a step."""
+    """What a resumed run must share: IDENTITY, the data and the batches of a step."""
     same = {k: v for k, v in flatten(config.model_dump()).items() if k.startswith(IDENTITY)}
-    rows = f"{config.data.train} ({data.fingerprint[:12]})"
-    # So 2 processes that accumulate 4 go on where 8 processes accumulated none.
-    batches = config.training.gradient_accumulation_steps * WORLD_SIZE
-    return same | {"data.train": rows, "gradient_accumulation_steps x processes": batches}
+    return same | {
+        "lora=null": config.lora is None,
+        "data.train": f"{config.data.train} ({data.fingerprint[:12]})",
+        # So 2 processes that accumulate 4 go on where 8 processes accumulated none.
+        "gradient_accumulation_steps x processes":
+            config.training.gradient_accumulation_steps * WORLD_SIZE,
+    }  # fmt: skip
 
 
 def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
@@ -148,7 +151,7 @@ def save_checkpoint(training: Training, folder: Path, keep: int) -> Path:
 
 
 def _write(training: Training, folder: Path) -> None:
-    """The main process writes everything, but for shards, which each process writes itself."""
+    """Write all from the main process, except shards: each process writes its own."""
     gather(None)  # the folder is made
     # Of the optimizer its moments alone: learning rate and decay are configuration, and the rate
     # follows from the step. Saved, they would overrule the configuration of a resumed run.
@@ -212,7 +215,7 @@ def load_checkpoint(training: Training, path: Path) -> None:
     It may have been saved by more or fewer processes, and with another strategy.
     """
     record, saved = _record(path), _sizes(path / MOMENTS)
-    # A step makes the moments, in the optimizer's own form. Then all that it changed is read.
+    # A step creates the moments in the optimizer's format; loading overwrites what it changed.
     for name, weight in trained_weights(training.model).items():
         if f"{name}/step" in saved:  # else it never had a gradient
             weight.grad = torch.zeros_like(weight)
@@ -295,7 +298,7 @@ def find_damage(path: Path, skip_folder: str = "") -> str | None:
 
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Delete old checkpoints, but not the best one, and nothing before a newer one is whole."""
+    """Delete all but the newest `keep` and the best; call it once a newer one is whole."""
     for path in sorted(folder.glob(STEPS), reverse=True)[keep:]:
         if path.name != f"step-{best_step or -1:08d}":
             shutil.rmtree(path, ignore_errors=True)  # a crash here leaves one that is damaged

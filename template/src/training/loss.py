@@ -89,14 +89,14 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], head: PlainHead | None)
     hidden = head.backbone(**inputs, use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1)[positions]  # (labels, hidden)
     weight = head.linear.weight
-    if not torch.is_grad_enabled():  # requires_grad stays set: its gradient would be computed
+    if not torch.is_grad_enabled():  # requires_grad is still True: skip its gradient
         weight = weight.detach()
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, head)
 
 
 def _logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
-    """Logits of shape (labels, vocabulary); if the model can, computed at these positions alone."""
-    one_row = inputs["input_ids"].shape[0] == 1  # logits_to_keep has one set for all rows
+    """Logits of shape (labels, vocabulary); of one row, no others are computed if the model can."""
+    one_row = inputs["input_ids"].shape[0] == 1  # logits_to_keep is one set for all rows
     if one_row and "logits_to_keep" in inspect.signature(base_of(model).forward).parameters:
         return model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
     return model(**inputs, use_cache=False).logits.flatten(0, 1)[positions]
@@ -129,7 +129,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss, grad = loss_and_grad(F.linear(h, weight), target)  # (chunk, vocabulary)
             total += loss
             if grad_hidden is not None:
-                grad_hidden[rows] = grad @ weight  # of weight.T autocast would keep no cast
+                grad_hidden[rows] = grad @ weight  # autocast caches no cast of a view (weight.T)
             if grad_weight is not None:
                 grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)

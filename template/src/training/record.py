@@ -60,8 +60,11 @@ def start_record(
         print(f"warning: {RECORD} has no commit, because git fails here: see `git status`")
     write_text(folder / "config.yaml", OmegaConf.to_yaml(hide(written)))
     _write(folder, facts | {"status": "RUNNING", "tags": tags})
-    if changes := git("diff", "HEAD"):
-        write_text(folder / "uncommitted.diff", hide(changes[:MAX_DIFF]))
+    changes, diff = git("diff", "HEAD"), folder / "uncommitted.diff"
+    if changes:
+        write_text(diff, hide(changes[:MAX_DIFF]))
+    else:  # of an earlier start
+        diff.unlink(missing_ok=True)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def provenance() -> dict[str, str]:
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
             tags[name] = version(name)
-    # The template's version; no such file, or one with conflict markers or without this answer.
+    # The template's version. The file may be missing, in conflict or without this answer.
     with suppress(OSError, yaml.YAMLError, KeyError, TypeError):
         answers = yaml.safe_load((PROJECT_ROOT / ".copier-answers.yml").read_text("utf-8"))
         tags["template"] = str(answers["_commit"])
@@ -143,12 +146,12 @@ def git(*words: str) -> str | None:
     """What a git command prints in this project; None where it fails, or there is no git."""
     with suppress(OSError, SubprocessError):
         command = ["git", "-C", str(PROJECT_ROOT), *words]
-        return check_output(command, stderr=DEVNULL, text=True, timeout=20).strip()
+        return check_output(command, stderr=DEVNULL, errors="replace", timeout=20).strip()
     return None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all whole lines of a file of JSON lines; a crash may have cut the last one."""
+    """Return the lines of a file of JSON lines that are whole and have a step."""
     lines = []
     # Not splitlines(): an answer may have a separator that ends a line for Python, not for JSON.
     for line in path.read_text("utf-8").split("\n") if path.exists() else []:
@@ -159,7 +162,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def rewind_metrics(path: Path, step: int) -> None:
+def drop_lines_after(path: Path, step: int) -> None:
     """Drop the lines after `step`: a resumed run takes those steps again."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)

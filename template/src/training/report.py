@@ -19,7 +19,7 @@ from src.data.dataset import Document, TokenDataset
 from src.models.adapters import adapted_names, frozen_experts
 from src.training.checkpoint import Run
 from src.training.optimizer import rate_factor
-from src.training.record import hide, rewind_metrics, start_record, update_record
+from src.training.record import drop_lines_after, hide, start_record, update_record
 from src.training.tracking import Tracker, where_to_look
 from src.training.trainer import StepResult
 from src.utils import distributed
@@ -81,7 +81,7 @@ def describe(run: Run) -> None:
     )
     say(
         f"schedule   steps: {run.total_steps:,}, an epoch: {-(-len(train.sampler) // window):,}; "
-        f"{settings.scheduler} from {settings.learning_rate:g}, {settings.warmup_steps} warm-up"
+        f"{settings.scheduler} from {settings.learning_rate:g}, warm-up {settings.warmup_steps}"
     )
     for warning in _warnings(run):
         say(f"warning: {warning}")
@@ -110,7 +110,7 @@ def _warnings(run: Run) -> Iterator[str]:
     if config.lora is None and config.model.init == "pretrained" and rate > 1e-4:
         yield f"training.learning_rate={rate:g} suits LoRA; use about 2e-5 to train all weights"
     if config.lora and (experts := ", ".join(frozen_experts(model))):
-        yield f"experts get no adapters; lora.target_parameters=[{experts}] adds some"
+        yield f"experts get no adapters; lora.target_parameters=[{experts}] adds them"
     if (warmup := config.training.warmup_steps) > run.total_steps:
         yield f"training.warmup_steps={warmup}: training ends before the rate reaches {rate:g}"
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -132,7 +132,7 @@ def describe_resume(run: Run, path: Path) -> None:
     elif saved is not None and not math.isclose(saved, rate, rel_tol=0.01):
         say(
             f"warning: after step {state.step} the learning rate jumps from {saved:.2g} to "
-            f"{rate:.2g}, as the schedule is another one: set training.learning_rate to fit"
+            f"{rate:.2g}, because the schedule changed: adjust training.learning_rate"
         )
 
 
@@ -168,7 +168,7 @@ def measure(run: Run, steps: list[StepResult], seconds: float) -> dict[str, Any]
 
 
 class Recorder(AbstractContextManager):
-    """Writes lines of numbers everywhere: `metrics.jsonl` first, then the terminal and MLflow.
+    """Writes a run's files and prints its lines; a tracker sends the files to MLflow.
 
     A context manager around everything that writes into the run's folder. In the end it writes
     whether the run finished, failed or was stopped. Processes other than the main one write
@@ -181,7 +181,7 @@ class Recorder(AbstractContextManager):
     _tracker: Tracker | None = None
 
     def __init__(self, run: Run) -> None:
-        """Prepare the folder for the steps after this one; start the record and the tracker."""
+        """Prepare the folder for the run's next steps; start the record and the tracker."""
         self._run = run
         self.bar = tqdm(
             total=run.total_steps, initial=run.state.step, unit="step", dynamic_ncols=True,
@@ -197,11 +197,11 @@ class Recorder(AbstractContextManager):
                 self._tracker = Tracker(run.folder, say)
 
     def _prepare_folder(self, data: Iterable[TokenDataset]) -> None:
-        """Write which rows were left out, and put aside what an earlier run has of later steps."""
+        """Write the rows left out; drop an earlier run's later lines, rename its checkpoints."""
         folder, step = self._run.folder, self._run.state.step
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, "samples.jsonl"):
-            rewind_metrics(folder / name, step)
+            drop_lines_after(folder / name, step or -1)  # answers before step 1 are made again
         for path in sorted(folder.glob(f"checkpoints/{STEPS}")):  # damaged, or of steps taken again
             if int(path.name[-8:]) > step:
                 path.rename(free_name(path))
@@ -220,8 +220,8 @@ class Recorder(AbstractContextManager):
             self._tracker.close()
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Write one line everywhere; keys as in `metrics.jsonl`."""
-        # A NaN is not JSON, so it is written as null.
+        """Append a line to `metrics.jsonl`, and print it."""
+        # NaN and infinity are not JSON: they are written as null.
         line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self.append(METRICS, line | {"time": round(time.time(), 3)})
         say(_line(metrics, self._run.total_steps))

@@ -105,7 +105,7 @@ def _prepare(config: Config, device: torch.device) -> Run:
 def _train(
     run: Run, recorder: report.Recorder, stop: StopSignal, sample: Callable[[], None]
 ) -> None:
-    """Train to the last step, early stopping or a signal; decide when to log, evaluate and save."""
+    """Train until the last step, early stopping or a signal; log, evaluate and save when due."""
     state, settings = run.state, run.config.training
     steps, started = [], time.perf_counter()
     for step in _steps_of_all_epochs(run):
@@ -133,8 +133,8 @@ def _train(
         recorder.log(metrics)  # before saving: metrics.jsonl has every line up to a checkpoint
         if eval_loader is not None:
             sample()
-        # At a signal; where save_every is set, when due and at the end; at a new best loss, but
-        # for the last one, which `final/` holds.
+        # Save at a signal; if save_every is set, when due and at the end; and at a new best loss,
+        # except at the end, where `final/` holds it.
         if stopping or (settings.save_every and (saving or last)) or (best and not last):
             save_checkpoint(run, run.folder / "checkpoints", settings.keep_checkpoints)
         if stopping:
@@ -167,7 +167,7 @@ def _steps_of_all_epochs(run: Run) -> Iterator[StepResult]:
 
 
 def _seed_step(run: Run) -> None:
-    """Seed the next step, so that a resumed run draws the same dropout; each process its own."""
+    """Seed this process's next step, so that a resumed run draws the same dropout."""
     # Not seed + step: then seed 43 at step 0 would draw what seed 42 draws at step 1.
     mixed = np.random.SeedSequence((run.config.seed, run.state.step, RANK))
     set_seed(int(mixed.generate_state(1)[0]))
@@ -181,9 +181,10 @@ def _count_skipped(run: Run, steps: list[StepResult]) -> None:
         if not step.finite and run.config.training.on_non_finite == "stop":
             raise RunError(
                 f"step {number}: the loss or a gradient is not finite; the step was not taken. "
-                f"This process's batches held documents {step.rows} of data.train (counted from "
-                "0, without rows that were left out). Lower training.learning_rate, correct the "
-                "rows, or set training.on_non_finite=skip to go on without such steps"
+                f"This process's batches held documents {step.documents} of the training set, "
+                "counted from 0 after rows are left out, held out or split. Lower "
+                "training.learning_rate, correct the rows, or set training.on_non_finite=skip to "
+                "go on without such steps"
             )
 
 

@@ -154,12 +154,12 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of it."""
+    """This process's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors to save of a model; of a sharded one, in the main process's host memory alone."""
+    """The tensors to save; sharded ones are gathered in the main process's host memory."""
     once = dict(model.named_parameters()) | dict(model.named_buffers())  # tied weights are one
     if not any(isinstance(tensor, DTensor) for tensor in once.values()):
         return model.state_dict()

@@ -28,12 +28,12 @@ class StepResult:
     loss: Tensor  # fp32 scalar: mean over the labelled tokens of all microbatches and ranks
     grad_norm: Tensor  # before clipping
     # bool: loss and gradients are finite (fp16: the loss only). Unless `skip_non_finite` is set,
-    # those of earlier steps were too.
+    # also False after an earlier non-finite step of the same epoch.
     finite: Tensor
     labelled: int  # tokens with loss, all ranks
     tokens: int  # real tokens, all ranks
     microbatches: int  # of this rank
-    rows: list[int]  # dataset indices in this rank's microbatches, for error messages
+    documents: list[int]  # dataset indices in this rank's microbatches, for error messages
     learning_rate: float
     waited: float = 0.0  # seconds spent waiting for data
 
@@ -126,7 +126,7 @@ def train_step(
 ) -> StepResult:  # fmt: skip
     """One step: count labels → forward and backward of each microbatch → check → update.
 
-    `earlier_finite`: False if an earlier step was not finite; then the weights stay as they are.
+    `earlier_finite`: False: this step changes no weights. None: earlier steps do not count.
 
     The divisor is the number of labels in all microbatches on all ranks, known before the
     first backward pass. Averaging the microbatches' means instead gives tokens in sparsely
@@ -137,14 +137,14 @@ def train_step(
     labelled = int(distributed.all_sum(sum(b["labelled"] for b in batches)))
     loss = torch.zeros((), device=device)
     for number, batch in enumerate(batches, 1):
-        # DDP sums gradients over processes at the last microbatch only. FSDP ignores this: it sums
-        # at each one, or every process would hold whole gradients.
+        # DDP sums gradients over processes at the last microbatch only. FSDP ignores this and sums
+        # at each one; otherwise every process would hold unsharded gradients.
         vars(objective)["require_backward_grad_sync"] = number == len(batches)
         share = objective(to_device(batch, device)) / max(labelled, 1)
         scaler.scale(share).backward()
         loss += share.detach()
     distributed.sum_tensor(loss)
-    if labelled:  # a step without labels skips scaler.update(), and unscale_ runs once for each
+    if labelled:  # unscale_ may run once per scaler.update(), which is skipped without labels
         scaler.unscale_(optimizer)
     # Without a limit the norm is measured only. The CPU does not wait for it.
     norm = nn.utils.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
@@ -159,15 +159,15 @@ def train_step(
     return StepResult(
         loss, norm, finite, labelled,
         tokens=int(distributed.all_sum(sum(b["tokens"] for b in batches))),
-        microbatches=len(batches), rows=[row for b in batches for row in b.get("rows", [])],
+        microbatches=len(batches), documents=[row for b in batches for row in b.get("rows", [])],
         learning_rate=float(optimizer.param_groups[0]["lr"]),
     )  # fmt: skip
 
 
 def _step_if_finite(optimizer: Optimizer, scaler: torch.amp.GradScaler, finite: Tensor) -> None:
     """Take the step if `finite`; the CPU waits for the GPU only where it must."""
-    # adamw8bit uses torch.compile. A machine without a GPU may lack a compiler: there it is eager.
-    # On a GPU the stance stays as it is: eager where compiling the layers has failed.
+    # adamw8bit calls torch.compile. A machine without a GPU may lack a compiler: run eagerly there.
+    # On a GPU keep the stance, which is eager if compiling the layers failed.
     with nullcontext() if finite.is_cuda else torch.compiler.set_stance("force_eager"):
         if scaler.is_enabled():
             if finite:  # the loss is; scaler.step looks at the gradients

@@ -97,7 +97,7 @@ def test_a_nan_stops_before_the_step_and_names_the_rows(train, poisoned, monkeyp
         return step
 
     monkeypatch.setattr(trainer, "train_step", watch)
-    with pytest.raises(RunError, match=r"documents \[.*\b3\b.*\] of data.train") as error:
+    with pytest.raises(RunError, match=r"documents \[.*\b3\b.*\] of the training set") as error:
         train(poisoned, "training.log_every=8", "training.max_steps=8", "data.packing=false")
     assert "training.on_non_finite=skip" in str(error.value)
     first = [finite for finite, _ in weights_after_each].index(False) + 1

@@ -154,7 +154,7 @@ def mistaken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         mistake(place)
         places[place] = guard
     words = [word for pair in places.items() for word in pair]
-    run(sys.executable, "-c", FORKS, *words, cwd=whole, HF_HOME=str(whole))
+    run(sys.executable, "-c", FORKS, *words, cwd=whole, HF_HOME=str(whole), OMP_NUM_THREADS="1")
     return {place.name: (place / "output.txt").read_text() for place in places}
 
 

@@ -80,8 +80,6 @@ def find_trained(name: str, base: str | None = None) -> Trained:
         found = _in_folder(from_root(name), base)
     elif is_local(name):
         raise UserError(f"{name}: no such folder; training prints where its model is")
-    if found.kind == "adapter" and found.base == found.name:
-        raise UserError(f"{found.name}: its {ADAPTER} names no base model; give it with --base")
     if base and found.kind == "model":
         raise UserError(f"--base goes with an adapter or a checkpoint; {name} is a whole model")
     source = from_root(found.base)
@@ -90,6 +88,8 @@ def find_trained(name: str, base: str | None = None) -> Trained:
     for place in (from_root(found.name), source):
         if problems := [*folder_problems(place, str(place))]:
             raise UserError(*problems)
+    if found.kind == "adapter" and found.base == found.name:
+        raise UserError(f"{found.name}: its {ADAPTER} names no base model; give it with --base")
     return found
 
 

@@ -21,6 +21,8 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # cuBLAS reads it when CUDA starts, which may be long before a test wants a deterministic run.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as load_environment does
+# Tiny models: more threads would spend their time waiting, above all where others use the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Tokens are cached under HF_HOME: the user's own cache stays as it is.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ["HF_HOME"] = _HF_HOME.name
@@ -77,14 +79,6 @@ def make_once(request: pytest.FixtureRequest, tmp_path_factory) -> Callable[...,
         return folder
 
     return call
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    # Tiny models: threads would spend their time waiting, above all where others use the cores.
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def free_port() -> int:
 
 def environment() -> dict[str, str]:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    return {**os.environ, "PYTHONPATH": paths}
 
 
 def in_forks(processes: int, work: Callable[..., None], *arguments: object) -> None:
@@ -294,12 +294,12 @@ def test_loading_takes_the_memory_of_one_model_and_not_of_each_process(runs, lar
 
 
 def test_a_process_that_hangs_is_named(tmp_path, start) -> None:
-    options = ["training.epochs=2000", "training.save_every=5", "training.timeout=10"]
+    options = ["training.epochs=2000", "training.save_every=5", "training.timeout=5"]
     process = start("hung", TWO, *options)
     wait_for(tmp_path / "hung/checkpoints/step-00000005", process)
     worker = workers(process)[1]
     os.kill(worker, signal.SIGSTOP)
-    told, lines = "error: training.timeout: rank 1 did not answer within 10 s", []
+    told, lines = "error: training.timeout: rank 1 did not answer within 5 s", []
     for line in process.stdout:
         lines.append(line)
         if told in line:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import scripts.compare
@@ -191,6 +192,7 @@ def test_what_an_earlier_version_trained_is_asked_though_a_key_is_gone(
 
 def test_an_adapter_that_names_no_base_says_how_to_name_it(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="names no base model; give it with --base"):
         find_trained(str(tmp_path))
 

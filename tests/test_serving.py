@@ -21,7 +21,7 @@ QUESTION = "What does LoRA train?"
 EXPORTED = """
 import sys
 import scripts.train, scripts.export, scripts.inference
-quick = ["training.epochs=15", "tracking.enabled=false", "device=cpu"]
+quick = ["training.epochs=8", "tracking.enabled=false", "device=cpu"]
 scripts.train.main(["configs/smoke.yaml", *quick])
 scripts.export.main(["outputs/smoke", "exported"])
 print("says")

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -206,7 +205,8 @@ def fault(request, tmp_path, monkeypatch, mlflow_database) -> Iterator[None]:
     uri, port = "http://user:canary@127.0.0.1:{}", 9
     with ExitStack() as stack:
         if request.param == "is locked":
-            uri = f"sqlite:///{shutil.copy(mlflow_database, tmp_path / 'locked.db')}"
+            copied = shutil.copy(mlflow_database, tmp_path / "locked.db")
+            uri = f"sqlite:///{copied}?timeout=1"  # 5 s else
             held = stack.enter_context(closing(sqlite3.connect(tmp_path / "locked.db")))
             held.execute("BEGIN EXCLUSIVE")
         elif request.param == "answers 501":
@@ -323,36 +323,27 @@ def test_a_project_is_tracked_in_any_folder_and_says_what_to_do_after_a_move(
     assert "config.yaml" in kept
 
 
-# One interpreter imports everything and forks: four that import MLflow take a minute of CPU.
-FOUR_RUNS = """
-import os, sys
-from pathlib import Path
-from urllib.request import urlopen
-import mlflow
-import test_tracking as t
-def start(folder):
-    if pid := os.fork():
-        return pid
-    t.begin(folder)
-    t.add(folder, 1, 2, 3)
-    t.tracking.CLOSE_SECONDS = 120
-    warnings = []
-    t.end(folder, t.track(folder, warnings.append), "KILLED")
-    os._exit(len(warnings))
-children = [start(Path(sys.argv[1], str(number))) for number in range(4)]
-sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
-"""
+def run_once(folder: Path) -> None:
+    """A whole run; exits with the number of its warnings."""
+    warnings: list[str] = []
+    record = begin(folder)
+    add(record, 1, 2, 3)
+    tracking.CLOSE_SECONDS = 120
+    end(record, track(record, warnings.append), "KILLED")
+    sys.exit(len(warnings))
 
 
 @pytest.mark.slow  # MLflow makes its tables
 def test_four_runs_that_start_at_once_on_a_fresh_store_all_arrive(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'fresh.db'}")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
-    done = subprocess.run(
-        [sys.executable, "-c", FOUR_RUNS, tmp_path],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    # Forks of this process: four that import MLflow take a minute of CPU.
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=run_once, args=[tmp_path / str(n)]) for n in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 4
     assert [steps(run) for run in runs()] == [[1, 2, 3]] * 4
 
 

@@ -242,7 +242,8 @@ DEFAULTS = Config(output_dir="-", model=ModelConfig(name="-"), data=DataConfig(t
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Config:
     """Read a YAML file, apply `key=value` overrides, and validate everything.
 
-    `stored`: a run wrote the file, perhaps before an update that removed keys: they are ignored.
+    `stored`: a run wrote the file, perhaps before an update that removed keys, which are ignored,
+    or that refuses some together.
 
     Returns:
         The typed config. Its `written` is the same as plain data, with every `${…}` as it was
@@ -267,7 +268,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, stored: bool
         return f"{places.get(key, path)}: {problem}"
 
     try:
-        config = _validated(merged, "ignore" if stored else "forbid")
+        config = _validated(_resolved(merged), "ignore" if stored else "forbid")
+        if not stored and (problems := [*config.contradictions()]):
+            raise UserError(*problems)
     except UserError as error:
         raise UserError(*map(located, error.problems)) from None
     written: Any = OmegaConf.to_container(OmegaConf.merge(config.model_dump(), merged))
@@ -292,10 +295,17 @@ def changed(config: Config, keys: list[str], section: str = "") -> Config:
     Raises:
         UserError: with one line per problem.
     """
-    merged = _merge(config.model_dump(), keys)
+    changes = _resolved(_merge({}, keys))
     if others := [key for key in keys if not key.startswith(section)]:
         raise UserError(*(f"command line: {key}: only {section} keys go here" for key in others))
-    return _validated(merged)
+    return _validated(_updated(config.model_dump(), changes))
+
+
+def _updated(tree: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """A tree with the leaves of another one; not by OmegaConf, which would read `${…}` again."""
+    old = tree if isinstance(tree, dict) else {}
+    new = {k: _updated(old.get(k), v) if isinstance(v, dict) else v for k, v in changes.items()}
+    return old | new
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -337,16 +347,18 @@ def _merge(values: Any, overrides: Sequence[str]) -> Any:
     return merged
 
 
-def _validated(values: Any, extra: Literal["ignore", "forbid"] = "forbid") -> Config:
+def _resolved(values: Any) -> Any:
     try:
-        config = Config.model_validate(OmegaConf.to_container(values, resolve=True), extra=extra)
+        return OmegaConf.to_container(values, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+
+
+def _validated(values: Any, extra: Literal["ignore", "forbid"] = "forbid") -> Config:
+    try:
+        return Config.model_validate(values, extra=extra)
     except ValidationError as error:
         raise UserError(*_problems(error)) from None
-    if problems := [*config.contradictions()]:
-        raise UserError(*problems)
-    return config
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:

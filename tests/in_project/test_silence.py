@@ -17,6 +17,8 @@ from conftest import SMOKE, chat, turn, write_lines
 from scripts.inference import _chat
 from scripts.plan import size_of_gpu
 from src.config import DEFAULTS, DataConfig, LoraConfig, ModelConfig, changed, load_config
+from src.data import answers
+from src.data import rows as rows_module
 from src.data.answers import check_answers, read_question
 from src.data.batching import collate_packed
 from src.data.dataset import Facts, load_tokens, read_part
@@ -25,6 +27,7 @@ from src.models.model import load_tokenizer
 from src.tools.evaluate import write_evaluation
 from src.trained import find_trained
 from src.training import record
+from src.training import run as run_module
 from src.training.checkpoint import identify
 from src.training.record import read_metrics
 from src.utils.errors import UserError
@@ -120,9 +123,36 @@ def test_a_column_that_is_mapped_makes_up_no_other_shape(tmp_path: Path) -> None
     assert read_question(raw, DataConfig(train="-", columns=columns))["unread"] == ["more"]
 
 
-def test_a_label_of_a_text_is_no_rejected_answer(tmp_path: Path) -> None:
-    (tmp_path / "r.jsonl").write_text('{"text": "hello", "label": false}')
-    assert [row["text"] for row in read(str(tmp_path / "r.jsonl"))] == ["hello"]
+def test_columns_beside_those_that_are_mapped_are_read_as_before(
+    tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "r.jsonl").write_text('{"question": "q", "context": "c", "answer": "a"}')
+    for columns in ({"input": "context"}, {"prompt": "question"}):
+        (row,) = read(str(tmp_path / "r.jsonl"), columns=columns)
+        assert [m["content"] for m in row["messages"]] == ["q\n\nc", "a"]
+    (tmp_path / "r.jsonl").write_text('{"input": "i", "query": "q", "output": "o"}')
+    adapt = lambda raw: {"instruction": raw["query"], "input": raw["text"], "output": raw["output"]}  # noqa: E731
+    monkeypatch.setattr(rows_module, "adapt", adapt)
+    (row,) = read(str(tmp_path / "r.jsonl"), columns={"text": "input"})
+    assert [m["content"] for m in row["messages"]] == ["q\n\ni", "o"]
+
+
+def test_a_label_of_a_text_is_no_rejected_answer_and_that_of_messages_is(tmp_path: Path) -> None:
+    rejected = chat("q", "a") | {"label": False}
+    write_lines(tmp_path / "r.jsonl", {"text": "hello", "label": False}, rejected)
+    (row,) = read(str(tmp_path / "r.jsonl"))
+    assert row["text"] == "hello"
+
+
+def test_keys_of_the_data_are_changed_whatever_the_rest_of_the_config_is(tmp_path: Path) -> None:
+    text = Path(SMOKE).read_text().replace("training:", "training:\n  patience: 3")
+    (tmp_path / "c.yaml").write_text(text + "evaluation: {prompts: ['\\${x}']}\n")
+    with pytest.raises(UserError, match=r"training\.patience"):
+        load_config(tmp_path / "c.yaml")
+    config = load_config(tmp_path / "c.yaml", stored=True)
+    data = changed(config, ["data.columns.prompt=p", "data.columns.completion=c"], "data.").data
+    assert data.columns == {"prompt": "p", "completion": "c"}
+    assert data.train == config.data.train
 
 
 def test_a_large_share_holds_out_all_rows_but_one_at_the_most(tmp_path: Path) -> None:
@@ -166,8 +196,24 @@ def test_a_diff_of_any_bytes_is_kept_and_that_of_an_earlier_start_is_not(
     record.start_record(tmp_path / "run", {}, {}, 0)
     assert "+# \ufffd" in diff.read_text()
     (tmp_path / "mine.py").write_text("# a")
+    record.start_record(tmp_path / "run", {}, {}, 1)
+    assert diff.exists(), "of the first steps of this run"
     record.start_record(tmp_path / "run", {}, {}, 0)
     assert not diff.exists()
+    diff.write_text("mine")
+    monkeypatch.setattr(record, "git", lambda *_: None)
+    record.start_record(tmp_path / "run", {}, {}, 0)
+    assert diff.exists(), "git fails"
+
+
+def test_a_record_that_somebody_removed_hides_no_other_error(train, monkeypatch) -> None:
+    def fail(run, *_: object) -> None:
+        (run.folder / "record.json").unlink()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(run_module, "save_checkpoint", fail)
+    with pytest.raises(ZeroDivisionError):
+        train("training.max_steps=1")
 
 
 def test_a_start_that_was_killed_before_its_first_checkpoint_leaves_no_samples(train) -> None:
@@ -197,12 +243,17 @@ def test_an_adapter_that_names_no_base_says_how_to_name_it(tmp_path: Path) -> No
         find_trained(str(tmp_path))
 
 
-def test_answers_and_reports_find_their_place_before_a_model_is_loaded(tmp_path: Path) -> None:
+def test_answers_and_reports_find_their_place_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch
+) -> None:
     (tmp_path / "file").write_text("")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(chat("q", "a")))
     with pytest.raises(UserError, match=r"--output: .*file: cannot be written: Not a directory"):
         check_answers(str(rows), tmp_path / "file" / "answers.jsonl", DATA, "m")
+    (tmp_path / "answers.jsonl").touch()
+    monkeypatch.setattr(answers, "write_problem", lambda _: "its folder")
+    assert check_answers(str(rows), tmp_path / "answers.jsonl", DATA, "m") == (0, 1)
     (tmp_path / "evaluation.json").write_text('{"da')
     (tmp_path / "evaluation.md").write_text("mine")
     scores = {"model": {"loss": 1.0}}

@@ -32,9 +32,10 @@ def check_answers(source: str, output: Path | None, data: DataConfig, by: str) -
             another model or with other options.
     """
     file = from_root(source)
-    if output and output.exists() and file.exists() and output.samefile(file):
-        raise UserError(f"--output: {output} is the input; give another one")
-    if output and (problem := write_problem(output.parent)):
+    if output and output.exists():
+        if file.exists() and output.samefile(file):
+            raise UserError(f"--output: {output} is the input; give another one")
+    elif output and (problem := write_problem(output.parent)):
         raise UserError(f"--output: {problem}")
     done = whole = total = 0
     with output.open("r+b") if output and output.exists() else BytesIO() as file:

@@ -148,13 +148,13 @@ def read_row(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
     except Exception as error:  # noqa: BLE001 - the user's code, on this row
         reason = f"data.columns, or adapt() in src/data/rows.py: {first_line(error)}"
         raise Rejected(f"{reason}; the row has {[*raw]}") from None
-    # The names that were mapped are gone: they could make up another shape.
-    row = {name: row[name] for name in row if name in columns or name not in columns.values()}
     needed = 1 + needs_answer  # columns of a shape
-    shape = next((shape for shape in SHAPES if row.keys() >= {*shape[:needed]}), None)
+    # First the shapes of which data.columns names a part: the file's names may make up another one.
+    shapes = sorted(SHAPES, key=columns.keys().isdisjoint)
+    shape = next((shape for shape in shapes if row.keys() >= {*shape[:needed]}), None)
     if shape is None:
         raise Rejected(f"has {[*row]}; a row needs {EXPECTED}; data.columns maps other names")
-    if len(shape) == 2 and row.pop("label", True) is False:  # KTO's
+    if shape != ("text",) and row.pop("label", True) is False:  # KTO's
         raise Rejected("`label` is false: an answer that was rejected", EMPTY)
     # Columns that are read are popped: the rest is unread.
     if shape == ("text",):
@@ -169,7 +169,8 @@ def read_row(raw: Any, data: DataConfig, needs_answer: bool = True) -> Row:
         json.dumps(read, ensure_ascii=False, default=str).encode()
     except (ValueError, RecursionError) as error:
         raise Rejected(f"cannot be written as UTF-8: {error}") from None
-    return read | {"read_as": " and ".join(shape), "unread": [*row]}
+    unread = [name for name in row if name not in columns.values()]
+    return read | {"read_as": " and ".join(shape), "unread": unread}
 
 
 def _text(row: Row, name: str) -> str:

@@ -63,7 +63,7 @@ def start_record(
     changes, diff = git("diff", "HEAD"), folder / "uncommitted.diff"
     if changes:
         write_text(diff, hide(changes[:MAX_DIFF]))
-    else:  # of an earlier start
+    elif changes is not None and step == 0:  # of another run; None: git fails
         diff.unlink(missing_ok=True)
 
 

@@ -5,7 +5,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from src.training.record import drop_lines_after, hide, start_record, update_rec
 from src.training.tracking import Tracker, where_to_look
 from src.training.trainer import StepResult
 from src.utils import distributed
-from src.utils.errors import Interrupted
+from src.utils.errors import Interrupted, UserError
 from src.utils.files import METRICS, STEPS, free_name, write_text
 from src.utils.memory import GIB
 
@@ -214,10 +214,11 @@ class Recorder(AbstractContextManager):
         self.bar.close()
         stopped = kind and issubclass(kind, Interrupted | KeyboardInterrupt)
         status = "KILLED" if stopped else "FAILED" if kind else "FINISHED"
-        if distributed.is_main():
-            update_record(self._run.folder, status=status, ended=int(time.time() * 1000))
-        if self._tracker:
-            self._tracker.close()
+        with suppress(OSError, UserError):  # somebody removed the record: no error hides another
+            if distributed.is_main():
+                update_record(self._run.folder, status=status, ended=int(time.time() * 1000))
+            if self._tracker:
+                self._tracker.close()
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`, and print it."""

@@ -13,7 +13,7 @@ from helpers import ROOT, TEMPLATE, reachable
 FILES = sorted([*(TEMPLATE / "src").rglob("*.py"), *(TEMPLATE / "scripts").rglob("*.py")])
 # What the code may grow to. Raise a number in the commit that needs it, and say there what for.
 # Nodes count because lines can be packed.
-CODE_LINES, REACHABLE, NODES, LINES = 4885, 3755, 52_000, 7600
+CODE_LINES, REACHABLE, NODES, LINES = 4890, 3760, 52_000, 7610
 TEST_LINES = 4000
 STORY = ("src/training/run.py", "src/training/trainer.py", "src/training/loss.py")
 STORY_CODE_LINES = 400

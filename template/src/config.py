@@ -391,7 +391,8 @@ def _problems(error: ValidationError) -> Iterable[str]:
 
 def _nearest(key: str) -> str:
     """The key that was meant: its last word or initials (lr), or a similar one; "": none."""
-    known, leaf = list(flatten(DEFAULTS.model_dump())), key.rpartition(".")[2]
+    defaults, leaf = DEFAULTS.model_dump(), key.rpartition(".")[2]
+    known = [*defaults, *flatten(defaults)]
     ends = [(name, name.rpartition(".")[2]) for name in known]
     best = [n for n, end in ends if leaf in {end, "".join(w[0] for w in end.split("_"))}]
     return next(iter(best + difflib.get_close_matches(key, known, n=1)), "")

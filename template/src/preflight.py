@@ -109,8 +109,8 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         yield from folder_problems(folder, key)
         if model.init == "pretrained" and not any(folder.glob("*.safetensors")):
             yield (
-                f"{key}: no safetensors weights in this folder; model.init=random builds fresh "
-                "ones (pickled ones can run code when they are read: convert them)"
+                f"{key}: no safetensors weights in it (a run's are in final/); model.init=random "
+                "builds fresh ones (pickled ones can run code when they are read: convert them)"
             )
     elif is_local(model.name):
         yield f"{key}: no such folder, and not a hub id (org/name)"
@@ -121,7 +121,7 @@ def _adapter_problems(name: str) -> Iterator[str]:
     if (folder / ADAPTER).is_file():
         yield from folder_problems(folder, key)
     elif folder.is_dir() or is_local(name):
-        yield f"{key}: neither a folder with {ADAPTER} nor a hub id (org/name)"
+        yield f"{key}: neither a folder with {ADAPTER} (as a run's final/) nor a hub id (org/name)"
 
 
 def is_local(name: str) -> bool:

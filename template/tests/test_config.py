@@ -27,6 +27,7 @@ def test_every_shipped_config_loads(name: str) -> None:
     ("override", "expected"),
     [
         ("training.learning_rat=1", "training.learning_rat: unknown key; did you mean training.learning_rate?"),
+        ("trainig={epochs: 3}", "trainig: unknown key; did you mean training?"),
         ("lr=1", "lr: unknown key; did you mean training.learning_rate?"),
         ("learning_rate=1", "learning_rate: unknown key; did you mean training.learning_rate?"),
         ("lora={rank: 3}", "lora.rank: unknown key; did you mean lora.r?"),

@@ -189,7 +189,7 @@ def test_a_base_that_moved_is_named_with_the_option_that_helps(
         (["device=cuda"], "device: "),
         (["model.attention=flash_attention_9"], "model.attention: flash_attention_9"),
         (["lora.adapter=outputs/none", *PRETRAINED], "lora.adapter: outputs/none: neither a folder"),
-        (["lora.adapter=configs/tiny", *PRETRAINED], "configs/tiny: neither a folder with adapter_config.json nor"),
+        (["lora.adapter=configs/tiny", *PRETRAINED], "configs/tiny: neither a folder with adapter_config.json (as a run's final/) nor"),
         (["training.resume=outputs/none"], "training.resume: outputs/none: not never, auto, or the folder"),
     ],
 )  # fmt: skip

@@ -239,7 +239,10 @@ def resume(run: Run) -> Path | None:
     path = on_main(find_checkpoint, settings.resume, checkpoints)
     if path is not None:
         saved = _record(path)["identity"]
-        undo = "undo it, start in another output_dir, or set training.resume_despite_changes=true"
+        undo = (
+            "undo it, start in another output_dir, or, where weights keep their shapes, set "
+            "training.resume_despite_changes=true"
+        )
         differences = [
             f"training.resume: {key} was {saved[key]} in {path.name} and is {value} now; {undo}"
             for key, value in run.identity.items()

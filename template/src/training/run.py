@@ -98,6 +98,8 @@ def _prepare(config: Config, device: torch.device) -> Run:
         raise UserError(f"training.resume: {done}; to go on, raise training.epochs or max_steps")
     if resumed:
         report.describe_resume(run, resumed)
+    elif settings.resume == "auto":
+        report.say(f"resume     nothing to go on from in {config.output_dir}: a new run")
     report.describe(run)
     return run
 

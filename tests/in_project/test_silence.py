@@ -1,5 +1,6 @@
 """Inputs that would be trained, asked or overwritten without a word, and tracebacks that were."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -26,11 +27,11 @@ from src.models.adapters import add_adapters
 from src.models.model import load_tokenizer
 from src.tools.evaluate import write_evaluation
 from src.trained import find_trained
-from src.training import record
+from src.training import record, report
 from src.training import run as run_module
 from src.training.checkpoint import identify
 from src.training.record import read_metrics
-from src.utils.errors import UserError
+from src.utils.errors import RunError, UserError
 from src.utils.files import RECIPE
 from test_chat import said
 from test_rows import read
@@ -214,6 +215,21 @@ def test_a_record_that_somebody_removed_hides_no_other_error(train, monkeypatch)
     monkeypatch.setattr(run_module, "save_checkpoint", fail)
     with pytest.raises(ZeroDivisionError):
         train("training.max_steps=1")
+
+
+def test_a_record_that_cannot_be_finished_is_an_error(train, monkeypatch) -> None:
+    def fail(*_: object, **facts: object) -> None:
+        if facts.get("status") == "FINISHED":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report, "update_record", fail)
+    with pytest.raises(RunError, match="No space left on device"):
+        train("training.max_steps=1", "training.resume=auto")
+
+
+def test_a_run_says_that_there_is_nothing_to_go_on_from(train, capsys) -> None:
+    folder = train("training.max_steps=1", "training.resume=auto")
+    assert f"resume     nothing to go on from in {folder}: a new run\n" in capsys.readouterr().out
 
 
 def test_a_start_that_was_killed_before_its_first_checkpoint_leaves_no_samples(train) -> None:

@@ -5,7 +5,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -214,7 +214,8 @@ class Recorder(AbstractContextManager):
         self.bar.close()
         stopped = kind and issubclass(kind, Interrupted | KeyboardInterrupt)
         status = "KILLED" if stopped else "FAILED" if kind else "FINISHED"
-        with suppress(OSError, UserError):  # somebody removed the record: no error hides another
+        # A record that cannot be updated hides no earlier error.
+        with suppress(OSError, UserError) if kind else nullcontext():
             if distributed.is_main():
                 update_record(self._run.folder, status=status, ended=int(time.time() * 1000))
             if self._tracker:

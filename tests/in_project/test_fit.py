@@ -9,7 +9,7 @@ import torch
 from conftest import SMOKE
 from src.config import changed, load_config
 from src.models import attention
-from src.training import fit, loss
+from src.training import fit, loss, strategy
 from src.training.fit import check_feasible, choose_shards, next_settings
 from src.utils import device
 from src.utils.errors import RunError, UserError
@@ -99,8 +99,9 @@ def raises(error: Exception):
     return fail
 
 
-def test_out_of_memory_says_what_took_it_and_what_to_try(train, monkeypatch) -> None:
-    monkeypatch.setattr(loss, "summed_loss", raises(torch.OutOfMemoryError("CUDA out of memory")))
+@pytest.mark.parametrize(("owner", "name"), [(loss, "summed_loss"), (strategy, "build_objective")])
+def test_out_of_memory_says_what_took_it_and_what_to_try(train, monkeypatch, owner, name) -> None:
+    monkeypatch.setattr(owner, name, raises(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(RunError, match=r"out of memory: a microbatch of 4 x 128 tokens") as error:
         train()
     for change in (
@@ -116,6 +117,7 @@ def test_every_setting_that_is_advised_is_accepted_and_no_longer_advised(configu
         config, done = configure("data.max_length=32", *overrides), []
         while advised := next_settings(config):
             config = changed(config, advised[0].split())
+            assert not [*config.contradictions()]
             done.append(advised[0].partition("=")[0])
         assert "data.max_length" in done
         assert len(done) < 12

@@ -186,6 +186,7 @@ def test_a_base_that_moved_is_named_with_the_option_that_helps(
     [
         (["model.name=some-org/absent-model", "model.init=pretrained"], "is not on this machine and could not be fetched"),
         (["model.name=configs/absent"], "no such folder"),
+        (["model.name=configs", "model.init=pretrained"], "no safetensors weights in it (a run's are in final/)"),
         (["device=cuda"], "device: "),
         (["model.attention=flash_attention_9"], "model.attention: flash_attention_9"),
         (["lora.adapter=outputs/none", *PRETRAINED], "lora.adapter: outputs/none: neither a folder"),
